@@ -1,0 +1,66 @@
+"""fastrefine: refine the samples of a trained GAN with its own discriminator."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout the Triton kernels stand beside the package (kernels/), installed they stand in it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+_HOMES = {
+    "refiner": ("Refiner",),
+    "errors": (
+        "BackendError", "CouplingError", "FastrefineError", "FastrefineWarning", "GradientError", "InputError",
+        "NonFiniteError", "SplitError",
+    ),
+    "calibration": ("Diagnosis", "diagnose"),
+    "ops": ("use_backend",),
+    "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
+    "result": ("Result", "Status"),
+    "samplers": ("Collaborative", "DGflow"),
+    "selection": ("MHResult", "metropolis_hastings"),
+    "shaping": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
+    "split": ("Split", "layers"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("metrics", "models", "ops", "samplers", "stopping")
+
+__all__ = sorted([*_HOME, "stopping"])
+
+if TYPE_CHECKING:
+    from fastrefine import stopping as stopping
+    from fastrefine.calibration import Diagnosis as Diagnosis
+    from fastrefine.calibration import diagnose as diagnose
+    from fastrefine.refiner import Refiner as Refiner
+    from fastrefine.ops import use_backend as use_backend
+    from fastrefine.priors import Normal as Normal
+    from fastrefine.priors import Product as Product
+    from fastrefine.priors import TruncatedNormal as TruncatedNormal
+    from fastrefine.priors import Uniform as Uniform
+    from fastrefine.result import Result as Result
+    from fastrefine.result import Status as Status
+    from fastrefine.samplers import Collaborative as Collaborative
+    from fastrefine.samplers import DGflow as DGflow
+    from fastrefine.selection import MHResult as MHResult
+    from fastrefine.selection import metropolis_hastings as metropolis_hastings
+    from fastrefine.shaping import fit_discriminator as fit_discriminator
+    from fastrefine.shaping import shape_discriminator as shape_discriminator
+    from fastrefine.shaping import tune_discriminator as tune_discriminator
+    from fastrefine.split import Split as Split
+    from fastrefine.split import layers as layers
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use, so that ``import fastrefine`` and ``--help`` cost no import of torch."""
+    if name in _MODULES:
+        return importlib.import_module(f"fastrefine.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"fastrefine.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fastrefine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

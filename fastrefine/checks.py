@@ -1,0 +1,72 @@
+"""Checks of what callers hand in, before any compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrefine.errors import InputError
+
+
+def count(name: str, value: Any, low: int) -> int:
+    """``value`` as an int of at least ``low``; InputError otherwise (True and 3.0 are not counts)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InputError(f"{name} is {value!r}; wanted a whole number of at least {low}")
+    return value
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """``value`` as a floating-point tensor (N, ...); non-finite entries are an InputError that names the first rows."""
+    try:
+        x = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be a tensor (N, ...), got {type(value).__name__}") from error
+    if x.dim() == 0:
+        raise InputError(f"{name} must have a batch dimension, got a scalar")
+    if not x.is_floating_point():
+        raise InputError(f"{name} must be floating point in the networks' range, got {x.dtype}{_range(x)}")
+    x = x.detach()
+    if x.is_inference():
+        x = x.clone()
+    bad = (~torch.isfinite(x.reshape(len(x), -1))).any(1) if x.numel() else torch.zeros(0, dtype=torch.bool)
+    if bool(bad.any()):
+        first = bad.nonzero()[:5, 0].tolist()
+        raise InputError(f"{name} holds non-finite values in {int(bad.sum())} of {len(x)} rows, first at {first}")
+    return x
+
+
+def _range(x: Tensor) -> str:
+    return f" with values {x.min().item():g} to {x.max().item():g}" if x.numel() else ""
+
+
+def labels(value: Any, n: int) -> Tensor | None:
+    """Labels as (n,) int64 or (n, C) floats; one int stands for all."""
+    if value is None:
+        return None
+    y = torch.as_tensor(value).detach()
+    if y.dim() == 0:
+        y = y.expand(n)
+    if len(y) != n:
+        raise InputError(f"got {len(y)} labels for {n} samples")
+    if y.is_floating_point() and y.dim() == 1 or y.dtype == torch.bool:
+        raise InputError(f"labels must be whole numbers (N,) or vectors (N, C), got {y.dtype} of shape {tuple(y.shape)}")
+    return y.clone() if y.is_floating_point() else y.long()
+
+
+def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) -> None:
+    """Raise InputError when real images are absent, of another size, or visibly in another range than generated ones."""
+    if len(real) == 0:
+        raise InputError("`real` is empty; wanted real images (N, ...)")
+    if tuple(real.shape[1:]) != shape:
+        raise InputError(f"real images have shape {tuple(real.shape[1:])}, but the generator makes {shape}")
+    if real.dim() != 4 or generated is None:
+        return
+    low, high = float(real.min()), float(real.max())
+    seen = f"real images lie in {low:g} to {high:g}, generated ones in {float(generated.min()):.3g} to {float(generated.max()):.3g}"
+    signed = float(generated.min()) < -0.1
+    if high > 4 * max(1.0, float(generated.abs().max())):
+        raise InputError(f"{seen}: are the real images 0..255? Scale them to the generator's range")
+    if signed and low >= 0:
+        raise InputError(f"{seen}: are the real images 0..1? Scale them to the generator's range, e.g. 2 x - 1")

@@ -1,0 +1,105 @@
+"""Real images for the demo, the experiments and the tests: scikit-learn's 8x8 digits and MNIST in its original files."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+NUM_DIGITS_TRAIN = 1400
+"""Training images of `load_digits`; the other 397 of the 1,797 are held out."""
+
+MNIST_FILES = {
+    "train": "train-images-idx3-ubyte.gz",
+    "test": "t10k-images-idx3-ubyte.gz",
+    "train_labels": "train-labels-idx1-ubyte.gz",
+    "test_labels": "t10k-labels-idx1-ubyte.gz",
+}
+
+
+class Images(NamedTuple):
+    """Real images with their labels, in a training and a held-out part.
+
+    Images are float32 of shape (N, C, H, W) in [-1, 1], labels are int64 of shape (N,).
+    """
+
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
+
+
+def load_digits() -> Images:
+    """The 1,797 handwritten 8x8 digits that come with scikit-learn (UCI optdigits): 1,400 to train with, 397 held out.
+
+    The split is one fixed permutation: the same on every machine and in every version.
+    """
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    order = np.random.RandomState(0).permutation(len(bunch.target))  # the legacy stream is frozen by numpy's policy
+    images = torch.from_numpy((bunch.images[order] / 8 - 1).astype(np.float32)).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target[order].astype(np.int64))
+    n = NUM_DIGITS_TRAIN
+    return Images(images[:n], images[n:], labels[:n], labels[n:])
+
+
+def load_mnist(path: str | os.PathLike[str]) -> Images:
+    """MNIST from a folder that holds its four original files (``train-images-idx3-ubyte.gz``, ...): 60,000 and 10,000.
+
+    Raises InputError that names the file when one is absent, is not what its name says, or is cut short.
+    """
+    folder = Path(path)
+    missing = [name for name in MNIST_FILES.values() if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"MNIST: {folder} has no {', '.join(missing)}; wanted a folder with the four original .gz files")
+    arrays = {part: _read_idx(folder / name) for part, name in MNIST_FILES.items()}
+    for part in ("train", "test"):
+        images, labels = arrays[part], arrays[f"{part}_labels"]
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise InputError(
+                f"MNIST: {folder / MNIST_FILES[part]} has shape {images.shape} and its labels {labels.shape}; "
+                "wanted (N, H, W) and (N,)"
+            )
+    return Images(
+        train=_to_images(arrays["train"]),
+        test=_to_images(arrays["test"]),
+        train_labels=torch.from_numpy(arrays["train_labels"].astype(np.int64)),
+        test_labels=torch.from_numpy(arrays["test_labels"].astype(np.int64)),
+    )
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """A uint8 array from a gzipped idx file: two zero bytes, type 8, number of axes, big-endian uint32 lengths, data."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"MNIST: {path} cannot be read as gzip ({error}); fetch the file again") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise InputError(f"MNIST: {path} is no idx file of bytes (starts with {content[:4].hex() or 'nothing'}, wanted 000008..)")
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise InputError(f"MNIST: {path} ends inside its header; fetch the file again")
+    shape = struct.unpack(f">{content[3]}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise InputError(
+            f"MNIST: {path} holds {len(content) - start} bytes of data, but its header says {'x'.join(map(str, shape))}; "
+            "fetch the file again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _to_images(array: np.ndarray) -> Tensor:
+    """uint8 (N, H, W) in 0..255 -> float32 (N, 1, H, W) in [-1, 1]."""
+    return torch.from_numpy(array.astype(np.float32)).div_(127.5).sub_(1).unsqueeze(1)

@@ -1,0 +1,118 @@
+"""One step of the engine after the networks were evaluated (DESIGN: evaluate -> observe -> retire or propose)."""
+
+import torch
+from torch import Tensor
+
+from fastrefine import slots as S
+from fastrefine.ops.noise import Noise
+from fastrefine.ops.registry import op
+from fastrefine.samplers.base import Evaluation, Sample, State, per_slot
+from fastrefine.slots import Outputs, Pool, Rule, Slots
+
+
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask if old.dim() == 1 else per_slot(mask), new, old)
+
+
+def _merge(mask: Tensor, new: State, old: State) -> None:
+    """Write ``new`` into the persistent entries ``old`` where ``mask``."""
+    for name, tensor in old.items():
+        tensor.copy_(_where(mask, new[name], tensor))
+
+
+@op
+def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs: Outputs, rule: Rule) -> None:
+    """Observe the evaluation, retire what is done, propose for the rest, refill the empty slots; all in place.
+
+    evaluation: at ``slots.activation``; None (all slots empty) only refills. Its grad may be None where every live slot
+    is at its last step: the gradient of a last evaluation is never read.
+
+    Per live slot, with first = (step == 0) and last = (step >= last_step):
+      finite     logit, loss and (unless last) gradient are finite
+      falls      += 1 when not first and the logit is below the standing one
+      observe    sampler.observe where finite, or where the sampler rejects (then with logit -inf, loss inf, grad 0)
+      bad        not finite, and first or the sampler cannot reject: the standing state stays
+      retire     bad (NONFINITE) | standing logit >= threshold (REACHED) | last (EXHAUSTED, or STALLED when every
+                 gradient before was exactly 0 and the sampler has no noise): position, or the best iterate with keep_best, to output row id % W
+      propose    otherwise: activation <- sampler.propose, step += 1
+    Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
+    slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
+    A slot that stays empty keeps the retired position as its activation.
+    """
+    live, done = slots.sample_id >= 0, torch.zeros_like(slots.sample_id, dtype=torch.bool)
+    if evaluation is not None:
+        done = _observe_and_retire(slots, evaluation, outputs, rule, live)
+        pool.counters[S.EVALUATIONS] += live.sum()
+        pool.counters[S.ITERATIONS] += 1
+    _refill(slots, pool, rule, done)
+    pool.counters[S.FINISHED] += done.sum()
+    pool.counters[S.LIVE] = (slots.sample_id >= 0).sum()
+
+
+def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, rule: Rule, live: Tensor) -> Tensor:
+    sampler, state, a = rule.sampler, slots.state, slots.activation
+    first, last = slots.step == 0, slots.step >= slots.last_step
+    grad = torch.zeros_like(a) if evaluation.grad is None else evaluation.grad
+    peak = grad.abs().amax(1)
+    finite = torch.isfinite(evaluation.logit) & torch.isfinite(evaluation.loss) & (torch.isfinite(peak) | last)
+    met = torch.isfinite(peak) & ~last
+    slots.grad_peak.copy_(torch.where(met, torch.maximum(slots.grad_peak, peak), slots.grad_peak))
+    if rule.max_grad_norm is not None:
+        norm = torch.linalg.vector_norm(grad, dim=1)
+        grad = grad * per_slot(torch.where(norm > rule.max_grad_norm, rule.max_grad_norm / norm, torch.ones_like(norm)))
+    bad = live & ~finite & (first if sampler.rejects else torch.ones_like(first))
+    slots.logit_falls += (live & ~first & (evaluation.logit < state["logit"])).int()
+
+    clean = evaluation._replace(
+        logit=torch.where(finite, evaluation.logit, -torch.inf),
+        loss=torch.where(finite, evaluation.loss, torch.inf),
+        grad=torch.where(per_slot(finite & torch.isfinite(peak)), grad, 0.0),
+    )
+    noise = Noise(rule.seed, slots.sample_id, slots.step, a.shape[1], a.dtype)
+    observed = sampler.observe(a, clean, state, slots.step, noise)
+    _merge(live & ~bad, observed, state)
+    state["logit"].copy_(torch.where(live & first & bad, evaluation.logit, state["logit"]))
+    slots.initial_logit.copy_(torch.where(live & first, evaluation.logit, slots.initial_logit))
+    position, logit = sampler.position(state), state["logit"]
+    if slots.best is not None and slots.best_logit is not None:
+        better = live & (first | (~bad & (logit > slots.best_logit)))
+        slots.best.copy_(_where(better, position, slots.best))
+        slots.best_logit.copy_(torch.where(better, logit, slots.best_logit))
+
+    reached = live & ~bad & (logit >= slots.threshold)
+    done = bad | reached | (live & last)
+    stalled = last & (slots.step > 0) & (slots.grad_peak == 0) & (not sampler.noisy)
+    status = torch.where(bad, S.NONFINITE, torch.where(reached, S.REACHED, torch.where(stalled, S.STALLED, S.EXHAUSTED)))
+    kept = position if slots.best is None else slots.best
+    rows = torch.where(done, slots.sample_id % (len(outputs.status) - 1), len(outputs.status) - 1)
+    outputs.activation[rows] = kept
+    outputs.logit[rows] = logit if slots.best_logit is None else slots.best_logit
+    outputs.initial_logit[rows] = slots.initial_logit
+    outputs.steps[rows] = slots.step
+    outputs.logit_falls[rows] = slots.logit_falls
+    outputs.status[rows] = status.int()
+
+    proposed, after = sampler.propose({**observed, **state}, slots.step, noise)
+    update = live & ~done
+    _merge(update, after, state)
+    slots.activation.copy_(_where(update, proposed, _where(done, kept, a)))
+    slots.step += update.int()
+    return done
+
+
+def _refill(slots: Slots, pool: Pool, rule: Rule, done: Tensor) -> None:
+    empty = (slots.sample_id < 0) | done
+    may = empty & empty.all() if rule.lockstep else empty
+    ids = pool.counters[S.NEXT] + torch.cumsum(may, 0) - 1
+    take = may & (ids < pool.counters[S.END])
+    rows = torch.where(take, ids % len(pool.threshold), 0)
+    for name in ("activation", "last_step", "threshold", "reference_logit"):
+        own = getattr(slots, name)
+        own.copy_(_where(take, getattr(pool, name)[rows], own))
+    slots.sample_id.copy_(torch.where(take, ids, torch.where(empty, -1, slots.sample_id)))
+    slots.source.copy_(torch.where(take, rows, -1))
+    for counter in (slots.step, slots.logit_falls, slots.grad_peak):
+        counter.masked_fill_(take, 0)
+    sample = Sample(slots.sample_id, None, slots.reference_logit)
+    _merge(take, rule.sampler.init(slots.activation, sample), slots.state)
+    pool.counters[S.NEXT] += take.sum()

@@ -1,0 +1,94 @@
+"""The table of backends: every op has one public entry, and its implementations are looked up by name."""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+from fastrefine.errors import BackendError
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_MODULES = {"cpu": "fastrefine.ops.native", "triton": "fastrefine.kernels", "cuda": "fastrefine.ops.native_cuda"}
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastrefine_backend", default=None)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Absent(Exception):
+    """Raised by a backend's module on import when what it needs is not installed; its text is one line."""
+
+
+@functools.cache
+def _load(backend: str) -> ModuleType | str:
+    """The backend's module, or the one line that says why it is absent."""
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except Absent as reason:
+        return str(reason)
+    except ModuleNotFoundError as reason:
+        if reason.name in (_MODULES[backend], "triton"):
+            return f"{reason.name} is not installed"
+        raise
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force one backend ("reference" | "cpu" | "triton" | "cuda") for every op inside the block.
+
+    Raises BackendError at once when it is absent here: a backend asked for by name never falls back.
+    """
+    _require(backend)
+    token = _FORCED.set(backend)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def _require(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    if backend != "reference" and isinstance(reason := _load(backend), str):
+        raise BackendError(f"backend {backend!r} is not available: {reason}")
+
+
+def available() -> dict[str, str]:
+    """Every backend with "ok" or the reason of its absence (what ``fastrefine doctor`` prints)."""
+    loaded = {name: _load(name) for name in _MODULES}
+    return {"reference": "ok"} | {k: v if isinstance(v, str) else "ok" for k, v in loaded.items()}
+
+
+def choose(device: torch.device, rule: str | None) -> str:
+    """The backend for this device and fused rule (None: the sampler has no fused rule, only PyTorch formulas)."""
+    forced = _FORCED.get() or os.environ.get("FASTREFINE_BACKEND")
+    if forced is not None:
+        _require(forced)
+        if forced != "reference" and rule not in _load(forced).RULES:  # type: ignore[union-attr]
+            raise BackendError(f"backend {forced!r} has no kernel for the rule {rule!r}; use backend 'reference'")
+        return forced
+    for name in _PREFERRED.get(device.type, ("reference",)):
+        if name == "reference" or (not isinstance(module := _load(name), str) and rule in module.RULES):
+            return name
+    return "reference"
+
+
+def op(reference: F) -> F:
+    """Make the decorated PyTorch function an op: its signature is the schema, its docstring the specification.
+
+    The caller passes ``backend=`` (from :func:`choose`); the implementation of that name gets the same arguments.
+    """
+
+    @functools.wraps(reference)
+    def entry(*args: Any, backend: str = "reference", **kwargs: Any) -> Any:
+        if backend == "reference":
+            return reference(*args, **kwargs)
+        return getattr(_load(backend), reference.__name__)(*args, **kwargs)
+
+    return entry  # type: ignore[return-value]

@@ -1,0 +1,239 @@
+"""The caller's two networks on our terms: private copies, the cut, the readout, and what was learned by probing them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrefine import freeze, probe, readout
+from fastrefine.errors import CouplingError, InputError
+from fastrefine.split import Cut, Split, split, unwrap
+
+PROBE = 4  # samples of a probe batch
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """No grad, no inference mode, no autocast, as the engine wants it; the caller's modes come back afterwards."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def takes_labels(module: Any, known: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether ``module(x, labels)`` is a valid call, and whether labels are required."""
+    function = module.forward if isinstance(module, nn.Module) else module
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False, False
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True, False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 or positional[1].name in known:
+        return False, False
+    return True, positional[1].default is inspect.Parameter.empty
+
+
+class Identity(nn.Module):
+    """The prefix where images or latents are given, and the tail at "output"."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a
+
+
+class GeneratorSide:
+    """The generator as (prefix, tail), in evaluation mode and in the dtype of the state; independent of D.
+
+    probe_latents: a few latents, as the caller would give them; they decide shapes. InputError, SplitError or
+    CouplingError say what does not fit.
+    """
+
+    def __init__(
+        self, generator: nn.Module | Split | None, at: str, latents: Tensor, labels: Tensor | None,
+        kwargs: dict[str, Any], coupling: str,
+    ):  # fmt: skip
+        self.takes_labels = False
+        self._borrowed: list[nn.Module] = []
+        dtype, device = latents.dtype, latents.device
+        if generator is None:
+            identity = Identity()
+            self.cut = Cut(_Prefix(identity), identity, "output", "output")
+        elif isinstance(generator, Split):
+            self.cut = self._given(generator, dtype, device)
+            self.takes_labels = takes_labels(generator.prefix, {})[0]
+        else:
+            own = freeze.private_copy(unwrap(generator)).to(device=device, dtype=dtype)
+            self.takes_labels, required = takes_labels(own, kwargs)
+            if labels is None and required:
+                raise InputError("the generator needs labels: pass labels=(N,) to sample, refine or stream")
+            given = (latents, labels) if self.takes_labels and labels is not None else (latents,)
+            images = _attempt("generator", lambda: own(*given, **kwargs), latents)
+            if not isinstance(images, Tensor) or images.shape[:1] != latents.shape[:1]:
+                raise InputError(f"the generator must return images (N, ...), got {_describe(images)} for {len(latents)} latents")
+            self.cut = split(own, at, latents, labels if self.takes_labels else None, kwargs or None)
+        if labels is not None:
+            check_labels(labels, [self.cut.prefix, self.cut.tail] if self.takes_labels else [])
+        self._probe(latents, labels, coupling)
+
+    def _given(self, pair: Split, dtype: torch.dtype, device: torch.device) -> Cut:
+        """A pair of the caller's: modules are copied; of plain functions only the modules they close over are borrowed."""
+        parts: list[nn.Module] = []
+        for part in (pair.prefix, pair.tail):
+            if isinstance(part, nn.Module):
+                parts.append(freeze.private_copy(unwrap(part)).to(device=device, dtype=dtype))
+            else:
+                self._borrowed += _closed_over(part)
+                parts.append(_Function(part))
+        return Cut(parts[0], parts[1], "given", "given")
+
+    def _probe(self, latents: Tensor, labels: Tensor | None, coupling: str) -> None:
+        roots = {"generator": self.cut.prefix, "generator tail": self.cut.tail}
+        with self.evaluation_mode():
+            a, context = self.prefix(latents, labels)
+            self.shape = tuple(a.shape[1:])
+            self.context_like = tuple(c[:0] for c in context)
+            images = self.render(a, context)
+            self.image_shape = tuple(images.shape[1:])
+
+            def forward(z: Tensor) -> Tensor:
+                return self.render(*self.prefix(z, None if labels is None else labels[:1].expand(len(z), *labels.shape[1:])))
+
+            probe.check_repeatable(roots, forward, latents)
+            if coupling == "refuse":
+                probe.check_independent(roots, forward, latents)
+
+    @contextlib.contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Borrowed modules in eval mode, put back afterwards, also after an exception."""
+        modes = [(m, m.training) for root in self._borrowed for m in root.modules()]
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def prefix(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(activation (n, ...), context tensors (n, ...)) of latents (n, ...)."""
+        given = (latents, labels) if self.takes_labels and labels is not None else (latents,)
+        a, context = _attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
+        if not isinstance(a, Tensor) or not isinstance(context, tuple | list):
+            raise InputError("prefix(z[, labels]) must return (activation, tuple of context tensors)")
+        return a.clone() if a is latents else a, tuple(context)
+
+    def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Images (n, ...) of activations (n, ...): the generator's own arithmetic, nothing folded."""
+        tail = self.cut.tail
+        return _attempt("generator's tail", lambda: tail(a.clone(), *(c.clone() for c in context)), a)
+
+
+class DiscriminatorSide:
+    """The discriminator as images -> logits (n, P), in evaluation mode and in the dtype of the state."""
+
+    def __init__(
+        self, discriminator: nn.Module, images: Tensor, labels: Tensor | None, kwargs: dict[str, Any],
+        scale: str, key: readout.OutputKey, coupling: str,
+    ):  # fmt: skip
+        self.kwargs, self.scale, self.key = kwargs, scale, key
+        own = freeze.private_copy(unwrap(discriminator)).to(device=images.device, dtype=images.dtype)
+        self.takes_labels, required = takes_labels(own, kwargs)
+        self.takes_labels = self.takes_labels and labels is not None
+        if labels is None and required:
+            raise InputError("the discriminator needs labels: pass labels=(N,) to sample, refine or stream")
+        if labels is not None and self.takes_labels:
+            check_labels(labels, [own])
+        given = (images, labels) if self.takes_labels else (images,)
+        self._like = images[:0]
+        self._cut, self.readout = readout.prepare(
+            own, scale, key, lambda module: _attempt("discriminator", lambda: module(*given, **kwargs), images), len(images)
+        )
+        self.module = self._cut(own)
+        probe_labels = labels if labels is None else labels[:1].expand(len(images), *labels.shape[1:])
+        forward = self._on_probe(probe_labels)
+        probe.check_repeatable({"discriminator": self.module}, forward, images)
+        if coupling == "refuse":
+            probe.check_independent({"discriminator": self.module}, forward, images)
+
+    def updated(self, discriminator: nn.Module) -> DiscriminatorSide:
+        """The same side with other weights; nothing is probed again."""
+        twin = copy.copy(self)
+        twin.module = self._cut(freeze.private_copy(unwrap(discriminator)).to(device=self._like.device, dtype=self._like.dtype))
+        return twin
+
+    def _on_probe(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: self.logits(self.module, x, labels)
+
+    def logits(self, module: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, P) logits by ``module``: the exact copy, or a folded form of it."""
+        given = (images, labels) if self.takes_labels else (images,)
+        raw = module(*given, **self.kwargs)
+        return self.readout(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
+
+
+class _Prefix(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.module(z), ()
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def _closed_over(function: Callable[..., Any]) -> list[nn.Module]:
+    """Modules that a plain function reads from its closure or globals."""
+    try:
+        known = inspect.getclosurevars(function)
+    except (TypeError, ValueError):
+        return []
+    return [v for v in (*known.nonlocals.values(), *known.globals.values()) if isinstance(v, nn.Module)]
+
+
+def _describe(x: Any) -> str:
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def _attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
+    """Run a network of the caller's; its exception becomes ours, with what it was given."""
+    try:
+        return call()
+    except (InputError, CouplingError):
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {error}") from error
+
+
+def check_labels(labels: Tensor, modules: list[nn.Module]) -> None:
+    """Raise InputError for labels outside the range of an embedding, before a device-side assert can."""
+    if labels.is_floating_point() or not len(labels):
+        return
+    if int(labels.min()) < 0:
+        raise InputError(f"labels must not be negative, got {int(labels.min())}")
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, nn.Embedding) and int(labels.max()) >= child.num_embeddings:
+                raise InputError(
+                    f"label {int(labels.max())} is out of range: the network knows classes 0 to {child.num_embeddings - 1}"
+                )

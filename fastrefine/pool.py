@@ -1,0 +1,103 @@
+"""Proposals by sample id: blocks of num_slots consecutive ids through the prefix, with what each id drew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrefine.pair import GeneratorSide
+from fastrefine.priors import Prior
+from fastrefine.stopping import RealLogits, StopRule
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block that covers ids [index * size, (index + 1) * size), of which [start, stop) were asked for."""
+
+    index: int
+    start: int
+    stop: int
+    whole: bool  # admit every id, so that lock-step groups are complete
+    latents: Tensor
+    labels: Tensor | None
+    activation: Tensor  # (size, F)
+    context: tuple[Tensor, ...]
+    threshold: Tensor
+    last_step: Tensor
+    reference_logit: Tensor
+
+    @property
+    def base(self) -> int:
+        """The id of row 0."""
+        return self.index * len(self.activation)
+
+    @property
+    def asked(self) -> slice:
+        """The rows that were asked for."""
+        return slice(self.start - self.base, self.stop - self.base)
+
+    @property
+    def admitted(self) -> slice:
+        """The rows that enter the pool."""
+        return slice(0, len(self.activation)) if self.whole else self.asked
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the latents and labels of ids [first, first + count) come from."""
+
+    first: int
+    count: int
+    seed: int
+    prior: Prior | None
+    latents: Tensor | None
+    labels: Tensor | None
+
+    def after(self, first: int) -> Source:
+        """The rest of the source from id ``first`` on."""
+        skip = first - self.first
+        latents = None if self.latents is None else self.latents[skip:]
+        labels = None if self.labels is None else self.labels[skip:]
+        return Source(first, self.count - skip, self.seed, self.prior, latents, labels)
+
+
+class Proposals:
+    """Blocks of a source. A sample's place in its block is id % size, so the prefix gives it the same bits in any run."""
+
+    def __init__(
+        self, source: Source, generator: GeneratorSide, stop: StopRule, real: RealLogits | None,
+        max_steps: int, size: int, dtype: torch.dtype, device: torch.device, whole_blocks: bool = False,
+    ):  # fmt: skip
+        self.source, self.generator, self.stop, self.real = source, generator, stop, real
+        self.max_steps, self.size, self.dtype, self.device, self.whole = max_steps, size, dtype, device, whole_blocks
+        end = source.first + source.count
+        self.indices = range(source.first // size, -(-end // size)) if source.count else range(0)
+        self.first_id = self.indices.start * size if whole_blocks else source.first
+
+    def block(self, index: int) -> Block:
+        """Run the prefix for one block; the rows outside the source are neighbours that nobody reads."""
+        source, base = self.source, index * self.size
+        ids = torch.arange(base, base + self.size)
+        position = (ids - source.first).clamp(0, source.count - 1)
+        labels = None if source.labels is None else source.labels[position]
+        if source.latents is None:
+            assert source.prior is not None
+            latents = source.prior.sample(ids, source.seed, self.dtype)
+        else:
+            latents = source.latents[position].to(self.dtype)
+        classes = labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
+        threshold, last_step = self.stop.draw(ids, source.seed, self.max_steps, classes)
+        if self.real is None:
+            reference = torch.full((self.size,), torch.nan)
+        else:
+            reference = self.real.reference(ids, source.seed, classes)
+        latents = latents.to(self.device)
+        labels = None if labels is None else labels.to(self.device)
+        a, context = self.generator.prefix(latents, labels)
+        start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
+        return Block(
+            index, start, stop, self.whole, latents, labels, a.reshape(self.size, -1), context,
+            threshold.to(self.device, self.dtype), last_step.to(self.device), reference.to(self.device, self.dtype),
+        )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Latent priors: the latent of sample i is a pure function of (seed, i), and each prior knows its score."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrefine import ops
+from fastrefine.errors import InputError
+from fastrefine.ops.noise import Stream
+from fastrefine.samplers.base import check_number
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"prior shape is {shape!r}; wanted one or more positive integers, e.g. Normal(64)")
+
+
+class Prior:
+    """Base of the priors. ``shape``: of one latent, without the batch."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of one latent."""
+        return math.prod(self.shape)
+
+    def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
+        """Latents (n, *shape) of the sample ids (n,) int64."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p0 (n,) up to a constant, of latents flattened to (n, F); -inf outside the support."""
+        raise NotImplementedError
+
+    def score(self, z: Tensor) -> Tensor:
+        """grad log p0 (n, F), of latents flattened to (n, F)."""
+        raise NotImplementedError
+
+
+def _first_step(ids: Tensor) -> Tensor:
+    return torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
+
+
+class Normal(Prior):
+    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
+
+    def __init__(self, *shape: int):
+        _check_shape(shape)
+        self.shape = shape
+
+    def __repr__(self) -> str:
+        return f"Normal({', '.join(map(str, self.shape))})"
+
+    def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
+        return ops.normal(seed, ids, _first_step(ids), self.numel, stream, dtype).view(-1, *self.shape)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * z.square().sum(1)
+
+    def score(self, z: Tensor) -> Tensor:
+        return -z
+
+
+class Uniform(Prior):
+    """Uniform latents in [low, high] per element."""
+
+    def __init__(self, *shape: int, low: float = -1.0, high: float = 1.0):
+        _check_shape(shape)
+        check_number("low", low)
+        check_number("high", high, low, open_low=True)
+        self.shape, self.low, self.high = shape, float(low), float(high)
+
+    def __repr__(self) -> str:
+        return f"Uniform({', '.join(map(str, self.shape))}, low={self.low:g}, high={self.high:g})"
+
+    def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
+        u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
+        return (self.low + (self.high - self.low) * u).to(dtype).view(-1, *self.shape)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        inside = ((z >= self.low) & (z <= self.high)).all(1)
+        return torch.where(inside, 0.0, -torch.inf).to(z.dtype)
+
+    def score(self, z: Tensor) -> Tensor:
+        return torch.zeros_like(z)
+
+
+class TruncatedNormal(Prior):
+    """Standard normal restricted to [-bound, bound] per element (BigGAN's truncation), by the inverse CDF."""
+
+    def __init__(self, *shape: int, bound: float = 2.0):
+        _check_shape(shape)
+        check_number("bound", bound, 0.0, open_low=True)
+        self.shape, self.bound = shape, float(bound)
+
+    def __repr__(self) -> str:
+        return f"TruncatedNormal({', '.join(map(str, self.shape))}, bound={self.bound:g})"
+
+    def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
+        u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
+        low = torch.special.ndtr(torch.tensor(-self.bound, dtype=torch.float64, device=u.device))
+        z = torch.special.ndtri(low + (1 - 2 * low) * u)
+        return z.clamp(-self.bound, self.bound).to(dtype).view(-1, *self.shape)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        inside = (z.abs() <= self.bound).all(1)
+        return torch.where(inside, -0.5 * z.square().sum(1), -torch.inf)
+
+    def score(self, z: Tensor) -> Tensor:
+        return -z
+
+
+@dataclass(frozen=True)
+class Product(Prior):
+    """Two independent latents, both flattened and concatenated: (z, z') of the extended latent space ([DDLS] 3.4)."""
+
+    first: Prior
+    second: Prior
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.first.numel + self.second.numel,)
+
+    def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
+        first = self.first.sample(ids, seed, dtype, stream).flatten(1)
+        return torch.cat([first, self.second.sample(ids, seed, dtype, stream + 64).flatten(1)], 1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        a, b = z.split([self.first.numel, self.second.numel], 1)
+        return self.first.log_prob(a) + self.second.log_prob(b)
+
+    def score(self, z: Tensor) -> Tensor:
+        a, b = z.split([self.first.numel, self.second.numel], 1)
+        return torch.cat([self.first.score(a), self.second.score(b)], 1)

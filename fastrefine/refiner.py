@@ -1,0 +1,289 @@
+"""The public entry: a generator, a discriminator and a sampler, ready to refine."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrefine import checks, drivers, ops, readout, session, stopping
+from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, quiet_torch
+from fastrefine.pool import Source
+from fastrefine.priors import Prior
+from fastrefine.result import Result
+from fastrefine.samplers.base import Sampler, check_choice, check_number
+from fastrefine.split import Split
+from fastrefine.stopping import RealLogits, StopRule
+from fastrefine.target import DTYPES, Target
+
+Callback = Callable[[dict[str, int]], None]
+
+
+class Refiner:
+    """Refines samples of ``generator`` with the gradient of ``discriminator``; neither is ever modified.
+
+    generator: called G(z) or G(z, labels), a ``Split`` of your own, or None to refine given images (at="output").
+    discriminator: called D(x) or D(x, labels); one value per sample, or a map (N, 1, h, w) whose mean is the logit.
+    sampler: the update rule, e.g. Collaborative(step_size=0.1).
+    at: "input" (the latent) | dotted module name, whose output is refined ("name#k": its k-th call) | "output" (images).
+    max_steps: updates per sample at most, 0 allowed. stop: None | logit | object of ``fastrefine.stopping``.
+    prior: where ``sample`` and ``stream`` draw latents. real, real_labels: real images (N, ...) in the generator's range,
+        scored under the current discriminator; stop rules, adaptive and ladam read these logits, per class if labelled.
+    discriminator_output: "logit" | "probability" (its final sigmoid is cut) | "critic". output_key: key, index or
+        callable that picks the logit where D returns a tuple, dict or object.
+    num_slots: samples advanced together; equal num_slots give equal bits. device: the generator's by default.
+    precision: "float64" | "float32" | "tf32" | "bfloat16" | "float16" of the networks; the refined state is float32
+        (float64 under "float64"), and the first and last pass of G run in it.
+    keep: "last" | "best" (the iterate with the highest logit). driver: "auto" | "host".
+    coupling: "refuse" batch-coupled networks | "lockstep": groups of num_slots consecutive ids stay together.
+    on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
+    output_device: where results go. deterministic: torch's deterministic algorithms, and no retry with fewer slots.
+    progress: a tqdm bar on stderr. callback: called after every engine step with {"step", "finished", "total"}.
+
+    Raises InputError (a ValueError) on values out of range at once, on networks that do not fit at the first use;
+    SplitError, CouplingError, GradientError as their docstrings say.
+
+    ``Result.report``: evaluations (useful ones), slot_steps (slots x engine steps), slot_efficiency (their ratio),
+    seconds and images_per_second of the run so far, backend, driver, precision, threads, num_slots, route (how the step
+    is computed: "flat" | "autograd"), split (how G was cut).
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module | Split | None,
+        discriminator: nn.Module,
+        sampler: Sampler,
+        at: str = "input",
+        max_steps: int = 50,
+        stop: StopRule | float | None = None,
+        prior: Prior | None = None,
+        real: Tensor | None = None,
+        real_labels: Tensor | None = None,
+        discriminator_output: str = "logit",
+        num_slots: int = 256,
+        device: torch.device | str | None = None,
+        precision: str = "float32",
+        keep: str = "last",
+        generator_kwargs: dict[str, Any] | None = None,
+        discriminator_kwargs: dict[str, Any] | None = None,
+        output_key: readout.OutputKey = None,
+        driver: str = "auto",
+        coupling: str = "refuse",
+        on_nonfinite: str = "contain",
+        max_grad_norm: float | None = None,
+        output_device: torch.device | str = "cpu",
+        deterministic: bool = False,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ):
+        if not isinstance(sampler, Sampler):
+            raise InputError(f"sampler is {sampler!r}; wanted a sampler such as fastrefine.Collaborative(step_size=0.1)")
+        if not isinstance(discriminator, nn.Module):
+            raise InputError(f"discriminator is a {type(discriminator).__name__}; wanted a torch.nn.Module")
+        if generator is not None and not isinstance(generator, nn.Module | Split):
+            raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module, a Split or None")
+        if generator is None and at != "output":
+            raise InputError(f"without a generator only images can be refined: pass at='output', not {at!r}")
+        if prior is not None and not isinstance(prior, Prior):
+            raise InputError(f"prior is {prior!r}; wanted a prior such as fastrefine.Normal(64)")
+        self.generator, self.discriminator, self.sampler, self.at = generator, discriminator, sampler, at
+        self.max_steps, self.num_slots = checks.count("max_steps", max_steps, 0), checks.count("num_slots", num_slots, 1)
+        self.stop, self.prior = stopping.as_rule(stop), prior
+        for name, value, choices in (
+            ("discriminator_output", discriminator_output, readout.SCALES), ("precision", precision, tuple(DTYPES)),
+            ("keep", keep, ("last", "best")), ("coupling", coupling, ("refuse", "lockstep")),
+            ("on_nonfinite", on_nonfinite, ("contain", "error")), ("driver", driver, drivers.NAMES),
+        ):  # fmt: skip
+            check_choice(name, value, choices)
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
+        self.discriminator_output, self.precision, self.keep, self.coupling = discriminator_output, precision, keep, coupling
+        self.on_nonfinite, self.max_grad_norm, self.deterministic = on_nonfinite, max_grad_norm, deterministic
+        self.generator_kwargs, self.discriminator_kwargs = generator_kwargs or {}, discriminator_kwargs or {}
+        self.output_key, self.driver, self.output_device = output_key, driver, torch.device(output_device)
+        self.progress, self.callback = progress, callback
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        self.device = torch.device(device) if device is not None else _device_of(generator, discriminator)
+        self.real = None if real is None else checks.tensor("real", real)
+        if self.real is not None and len(self.real) == 0:
+            raise InputError("`real` is empty; wanted real images (N, ...)")
+        self.real_labels = None if self.real is None else checks.labels(real_labels, len(self.real))
+        self._needs_real = self.stop.needs_real or getattr(sampler, "needs_real", False)
+        if self._needs_real and self.real is None:
+            raise InputError(f"{sampler!r} with {self.stop!r} reads real logits: pass real=images to the Refiner")
+        _check_scale(sampler, discriminator_output)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._generator_side: GeneratorSide | None = None
+        self._generator_key: Any = None
+        self._forget_discriminator()
+
+    def _forget_discriminator(self) -> None:
+        self._discriminator_side: DiscriminatorSide | None = None
+        self._target: Target | None = None
+        self._real_logits: RealLogits | None = None
+        self._bound: tuple[Sampler, StopRule] | None = None
+        self._key: Any = None
+
+    @property
+    def scale(self) -> str:
+        """"critic", or "logit" (which covers "probability")."""
+        return "critic" if self.discriminator_output == "critic" else "logit"
+
+    def with_discriminator(self, discriminator: nn.Module) -> Refiner:
+        """The same refiner with another discriminator; the cut of the generator is shared, real logits are scored anew."""
+        twin = copy.copy(self)
+        twin.discriminator = discriminator
+        twin._forget_discriminator()
+        return twin
+
+    def sample(self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None) -> Result:
+        """Refine ``n`` samples with latents drawn from the prior by (seed, id), ids first_id ... first_id + n - 1.
+
+        labels: (n,) classes or (n, C) vectors, or one class for all. Raises InputError without a prior.
+        """
+        return Result.concatenate(list(self.stream(n, first_id=first_id, seed=seed, chunk=max(n, 1), labels=labels)))
+
+    def refine(self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0) -> Result:
+        """Refine given latents (N, ...), or given images with at="output" and generator=None."""
+        z = checks.tensor("latents", latents)
+        source = self._source(len(z), first_id, seed, z, labels)
+        return Result.concatenate(list(session.parts(self, source, max(len(z), 1))))
+
+    def stream(
+        self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None
+    ) -> Iterator[Result]:
+        """As ``sample``, in consecutive parts of ``chunk`` samples with bounded memory, in order of sample id."""
+        if self.prior is None:
+            raise InputError("no prior to draw latents from: pass prior=, e.g. fastrefine.Normal(64), or use refine(latents)")
+        checks.count("chunk", chunk, 1)
+        return session.parts(self, self._source(checks.count("n", n, 0), first_id, seed, None, labels), chunk)
+
+    def score(self, images: Tensor, labels: Any = None) -> Tensor:
+        """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
+        x = checks.tensor("images", images)
+        y = checks.labels(labels, len(x))
+        with quiet_torch(), drivers.arithmetic(self.precision, self.deterministic):
+            return self._score(x, y).to(self.output_device)
+
+    def real_logits(self, why: str) -> Tensor:
+        """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""
+        if self._real_logits is None:
+            raise InputError(f"{why} needs real images: pass real= to the Refiner")
+        return self._real_logits.logits
+
+    def _source(self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any) -> Source:
+        checks.count("first_id", first_id, 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise InputError(f"seed is {seed!r}; wanted a whole number in [0, 2**64)")
+        if first_id + n > 2**32:
+            raise InputError(f"sample ids end at {first_id + n}; noise is defined for ids below 2**32")
+        return Source(first_id, n, seed, self.prior, latents, checks.labels(labels, n))
+
+    def _prepare(self, source: Source) -> Target:
+        """Networks copied, cut, probed, folded and traced: once for each kind of input, then kept."""
+        labelled = source.labels is not None
+        shape = source.latents.shape[1:] if source.latents is not None else self.prior.shape  # type: ignore[union-attr]
+        key = (tuple(shape), labelled)
+        if self._target is not None and self._key == key:
+            return self._target
+        if self._generator_key != key:
+            self._forget()
+        z, y = self._probe_batch(source, tuple(shape))
+        if self._generator_side is None:
+            self._generator_side = GeneratorSide(self.generator, self.at, z, y, self.generator_kwargs, self.coupling)
+        side = self._generator_side
+        with side.evaluation_mode():
+            a, context = side.prefix(z, y)
+            images = side.render(a, context)
+            if self._discriminator_side is None:
+                self._discriminator_side = self._new_discriminator_side(images, y)
+            critic = self._discriminator_side
+            if y is not None and not (side.takes_labels or critic.takes_labels):
+                raise InputError("labels were given, but neither the generator nor the discriminator takes them")
+            if self.real is not None:
+                checks.real_images(self.real, side.image_shape, images)
+            self._bind()
+            assert self._bound is not None
+            target = Target(side, critic, self._bound[0], self.precision, self.num_slots)
+            target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
+        self._target, self._key, self._generator_key = target, key, key
+        return target
+
+    def _probe_batch(self, source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """A few distinct latents like those to come, and their labels."""
+        if source.latents is None:
+            z = self.prior.sample(torch.arange(PROBE), source.seed, self.dtype, ops.Stream.PROBE)  # type: ignore[union-attr]
+        else:
+            given = source.latents[:PROBE].to(self.dtype)
+            given = given if len(given) else torch.zeros(1, *shape, dtype=self.dtype)
+            # fewer than a probe batch: scaled and shifted copies, so that companions differ
+            z = torch.cat([given * (1 - 0.1 * k) + 0.05 * k for k in range(-(-PROBE // len(given)))])[:PROBE]
+        if source.labels is None:
+            return z.to(self.device), None
+        y = source.labels if len(source.labels) else source.labels.new_zeros(1, *source.labels.shape[1:])
+        return z.to(self.device), y[torch.arange(PROBE) % len(y)].to(self.device)
+
+    def _new_discriminator_side(self, images: Tensor, labels: Tensor | None) -> DiscriminatorSide:
+        return DiscriminatorSide(
+            self.discriminator, images, labels, self.discriminator_kwargs, self.discriminator_output, self.output_key, self.coupling
+        )
+
+    def _bind(self) -> None:
+        """Score the real images and fill in what sampler and stop rule read of them."""
+        if self.real is not None and self._needs_real:
+            self._real_logits = RealLogits(self._score(self.real, self.real_labels).double().cpu(), _classes(self.real_labels))
+        self._bound = self.sampler.bind(self), self.stop.bind(self._real_logits)
+
+    def _refresh(self, discriminator: nn.Module) -> None:
+        """Take an updated discriminator of the same structure; nothing is traced again (used while shaping)."""
+        self.discriminator = discriminator
+        if self._target is None or self._discriminator_side is None:
+            return
+        with quiet_torch():
+            side = self._discriminator_side = self._discriminator_side.updated(discriminator)
+            self._target.refresh(side)
+            self._bind()
+
+    def _score(self, x: Tensor, y: Tensor | None) -> Tensor:
+        if len(x) == 0:
+            return torch.zeros(0, dtype=self.dtype)
+        side = self._discriminator_side
+        if side is None:
+            probe = x[:PROBE].to(self.device, self.dtype)
+            probe = torch.cat([probe * (1 - 0.1 * k) for k in range(-(-PROBE // len(probe)))])[:PROBE]
+            side = self._new_discriminator_side(probe, None if y is None else y[torch.arange(PROBE) % len(y)].to(self.device))
+            self._discriminator_side = side
+        parts = []
+        for start in range(0, len(x), self.num_slots):
+            images = x[start : start + self.num_slots].to(self.device, self.dtype)
+            labels = None if y is None else y[start : start + self.num_slots].to(self.device)
+            parts.append(side.logits(side.module, images, labels).mean(1))
+        return torch.cat(parts)
+
+def _classes(labels: Tensor | None) -> Tensor | None:
+    return labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
+
+
+def _device_of(*modules: Any) -> torch.device:
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _check_scale(sampler: Sampler, scale: str) -> None:
+    """Warn where the loss asks for probabilities and the discriminator is a critic."""
+    if scale == "critic" and sampler.loss in ("nonsaturating", "minimax"):
+        warnings.warn(
+            f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'",
+            FastrefineWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,130 @@
+"""What a sampler is: a frozen description and pure functions over per-slot tensors (S slots, F features)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrefine.errors import InputError
+
+if TYPE_CHECKING:
+    from fastrefine.refiner import Refiner
+
+State = dict[str, Tensor]
+Self = TypeVar("Self", bound="Sampler")
+
+# Losses over logits d, elementwise; the descent direction of each is w(d) grad d with w = -dL/dd.
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nonsaturating": lambda d: F.softplus(-d),  # -log s(d), [CS] Eq. 3-5
+    "minimax": lambda d: -F.softplus(d),  # log(1 - s(d)), [CS0] Eq. 1 (errata: the papers print 1 - log D)
+    "wasserstein": lambda d: -d,
+    "least_squares": lambda d: 0.5 * (d - 1) ** 2,  # LSGAN, target 1
+}
+
+
+class Sample(NamedTuple):
+    """What is known of a sample when it enters a slot."""
+
+    id: Tensor  # (S,) int64
+    label: Tensor | None  # (S,) int64 or (S, C); None without labels
+    reference_logit: Tensor  # (S,) logit of a real image drawn for this sample; NaN without ``real``
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of every slot at its activation."""
+
+    logit: Tensor  # (S,) mean over a map's patches
+    loss: Tensor  # (S,) the sampler's own objective
+    grad: Tensor  # (S, F) d loss / d activation
+    log_prior: Tensor | None = None  # (S,)
+    prior_score: Tensor | None = None  # (S, F) d log_prior / d activation
+
+
+class NoiseSource(Protocol):
+    def normal(self, stream: int = ...) -> Tensor: ...
+    def uniform(self, stream: int = ...) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A sampler's fused form: the name of its rule in the C++ and Triton skeletons, and what the rule works on."""
+
+    rule: str
+    hyper: tuple[float, ...]  # read from device memory: changing them never recompiles or re-captures
+    scalars: tuple[str, ...] = ()  # state entries of shape (S,), in the rule's order
+    vectors: tuple[str, ...] = ()  # state entries of shape (S, F), in the rule's order
+    noise_scale: float = 0.0
+    clamp: tuple[float, float] | None = None
+
+
+class Sampler:
+    """Base of all samplers. A state always holds ``position`` (S, F), the sample as it stands, and its ``logit`` (S,).
+
+    State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until ``propose``.
+    """
+
+    loss: str = "nonsaturating"
+    logit_scale: float = 1.0
+    rejects: bool = False  # a non-finite trial is a rejected trial, not the end of the sample
+    noisy: bool = False
+
+    def bind(self: Self, refiner: Refiner) -> Self:
+        """The sampler with what depends on the networks filled in; called once for each discriminator."""
+        return self
+
+    def init(self, a: Tensor, sample: Sample) -> State:
+        """State of a sample that enters its slot with activation ``a``."""
+        return {"position": a, "logit": a.new_full((len(a),), math.nan)}
+
+    def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:
+        """Take in the evaluation at ``a``; ``step`` (S,) updates were made so far. Called at the last evaluation too."""
+        return {**state, "position": a, "logit": evaluation.logit, "grad": evaluation.grad}
+
+    def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
+        """The next activation (S, F) to evaluate."""
+        raise NotImplementedError
+
+    def position(self, state: State) -> Tensor:
+        """The sample as it stands: what retires."""
+        return state["position"]
+
+    def kernel(self) -> Kernel | None:
+        """The fused form, or None where only the PyTorch formulas exist."""
+        return None
+
+
+def per_slot(value: Tensor) -> Tensor:
+    """(S,) -> (S, 1), to broadcast over features."""
+    return value[:, None]
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise InputError unless ``value`` is a finite number in [low, high] (in (low, high] with ``open_low``)."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
+        return
+    wanted = f"{'more than' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise InputError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, choices))}")
+
+
+def check_clamp(clamp: Any) -> None:
+    """Raise InputError unless ``clamp`` is None or two ordered finite numbers; a bound of 0 is a bound."""
+    if clamp is None:
+        return
+    if not isinstance(clamp, tuple | list) or len(clamp) != 2:
+        raise InputError(f"clamp is {clamp!r}; wanted None or (low, high)")
+    for bound in clamp:
+        check_number("clamp bound", bound)
+    if clamp[0] > clamp[1]:
+        raise InputError(f"clamp is {clamp!r}; wanted low <= high")

@@ -1,0 +1,165 @@
+"""One call of sample, refine or stream: the engine's blocks within the right modes, regrouped, watched, retried."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastrefine import drivers, ops
+from fastrefine.engine import Progress, Run
+from fastrefine.errors import FastrefineError, FastrefineWarning, NonFiniteError
+from fastrefine.pair import quiet_torch
+from fastrefine.pool import Proposals, Source
+from fastrefine.result import Result, Status
+from fastrefine.slots import Rule
+from fastrefine.target import Target
+
+if TYPE_CHECKING:
+    from fastrefine.refiner import Refiner
+
+log = logging.getLogger("fastrefine")
+
+
+def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
+    """The source's samples in consecutive parts of ``chunk``, the last one shorter; one empty part for no samples."""
+    held: list[Result] = []
+    for block in _blocks(refiner, source):
+        held.append(block)
+        while sum(map(len, held)) >= chunk:
+            together = Result.concatenate(held)
+            yield together.select(slice(0, chunk))
+            rest = together.select(slice(chunk, None))
+            held = [rest] if len(rest) else []
+    if held:
+        yield Result.concatenate(held)
+
+
+def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
+    """Results block by block; out of memory halves the slots for what is left, unless deterministic."""
+    progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
+    with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
+        while True:
+            try:
+                with _modes(refiner, None, size):
+                    target = refiner._prepare(source)
+                    target.resize(size)
+                if source.count == 0:
+                    yield _empty(target, source, refiner, progress)
+                    return
+                blocks = _run(refiner, target, source, progress, bar).parts()
+                while True:
+                    # modes are entered around each block alone: between two parts the caller's are in force
+                    with _modes(refiner, target, size) as progress.facts["threads"]:
+                        part = next(blocks, None)
+                    if part is None:
+                        break
+                    source = source.after(int(part.ids[-1]) + 1)
+                    part = _to_output(part, refiner.output_device)
+                    watch.see(part)
+                    yield part
+                break
+            except torch.OutOfMemoryError as error:
+                if refiner.deterministic or size == 1:
+                    reason = " (deterministic=True never changes it by itself)" if refiner.deterministic else ""
+                    raise FastrefineError(f"out of memory with {size} slots; pass a smaller num_slots{reason}") from error
+                size //= 2
+                log.warning("out of memory: going on with %d slots, which changes the bits of what follows", size)
+    watch.tell()
+
+
+@contextlib.contextmanager
+def _modes(refiner: Refiner, target: Target | None, size: int) -> Iterator[int]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_torch())
+        stack.enter_context(drivers.arithmetic(refiner.precision, refiner.deterministic))
+        flops = None
+        if target is not None:
+            stack.enter_context(target.generator.evaluation_mode())
+            flops = None if target.flops is None else target.flops * size
+        yield stack.enter_context(drivers.threads_for(flops))
+
+
+def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, bar: tqdm) -> Run:
+    assert refiner._bound is not None
+    sampler, stop = refiner._bound
+    kernel = sampler.kernel()
+    backend = ops.choose(refiner.device, None if kernel is None else kernel.rule)
+    driver = drivers.choose(refiner.driver, refiner.device)
+    progress.facts = {
+        "backend": backend, "driver": driver.name, "precision": refiner.precision, "threads": 0,
+        "num_slots": target.num_slots, "route": target.route, "split": target.generator.cut.route,
+    }  # fmt: skip
+    lockstep = refiner.coupling == "lockstep"
+    proposals = Proposals(
+        source, target.generator, stop, refiner._real_logits, refiner.max_steps, target.num_slots, refiner.dtype,
+        refiner.device, whole_blocks=lockstep,
+    )  # fmt: skip
+    rule = Rule(sampler, source.seed, refiner.keep == "best", lockstep, refiner.max_grad_norm)
+    total = bar.total
+    progress.finished = progress.delivered
+
+    def on_step(step: int, finished: int) -> None:
+        bar.update(min(finished, total) - bar.n)
+        if refiner.callback is not None:
+            refiner.callback({"step": step, "finished": min(finished, total), "total": total})
+
+    return Run(proposals, target, rule, backend, driver, progress, on_step)
+
+
+def _to_output(part: Result, device: torch.device) -> Result:
+    return replace(part, **{k: v.to(device) for k, v in vars(part).items() if isinstance(v, Tensor)})
+
+
+def _empty(target: Target, source: Source, refiner: Refiner, progress: Progress) -> Result:
+    """No samples, with the shapes that samples would have."""
+    side = target.generator
+    none, whole = torch.zeros(0, dtype=refiner.dtype), torch.zeros(0, dtype=torch.int32)
+    latents = source.latents if source.latents is not None else none.view(0, *refiner.prior.shape)  # type: ignore[union-attr]
+    return Result(
+        none.view(0, *side.image_shape), none, none, whole, whole.to(torch.int8), whole.long(), latents,
+        none.view(0, *side.shape), whole, source.labels, None, refiner.scale, progress.report(),
+    )  # fmt: skip
+
+
+class _Watch:
+    """What a run tells its caller at the end, and the error for non-finite samples where that was asked for."""
+
+    def __init__(self, refiner: Refiner):
+        self.refiner = refiner
+        self.count = self.nonfinite = self.stalled = self.above = self.falls = self.steps = 0
+
+    def see(self, part: Result) -> None:
+        bad = part.ids[part.status == Status.NONFINITE].tolist()
+        if bad and self.refiner.on_nonfinite == "error":
+            raise NonFiniteError(f"logit or gradient not finite for {len(bad)} samples, first ids {bad[:5]}")
+        self.count += len(part)
+        self.nonfinite += len(bad)
+        self.stalled += int((part.status == Status.STALLED).sum())
+        self.falls += int(part.logit_falls.sum())
+        self.steps += int(part.steps.sum())
+        real = self.refiner._real_logits
+        if real is not None:
+            self.above += int((part.logits.cpu() > real.logits.max()).sum())
+
+    def tell(self) -> None:
+        if self.nonfinite:
+            _warn(f"{self.nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
+        if self.count and self.stalled == self.count:
+            _warn(f"0 of {self.count} samples moved: every gradient was exactly zero (status STALLED)")
+        if self.above > self.count / 2:
+            _warn(f"{self.above} of {self.count} logits passed the highest real logit: too many or too large steps?")
+        if not self.refiner.sampler.rejects and self.steps and self.falls > self.steps / 2:
+            share = self.falls / self.steps
+            _warn(f"{share:.0%} of the updates lowered the logit: the step size is too large")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, FastrefineWarning, stacklevel=2)

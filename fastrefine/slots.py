@@ -1,0 +1,99 @@
+"""The tensors of a run: slots, pool window and output window. Nothing here acts; ``ops.refine_step`` does.
+
+S slots, F features of a flattened activation, P pool rows, W output rows; "real" = float32, or float64 under
+precision="float64". Row of sample i: i % P in the pool, i % W among the outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastrefine.samplers.base import Sample, Sampler, State
+
+# Entries of Counters.values
+NEXT, END, LIVE, FINISHED, EVALUATIONS, ITERATIONS = range(6)
+
+PENDING, REACHED, EXHAUSTED, NONFINITE, STALLED = -1, 0, 1, 2, 3
+
+
+@dataclass(eq=False)
+class Slots:
+    """What belongs to the sample in each slot; everything is reset when the slot is refilled."""
+
+    activation: Tensor  # (S, F) real: the trial to evaluate
+    sample_id: Tensor  # (S,) int64; -1: empty
+    step: Tensor  # (S,) int32 proposals made so far
+    last_step: Tensor  # (S,) int32
+    threshold: Tensor  # (S,) real; retire when logit >= threshold
+    reference_logit: Tensor  # (S,) real
+    initial_logit: Tensor  # (S,) real
+    logit_falls: Tensor  # (S,) int32 evaluations below the sample's standing logit
+    grad_peak: Tensor  # (S,) real: largest |gradient| met; 0 at the end means stalled
+    source: Tensor  # (S,) int64 pool row that refilled the slot in the last step; -1: none
+    state: State  # the sampler's
+    best: Tensor | None = None  # (S, F) real, with keep="best"
+    best_logit: Tensor | None = None  # (S,)
+    cache: dict[str, object] = field(default_factory=dict)  # a backend's own view of these tensors
+
+
+@dataclass(eq=False)
+class Pool:
+    """Proposals in order of sample id, waiting for a slot."""
+
+    activation: Tensor  # (P, F) real
+    last_step: Tensor  # (P,) int32
+    threshold: Tensor  # (P,) real
+    reference_logit: Tensor  # (P,) real
+    counters: Tensor  # (6,) int64: next id to admit, end of the ids in the pool, live, finished, evaluations, iterations
+
+
+@dataclass(eq=False)
+class Outputs:
+    """Finished samples by id; row W is a sink for slots that did not finish."""
+
+    activation: Tensor  # (W + 1, F) real
+    logit: Tensor  # (W + 1,) real
+    initial_logit: Tensor  # (W + 1,) real
+    steps: Tensor  # (W + 1,) int32
+    logit_falls: Tensor  # (W + 1,) int32
+    status: Tensor  # (W + 1,) int32; -1: pending
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a step does besides the sampler's formulas."""
+
+    sampler: Sampler
+    seed: int
+    keep_best: bool = False
+    lockstep: bool = False
+    max_grad_norm: float | None = None
+
+
+def allocate(
+    num_slots: int, features: int, pool_rows: int, output_rows: int, rule: Rule, dtype: torch.dtype, device: torch.device
+) -> tuple[Slots, Pool, Outputs]:
+    """All tensors of a run, empty."""
+
+    def real(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def integer(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full(shape, fill, dtype=dtype, device=device)
+
+    s, w = num_slots, output_rows + 1
+    nobody = integer(s, fill=-1, dtype=torch.int64)
+    a = real(s, features)
+    state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(nobody, None, real(s))).items()}
+    slots = Slots(
+        a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
+        best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
+    )  # fmt: skip
+    pool = Pool(
+        real(pool_rows, features), integer(pool_rows), real(pool_rows), real(pool_rows), integer(6, dtype=torch.int64)
+    )
+    outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), integer(w, fill=PENDING))
+    return slots, pool, outputs

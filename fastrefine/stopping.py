@@ -1,0 +1,175 @@
+"""Stop rules: each draws, when a sample is admitted, a logit threshold and a last step; the kernels know one test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastrefine import ops
+from fastrefine.errors import InputError
+from fastrefine.ops.noise import Stream
+from fastrefine.samplers.base import check_number
+
+Draw = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RealLogits:
+    """Logits of real images under the present discriminator, (N,), with their classes where the images are labelled."""
+
+    logits: Tensor
+    labels: Tensor | None = None
+
+    def of_class(self, label: int) -> Tensor:
+        """Logits of one class; InputError where there is none."""
+        assert self.labels is not None
+        found = self.logits[self.labels == label]
+        if len(found) == 0:
+            raise InputError(f"no real image has label {label}; give `real` images of every class that is sampled")
+        return found
+
+    def _per_sample(self, labels: Tensor | None, pick: Callable[[Tensor, Tensor], Tensor], n: int) -> Tensor:
+        """``pick(logits of the class, positions)`` for each class among ``labels``, or for all at once."""
+        everyone = torch.arange(n)
+        if self.labels is None or labels is None:
+            return pick(self.logits, everyone)
+        result = self.logits.new_empty(n)
+        for label in labels.unique().tolist():
+            where = everyone[labels == label]
+            result[where] = pick(self.of_class(label), where)
+        return result
+
+    def median(self, labels: Tensor | None, n: int) -> Tensor:
+        """(n,) median real logit, per class if labelled."""
+        return self._per_sample(labels, lambda logits, at: logits.median().expand(len(at)), n)
+
+    def reference(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
+        """(n,) logit of a real image drawn for each sample by (seed, id), of the sample's class if labelled."""
+        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.REFERENCE)[:, 0]
+
+        def pick(logits: Tensor, at: Tensor) -> Tensor:
+            return logits[(u[at] * len(logits)).long().clamp(max=len(logits) - 1)]
+
+        return self._per_sample(labels, pick, len(ids))
+
+
+class StopRule:
+    """Base of the stop rules: a sample retires when its logit reaches its threshold, or after its last step."""
+
+    needs_real = False
+
+    def bind(self, real: RealLogits | None) -> StopRule:
+        """The rule with the real logits of the present discriminator filled in."""
+        return self
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        """(threshold (n,) float64, last step (n,) int32) of the samples ``ids``; a pure function of (seed, id)."""
+        raise NotImplementedError
+
+
+def _always(ids: Tensor, max_steps: int) -> Tensor:
+    return torch.full((len(ids),), max_steps, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class FixedSteps(StopRule):
+    """stop=None: every sample has ``max_steps`` updates."""
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        return torch.full((len(ids),), math.inf, dtype=torch.float64), _always(ids, max_steps)
+
+
+@dataclass(frozen=True)
+class Threshold(StopRule):
+    """Retire when the logit is at least ``logit``."""
+
+    logit: float
+
+    def __post_init__(self) -> None:
+        check_number("threshold logit", self.logit)
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        return torch.full((len(ids),), float(self.logit), dtype=torch.float64), _always(ids, max_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _FromReal(StopRule):
+    """A rule that reads logits of real images: given here, else those of the Refiner's ``real``."""
+
+    logits: Tensor | None = None
+    real: RealLogits | None = None
+
+    def __post_init__(self) -> None:
+        if self.logits is None:
+            return
+        logits = torch.as_tensor(self.logits).detach().flatten().double().cpu()
+        if len(logits) == 0 or not torch.isfinite(logits).all():
+            raise InputError(f"{type(self).__name__}: wanted one or more finite real logits, got {len(logits)} values")
+        object.__setattr__(self, "real", RealLogits(logits))
+
+    @property
+    def needs_real(self) -> bool:  # type: ignore[override]
+        return self.logits is None
+
+    def bind(self, real: RealLogits | None) -> StopRule:
+        return replace(self, real=real) if self.logits is None else self
+
+    def _known(self) -> RealLogits:
+        if self.real is None:
+            raise InputError(f"{type(self).__name__} needs real logits: give them, or `real` images to the Refiner")
+        return self.real
+
+
+class MedianOfReal(_FromReal):
+    """Retire when the logit reaches the median real logit ([CS] Alg. 1), per class if ``real_labels`` are given."""
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        return self._known().median(labels, len(ids)).double(), _always(ids, max_steps)
+
+
+class ReferenceSample(_FromReal):
+    """Retire when the logit reaches that of a real image drawn for this sample, of its class if labelled."""
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        return self._known().reference(ids, seed, labels).double(), _always(ids, max_steps)
+
+
+@dataclass(frozen=True)
+class Hazard(StopRule):
+    """Retire after each evaluation with a constant probability: a geometric last step, 0 included ([CS] 3.2)."""
+
+    probability: float
+
+    def __post_init__(self) -> None:
+        check_number("hazard probability", self.probability, 0.0, 1.0, open_low=True)
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
+        log_stay = math.log1p(-self.probability) if self.probability < 1 else -math.inf
+        last = torch.floor(torch.log(u) / log_stay).clamp(0, max_steps)
+        return torch.full((len(ids),), math.inf, dtype=torch.float64), last.int()
+
+
+@dataclass(frozen=True)
+class UniformStep(StopRule):
+    """Retire after a step drawn uniformly from 0 ... max_steps (the public code's "probabilistic" refinement)."""
+
+    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
+        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
+        last = torch.floor(u * (max_steps + 1)).clamp(max=max_steps)
+        return torch.full((len(ids),), math.inf, dtype=torch.float64), last.int()
+
+
+def as_rule(stop: StopRule | float | None) -> StopRule:
+    """None -> always max_steps, a number -> Threshold, a rule as it is; InputError on anything else."""
+    if stop is None:
+        return FixedSteps()
+    if isinstance(stop, StopRule):
+        return stop
+    if isinstance(stop, int | float) and not isinstance(stop, bool):
+        return Threshold(float(stop))
+    raise InputError(f"stop is {stop!r}; wanted None, a logit, or an object of fastrefine.stopping")
