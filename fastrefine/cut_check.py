@@ -24,7 +24,7 @@ class HookedGenerator:
         """(image, activation); a given activation replaces the module's output. Costs a whole forward."""
         if self.module is None:
             activation = inputs[0].clone() if activation is None else activation
-            _seed(inputs[0].device)
+            seed_noise(inputs[0].device)
             return self.generator(activation.clone(), *inputs[1:]), activation
         calls, seen = 0, activation
 
@@ -39,7 +39,7 @@ class HookedGenerator:
 
         handle = self.module.register_forward_hook(replace)
         try:
-            _seed(inputs[0].device)
+            seed_noise(inputs[0].device)
             image = self.generator(*inputs)
         finally:
             handle.remove()
@@ -57,12 +57,12 @@ class HookedGenerator:
         return activation, image.detach(), cotangent, gradient
 
 
-def _seed(device: torch.device) -> None:
+def seed_noise(device: torch.device, seed: int = _SEED) -> None:
     """Seed the generators of the CPU and of this device alone; torch.manual_seed would disturb the other GPUs'."""
-    torch.default_generator.manual_seed(_SEED)
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            torch.cuda.manual_seed(_SEED)
+            torch.cuda.manual_seed(seed)
 
 
 def random_like(value: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def difference(oracle: HookedGenerator, prefix: nn.Module, tail: nn.Module, inpu
     """What differs between a cut and the oracle on ``inputs``, in words; ``None`` if nothing does."""
     expected_activation, expected_image, cotangent, expected_gradient = oracle.image_and_gradient(inputs)
     with torch.no_grad():
-        _seed(inputs[0].device)
+        seed_noise(inputs[0].device)
         activation, context = prefix(*inputs)
     leaf = activation.detach().clone().requires_grad_()
     image = tail(leaf, *context)

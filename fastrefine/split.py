@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .cut_check import HookedGenerator, check_gradient, difference
+from .cut_check import HookedGenerator, check_gradient, difference, seed_noise
 from .errors import FastrefineError, InputError, SplitError
 from .graph import cut_graph
 from .halves import (
@@ -199,6 +199,7 @@ def _inner_cut(call: GeneratorCall, at: str, inputs: tuple[Tensor, ...]) -> Cut:
     ]
     reasons = []
     for route, description, trace in routes:
+        seed_noise(inputs[0].device, seed=0)  # unlike the check's: noise baked in by a trace must not pass it
         try:
             prefix, tail = cut_graph(trace(), samples)  # type: ignore[arg-type]
             with torch.no_grad():
