@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +20,13 @@ PROBE = 4  # samples of a probe batch
 
 
 @contextlib.contextmanager
-def quiet_torch() -> Iterator[None]:
-    """No grad, no inference mode, no autocast, as the engine wants it; the caller's modes come back afterwards."""
+def quiet_torch(device: torch.device | None = None) -> Iterator[None]:
+    """No grad, no inference mode, no autocast, as the engine wants it; the caller's modes come back afterwards.
+
+    So does the state of the CPU's and the device's generator, for networks may draw numbers that change nothing.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -41,6 +46,8 @@ def takes_labels(module: Any, known: dict[str, Any]) -> tuple[bool, bool]:
         return True, False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 or positional[1].name in known:
+        return False, False
+    if isinstance(positional[1].default, bool | float | str):  # an option such as return_features=False
         return False, False
     return True, positional[1].default is inspect.Parameter.empty
 
@@ -63,7 +70,7 @@ class GeneratorSide:
         self, generator: nn.Module | Split | None, at: str, latents: Tensor, labels: Tensor | None,
         kwargs: dict[str, Any], coupling: str,
     ):  # fmt: skip
-        self.takes_labels = False
+        self.takes_labels, self.num_classes = False, None
         self._borrowed: list[nn.Module] = []
         dtype, device = latents.dtype, latents.device
         if generator is None:
@@ -72,26 +79,33 @@ class GeneratorSide:
         elif isinstance(generator, Split):
             self.cut = self._given(generator, dtype, device)
             self.takes_labels = takes_labels(generator.prefix, {})[0]
+            if labels is not None and self.takes_labels:
+                prefix = self.cut.prefix
+                self.num_classes = label_classes([prefix], lambda y: prefix(latents, y), labels)
         else:
             own = freeze.private_copy(unwrap(generator)).to(device=device, dtype=dtype)
             self.takes_labels, required = takes_labels(own, kwargs)
             if labels is None and required:
                 raise InputError("the generator needs labels: pass labels=(N,) to sample, refine or stream")
             given = (latents, labels) if self.takes_labels and labels is not None else (latents,)
-            images = _attempt("generator", lambda: own(*given, **kwargs), latents)
+            if labels is not None and self.takes_labels:
+                self.num_classes = label_classes([own], lambda y: own(latents, y, **kwargs), labels)
+            images = attempt("generator", lambda: own(*given, **kwargs), latents)
             if not isinstance(images, Tensor) or images.shape[:1] != latents.shape[:1]:
                 raise InputError(f"the generator must return images (N, ...), got {_describe(images)} for {len(latents)} latents")
             self.cut = split(own, at, latents, labels if self.takes_labels else None, kwargs or None)
-        if labels is not None:
-            check_labels(labels, [self.cut.prefix, self.cut.tail] if self.takes_labels else [])
         self._probe(latents, labels, coupling)
 
     def _given(self, pair: Split, dtype: torch.dtype, device: torch.device) -> Cut:
-        """A pair of the caller's: modules are copied; of plain functions only the modules they close over are borrowed."""
+        """A pair of the caller's: modules and owners of methods are copied, what plain functions close over is borrowed."""
         parts: list[nn.Module] = []
         for part in (pair.prefix, pair.tail):
+            owner = getattr(part, "__self__", None)
             if isinstance(part, nn.Module):
                 parts.append(freeze.private_copy(unwrap(part)).to(device=device, dtype=dtype))
+            elif isinstance(owner, nn.Module) and isinstance(part, types.MethodType):
+                own = freeze.private_copy(unwrap(owner)).to(device=device, dtype=dtype)
+                parts.append(_Function(types.MethodType(part.__func__, own), own))
             else:
                 self._borrowed += _closed_over(part)
                 parts.append(_Function(part))
@@ -128,7 +142,7 @@ class GeneratorSide:
     def prefix(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(activation (n, ...), context tensors (n, ...)) of latents (n, ...)."""
         given = (latents, labels) if self.takes_labels and labels is not None else (latents,)
-        a, context = _attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
+        a, context = attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
         if not isinstance(a, Tensor) or not isinstance(context, tuple | list):
             raise InputError("prefix(z[, labels]) must return (activation, tuple of context tensors)")
         return a.clone() if a is latents else a, tuple(context)
@@ -136,7 +150,7 @@ class GeneratorSide:
     def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Images (n, ...) of activations (n, ...): the generator's own arithmetic, nothing folded."""
         tail = self.cut.tail
-        return _attempt("generator's tail", lambda: tail(a.clone(), *(c.clone() for c in context)), a)
+        return attempt("generator's tail", lambda: tail(a.clone(), *(c.clone() for c in context)), a)
 
 
 class DiscriminatorSide:
@@ -146,18 +160,18 @@ class DiscriminatorSide:
         self, discriminator: nn.Module, images: Tensor, labels: Tensor | None, kwargs: dict[str, Any],
         scale: str, key: readout.OutputKey, coupling: str,
     ):  # fmt: skip
-        self.kwargs, self.scale, self.key = kwargs, scale, key
+        self.kwargs, self.scale, self.key, self.num_classes = kwargs, scale, key, None
         own = freeze.private_copy(unwrap(discriminator)).to(device=images.device, dtype=images.dtype)
         self.takes_labels, required = takes_labels(own, kwargs)
         self.takes_labels = self.takes_labels and labels is not None
         if labels is None and required:
             raise InputError("the discriminator needs labels: pass labels=(N,) to sample, refine or stream")
         if labels is not None and self.takes_labels:
-            check_labels(labels, [own])
+            self.num_classes = label_classes([own], lambda y: own(images, y, **kwargs), labels)
         given = (images, labels) if self.takes_labels else (images,)
         self._like = images[:0]
         self._cut, self.readout = readout.prepare(
-            own, scale, key, lambda module: _attempt("discriminator", lambda: module(*given, **kwargs), images), len(images)
+            own, scale, key, lambda module: attempt("discriminator", lambda: module(*given, **kwargs), images), len(images)
         )
         self.module = self._cut(own)
         probe_labels = labels if labels is None else labels[:1].expand(len(images), *labels.shape[1:])
@@ -192,12 +206,20 @@ class _Prefix(nn.Module):
 
 
 class _Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]):
+    """A plain function, or a method with the module that owns it."""
+
+    def __init__(self, function: Callable[..., Any], owner: nn.Module | None = None):
         super().__init__()
-        self.function = function
+        self.function, self.owner = function, owner
 
     def forward(self, *args: Any) -> Any:
         return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Function:
+        if self.owner is None:
+            return _Function(self.function)
+        owner = copy.deepcopy(self.owner, memo)
+        return _Function(types.MethodType(self.function.__func__, owner), owner)  # type: ignore[attr-defined]
 
 
 def _closed_over(function: Callable[..., Any]) -> list[nn.Module]:
@@ -213,7 +235,7 @@ def _describe(x: Any) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
-def _attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
+def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
     """Run a network of the caller's; its exception becomes ours, with what it was given."""
     try:
         return call()
@@ -225,15 +247,36 @@ def _attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
         raise InputError(f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {error}") from error
 
 
-def check_labels(labels: Tensor, modules: list[nn.Module]) -> None:
-    """Raise InputError for labels outside the range of an embedding, before a device-side assert can."""
+def label_classes(modules: list[nn.Module], call: Callable[[Tensor], Any], labels: Tensor) -> int | None:
+    """How many classes the embeddings know that read the labels, found by a call with label 0; None without any.
+
+    Raises InputError for labels that these do not know, before they get to a device.
+    """
+    if labels.is_floating_point():
+        return None
+    zeros, sizes = torch.zeros_like(labels), []
+    storage = zeros.untyped_storage().data_ptr()
+
+    def record(module: nn.Embedding, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].untyped_storage().data_ptr() == storage:
+            sizes.append(module.num_embeddings)
+
+    embeddings = [child for module in modules for child in module.modules() if isinstance(child, nn.Embedding)]
+    handles = [child.register_forward_pre_hook(record) for child in embeddings]
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails again on the probe batch, and is told
+        call(zeros)
+    for handle in handles:
+        handle.remove()
+    classes = min(sizes, default=None)
+    check_labels(labels, classes)
+    return classes
+
+
+def check_labels(labels: Tensor, num_classes: int | None) -> None:
+    """Raise InputError for class labels that are negative or not less than ``num_classes``."""
     if labels.is_floating_point() or not len(labels):
         return
     if int(labels.min()) < 0:
         raise InputError(f"labels must not be negative, got {int(labels.min())}")
-    for module in modules:
-        for child in module.modules():
-            if isinstance(child, nn.Embedding) and int(labels.max()) >= child.num_embeddings:
-                raise InputError(
-                    f"label {int(labels.max())} is out of range: the network knows classes 0 to {child.num_embeddings - 1}"
-                )
+    if num_classes is not None and int(labels.max()) >= num_classes:
+        raise InputError(f"label {int(labels.max())} is out of range: the network knows classes 0 to {num_classes - 1}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrefine import checks, drivers, ops, readout, session, stopping
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, quiet_torch
+from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, attempt, check_labels, quiet_torch
 from fastrefine.pool import Source
 from fastrefine.priors import Prior
 from fastrefine.result import Result
@@ -89,10 +89,13 @@ class Refiner:
             raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module, a Split or None")
         if generator is None and at != "output":
             raise InputError(f"without a generator only images can be refined: pass at='output', not {at!r}")
+        if not isinstance(at, str):
+            raise InputError(f"at is {at!r}; wanted 'input', 'output' or the name of a module")
         if prior is not None and not isinstance(prior, Prior):
             raise InputError(f"prior is {prior!r}; wanted a prior such as fastrefine.Normal(64)")
         self.generator, self.discriminator, self.sampler, self.at = generator, discriminator, sampler, at
-        self.max_steps, self.num_slots = checks.count("max_steps", max_steps, 0), checks.count("num_slots", num_slots, 1)
+        self.max_steps = checks.count("max_steps", max_steps, 0, 2**31 - 1)
+        self.num_slots = checks.count("num_slots", num_slots, 1, 2**31 - 1)
         self.stop, self.prior = stopping.as_rule(stop), prior
         for name, value, choices in (
             ("discriminator_output", discriminator_output, readout.SCALES), ("precision", precision, tuple(DTYPES)),
@@ -102,18 +105,27 @@ class Refiner:
             check_choice(name, value, choices)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
+        for name, value in (("generator_kwargs", generator_kwargs), ("discriminator_kwargs", discriminator_kwargs)):
+            if value is not None and not isinstance(value, dict):
+                raise InputError(f"{name} is {value!r}; wanted a dict of arguments or None")
+        if output_key is not None and not isinstance(output_key, str | int) and not callable(output_key):
+            raise InputError(f"output_key is {output_key!r}; wanted a key, an index, a callable or None")
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback is {callback!r}; wanted a callable or None")
         self.discriminator_output, self.precision, self.keep, self.coupling = discriminator_output, precision, keep, coupling
         self.on_nonfinite, self.max_grad_norm, self.deterministic = on_nonfinite, max_grad_norm, deterministic
         self.generator_kwargs, self.discriminator_kwargs = generator_kwargs or {}, discriminator_kwargs or {}
-        self.output_key, self.driver, self.output_device = output_key, driver, torch.device(output_device)
+        self.output_key, self.driver = output_key, driver
+        self.output_device = checks.device("output_device", output_device)
         self.progress, self.callback = progress, callback
         self.dtype = torch.float64 if precision == "float64" else torch.float32
-        self.device = torch.device(device) if device is not None else _device_of(generator, discriminator)
-        self.real = None if real is None else checks.tensor("real", real)
+        self.device = checks.device("device", device) if device is not None else _device_of(generator, discriminator)
+        self.real = None if real is None else checks.tensor("real", real, self.dtype)
         if self.real is not None and len(self.real) == 0:
             raise InputError("`real` is empty; wanted real images (N, ...)")
+        if self.real is None and real_labels is not None:
+            raise InputError("real_labels were given without `real` images")
         self.real_labels = None if self.real is None else checks.labels(real_labels, len(self.real))
-        self._needs_real = self.stop.needs_real or getattr(sampler, "needs_real", False)
         if self._needs_real and self.real is None:
             raise InputError(f"{sampler!r} with {self.stop!r} reads real logits: pass real=images to the Refiner")
         _check_scale(sampler, discriminator_output)
@@ -126,10 +138,15 @@ class Refiner:
 
     def _forget_discriminator(self) -> None:
         self._discriminator_side: DiscriminatorSide | None = None
+        self._scorer: DiscriminatorSide | None = None
         self._target: Target | None = None
         self._real_logits: RealLogits | None = None
         self._bound: tuple[Sampler, StopRule] | None = None
         self._key: Any = None
+
+    @property
+    def _needs_real(self) -> bool:
+        return self.stop.needs_real or getattr(self.sampler, "needs_real", False)
 
     @property
     def scale(self) -> str:
@@ -152,7 +169,7 @@ class Refiner:
 
     def refine(self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0) -> Result:
         """Refine given latents (N, ...), or given images with at="output" and generator=None."""
-        z = checks.tensor("latents", latents)
+        z = checks.tensor("latents" if self.generator is not None else "images", latents, self.dtype)
         source = self._source(len(z), first_id, seed, z, labels)
         return Result.concatenate(list(session.parts(self, source, max(len(z), 1))))
 
@@ -167,10 +184,12 @@ class Refiner:
 
     def score(self, images: Tensor, labels: Any = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
-        x = checks.tensor("images", images)
+        x = checks.tensor("images", images, self.dtype)
         y = checks.labels(labels, len(x))
-        with quiet_torch(), drivers.arithmetic(self.precision, self.deterministic):
-            return self._score(x, y).to(self.output_device)
+        if len(x) == 0:
+            return torch.zeros(0, dtype=self.dtype, device=self.output_device)
+        with quiet_torch(self.device), drivers.arithmetic(self.precision, self.deterministic):
+            return self._score(self._side_for(x, y), x, y).to(self.output_device)
 
     def real_logits(self, why: str) -> Tensor:
         """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""
@@ -188,10 +207,11 @@ class Refiner:
 
     def _prepare(self, source: Source) -> Target:
         """Networks copied, cut, probed, folded and traced: once for each kind of input, then kept."""
-        labelled = source.labels is not None
+        labels = source.labels
         shape = source.latents.shape[1:] if source.latents is not None else self.prior.shape  # type: ignore[union-attr]
-        key = (tuple(shape), labelled)
+        key = (tuple(shape), None if labels is None else (labels.is_floating_point(), tuple(labels.shape[1:])))
         if self._target is not None and self._key == key:
+            self._check_labels(labels)
             return self._target
         if self._generator_key != key:
             self._forget()
@@ -209,12 +229,19 @@ class Refiner:
                 raise InputError("labels were given, but neither the generator nor the discriminator takes them")
             if self.real is not None:
                 checks.real_images(self.real, side.image_shape, images)
-            self._bind()
+            self._bind(critic)
             assert self._bound is not None
+            self._check_labels(labels)
             target = Target(side, critic, self._bound[0], self.precision, self.num_slots)
             target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
         self._target, self._key, self._generator_key = target, key, key
         return target
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        assert self._generator_side is not None and self._discriminator_side is not None
+        for side in (self._generator_side, self._discriminator_side):
+            if labels is not None and side.takes_labels:
+                check_labels(labels, side.num_classes)
 
     def _probe_batch(self, source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """A few distinct latents like those to come, and their labels."""
@@ -235,10 +262,13 @@ class Refiner:
             self.discriminator, images, labels, self.discriminator_kwargs, self.discriminator_output, self.output_key, self.coupling
         )
 
-    def _bind(self) -> None:
+    def _bind(self, side: DiscriminatorSide) -> None:
         """Score the real images and fill in what sampler and stop rule read of them."""
-        if self.real is not None and self._needs_real:
-            self._real_logits = RealLogits(self._score(self.real, self.real_labels).double().cpu(), _classes(self.real_labels))
+        if self.real is not None:
+            if side.takes_labels and self.real_labels is None:
+                raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
+            logits = self._score(side, self.real, self.real_labels).double().cpu()
+            self._real_logits = RealLogits(logits, _classes(self.real_labels))
         self._bound = self.sampler.bind(self), self.stop.bind(self._real_logits)
 
     def _refresh(self, discriminator: nn.Module) -> None:
@@ -246,26 +276,37 @@ class Refiner:
         self.discriminator = discriminator
         if self._target is None or self._discriminator_side is None:
             return
-        with quiet_torch():
+        with quiet_torch(self.device):
             side = self._discriminator_side = self._discriminator_side.updated(discriminator)
             self._target.refresh(side)
-            self._bind()
+            self._scorer = self._real_logits = None
+            if self._needs_real:
+                self._bind(side)
 
-    def _score(self, x: Tensor, y: Tensor | None) -> Tensor:
-        if len(x) == 0:
-            return torch.zeros(0, dtype=self.dtype)
-        side = self._discriminator_side
-        if side is None:
-            probe = x[:PROBE].to(self.device, self.dtype)
-            probe = torch.cat([probe * (1 - 0.1 * k) for k in range(-(-PROBE // len(probe)))])[:PROBE]
-            side = self._new_discriminator_side(probe, None if y is None else y[torch.arange(PROBE) % len(y)].to(self.device))
-            self._discriminator_side = side
+    def _side_for(self, x: Tensor, y: Tensor | None) -> DiscriminatorSide:
+        """The prepared discriminator, or one prepared on these images (N, ...) where it was prepared otherwise labelled."""
+        for side in (self._discriminator_side, self._scorer):
+            if side is not None and side.takes_labels == (y is not None):
+                return side
+        probe = x[:PROBE].to(self.device, self.dtype)
+        probe = torch.cat([probe * (1 - 0.1 * k) for k in range(-(-PROBE // len(probe)))])[:PROBE]
+        labels = None if y is None else y[torch.arange(PROBE) % len(y)].to(self.device)
+        side = self._new_discriminator_side(probe, labels)
+        if y is not None and not side.takes_labels:
+            raise InputError("labels were given, but the discriminator takes none")
+        self._scorer = side
+        return side
+
+    def _score(self, side: DiscriminatorSide, x: Tensor, y: Tensor | None) -> Tensor:
+        if side.takes_labels and y is not None:
+            check_labels(y, side.num_classes)
         parts = []
         for start in range(0, len(x), self.num_slots):
             images = x[start : start + self.num_slots].to(self.device, self.dtype)
             labels = None if y is None else y[start : start + self.num_slots].to(self.device)
-            parts.append(side.logits(side.module, images, labels).mean(1))
+            parts.append(attempt("discriminator", lambda: side.logits(side.module, images, labels).mean(1), images))  # noqa: B023
         return torch.cat(parts)
+
 
 def _classes(labels: Tensor | None) -> Tensor | None:
     return labels.argmax(1) if labels is not None and labels.dim() > 1 else labels

@@ -45,6 +45,7 @@ def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
 def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
     """Results block by block; out of memory halves the slots for what is left, unless deterministic."""
     progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
+    lockstep = refiner.coupling == "lockstep"
     with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
         while True:
             try:
@@ -52,7 +53,7 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     target = refiner._prepare(source)
                     target.resize(size)
                 if source.count == 0:
-                    yield _empty(target, source, refiner, progress)
+                    yield _to_output(_empty(target, source, refiner, progress), refiner.output_device)
                     return
                 blocks = _run(refiner, target, source, progress, bar).parts()
                 while True:
@@ -67,8 +68,9 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     yield part
                 break
             except torch.OutOfMemoryError as error:
-                if refiner.deterministic or size == 1:
-                    reason = " (deterministic=True never changes it by itself)" if refiner.deterministic else ""
+                fixed = "deterministic=True" if refiner.deterministic else "coupling='lockstep'" if lockstep else None
+                if fixed or size == 1:
+                    reason = f" ({fixed} never changes it by itself)" if fixed else ""
                     raise FastrefineError(f"out of memory with {size} slots; pass a smaller num_slots{reason}") from error
                 size //= 2
                 log.warning("out of memory: going on with %d slots, which changes the bits of what follows", size)
@@ -78,7 +80,7 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
 @contextlib.contextmanager
 def _modes(refiner: Refiner, target: Target | None, size: int) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet_torch())
+        stack.enter_context(quiet_torch(refiner.device))
         stack.enter_context(drivers.arithmetic(refiner.precision, refiner.deterministic))
         flops = None
         if target is not None:
@@ -98,8 +100,9 @@ def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, b
         "num_slots": target.num_slots, "route": target.route, "split": target.generator.cut.route,
     }  # fmt: skip
     lockstep = refiner.coupling == "lockstep"
+    real = refiner._real_logits if refiner._needs_real else None
     proposals = Proposals(
-        source, target.generator, stop, refiner._real_logits, refiner.max_steps, target.num_slots, refiner.dtype,
+        source, target.generator, stop, real, refiner.max_steps, target.num_slots, refiner.dtype,
         refiner.device, whole_blocks=lockstep,
     )  # fmt: skip
     rule = Rule(sampler, source.seed, refiner.keep == "best", lockstep, refiner.max_grad_norm)
@@ -134,7 +137,7 @@ class _Watch:
 
     def __init__(self, refiner: Refiner):
         self.refiner = refiner
-        self.count = self.nonfinite = self.stalled = self.above = self.falls = self.steps = 0
+        self.count = self.nonfinite = self.hidden = self.stalled = self.above = self.falls = self.steps = 0
 
     def see(self, part: Result) -> None:
         bad = part.ids[part.status == Status.NONFINITE].tolist()
@@ -142,6 +145,7 @@ class _Watch:
             raise NonFiniteError(f"logit or gradient not finite for {len(bad)} samples, first ids {bad[:5]}")
         self.count += len(part)
         self.nonfinite += len(bad)
+        self.hidden += int((~part.images.isfinite()).flatten(1).any(1).sum())
         self.stalled += int((part.status == Status.STALLED).sum())
         self.falls += int(part.logit_falls.sum())
         self.steps += int(part.steps.sum())
@@ -152,11 +156,13 @@ class _Watch:
     def tell(self) -> None:
         if self.nonfinite:
             _warn(f"{self.nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
+        if self.hidden:
+            _warn(f"{self.hidden} of {self.count} images hold non-finite values")
         if self.count and self.stalled == self.count:
             _warn(f"0 of {self.count} samples moved: every gradient was exactly zero (status STALLED)")
         if self.above > self.count / 2:
             _warn(f"{self.above} of {self.count} logits passed the highest real logit: too many or too large steps?")
-        if not self.refiner.sampler.rejects and self.steps and self.falls > self.steps / 2:
+        if not (self.refiner.sampler.rejects or self.refiner.sampler.noisy) and self.steps and self.falls > self.steps / 2:
             share = self.falls / self.steps
             _warn(f"{share:.0%} of the updates lowered the logit: the step size is too large")
 

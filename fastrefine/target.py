@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrefine import freeze, probe
+from fastrefine import flatten, freeze, probe
 from fastrefine.pair import DiscriminatorSide, GeneratorSide
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
 
-aten = torch.ops.aten
 log = logging.getLogger("fastrefine")
 
 DTYPES = {
@@ -26,25 +25,15 @@ DTYPES = {
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: list[int], padding: list[int], dilation: list[int],
-    transposed: bool, output_padding: list[int], groups: int, mask: list[bool],
-) -> tuple[Tensor, None, None]:  # fmt: skip
-    """Input gradient of a convolution as a convolution: the flat graph then holds inference ops only."""
-    assert not mask[1] and not mask[2], "the networks are frozen: no parameter gradient can be asked for"
-    if transposed:
-        return aten.convolution(grad, weight, None, stride, padding, dilation, False, [0] * len(stride), groups), None, None
-    spare = [
-        int(x.shape[2 + i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1))
-        for i in range(len(stride))
-    ]
-    return aten.convolution(grad, weight, None, stride, padding, dilation, True, spare, groups), None, None
-
-
 def _relative_error(value: Tensor, reference: Tensor) -> float:
-    scale = float(reference.abs().max())
-    error = float((value.double() - reference.double()).abs().max()) / max(scale, 1e-30)
-    return error if error == error else float("inf")
+    """Largest difference relative to the largest value; samples that are not finite must be so in both, and say no more."""
+    value, reference = (t.double().reshape(len(t), -1) for t in (value, reference))
+    known = reference.isfinite().all(1)
+    if not torch.equal(value.isfinite().all(1), known):
+        return math.inf
+    if not bool(known.any()):
+        return 0.0
+    return float((value - reference)[known].abs().max()) / max(float(reference[known].abs().max()), 1e-30)
 
 
 class Target:
@@ -60,7 +49,8 @@ class Target:
         self.generator, self.discriminator = generator, discriminator
         self.num_slots, self._precision = num_slots, DTYPES[precision]
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
-        self._flat: torch.fx.GraphModule | None = None
+        self._flat: fx.GraphModule | None = None
+        self._flat_forward: fx.GraphModule | None = None
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
     def prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
@@ -78,8 +68,6 @@ class Target:
             self.tail, self.d = fold(exact_tail), fold(exact_d)
             if self._agrees(reference, a.dtype):
                 break
-        else:
-            self.tail, self.d, self._fold = exact_tail, exact_d, lambda module: module
         self._convert()
         self._trace_if_faithful()
 
@@ -125,7 +113,7 @@ class Target:
     def _trace_if_faithful(self) -> None:
         """Use the flat graph where a small one equals plain autograd; its route is "flat", else "autograd"."""
         a, context = self._reference
-        self._flat = None
+        self._flat = self._flat_forward = None
         self.route = "autograd"
         plain = self._autograd(a, *context)
         try:
@@ -140,9 +128,8 @@ class Target:
             self.route = "flat"
             self.flops = counter.get_total_flops() / len(a)
 
-    def _trace(self, a: Tensor, context: tuple[Tensor, ...]) -> torch.fx.GraphModule:
-        rules = {aten.convolution_backward.default: _convolution_backward}
-        return make_fx(lambda *given: tuple(self._autograd(*given))[:3], decomposition_table=rules)(a, *context)
+    def _trace(self, a: Tensor, context: tuple[Tensor, ...]) -> fx.GraphModule:
+        return flatten.trace(lambda *given: tuple(self._autograd(*given))[:3], (a, *context))
 
     def _patches(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """(n, P) logits of flattened activations; the clone shields the slots from in-place layers."""
@@ -161,11 +148,9 @@ class Target:
     def _autograd(self, a: Tensor, *context: Tensor) -> Evaluation:
         with torch.enable_grad():
             leaf = a.detach().requires_grad_()
-            patches = self._patches(leaf, context)
-            # a map's loss is the mean of its patches' losses; its logit the mean logit
-            loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches).mean(1)
+            logit, loss = self._values(leaf, *context)
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
-        return Evaluation(patches.detach().mean(1), loss.detach(), grad.detach())
+        return Evaluation(logit.detach(), loss.detach(), grad.detach())
 
     def evaluate(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Logit, loss and gradient at ``a`` (S, F)."""
@@ -177,32 +162,28 @@ class Target:
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Logit and loss only, for a last evaluation, whose gradient nobody reads."""
+        if self.route == "autograd":
+            return Evaluation(*self._values(a, *context), None)  # type: ignore[arg-type]
+        if self._flat_forward is None:
+            self._flat_forward = flatten.trace(self._values, (a, *context))
+        return Evaluation(*self._flat_forward(a, *context), None)  # type: ignore[arg-type]
+
+    def _values(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit."""
         patches = self._patches(a, context)
-        loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches).mean(1)
-        return Evaluation(patches.mean(1), loss, None)  # type: ignore[arg-type]
+        loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches)
+        return patches.mean(1), loss.mean(1)
 
     def resize(self, num_slots: int) -> None:
         """Evaluate batches of another size from now on."""
         if num_slots != self.num_slots:
-            self.num_slots, self._flat = num_slots, None
+            self.num_slots, self._flat, self._flat_forward = num_slots, None, None
 
     def refresh(self, discriminator: DiscriminatorSide) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""
         fresh = self._fold(discriminator.module).to(dtype=self.compute)
         freeze.copy_weights(fresh, self.d)
         self.discriminator = discriminator
-        if self._flat is not None and self._has_derived_constants(self._flat):
-            self._flat = None
-
-    def _has_derived_constants(self, graph: torch.fx.GraphModule) -> bool:
-        """Whether the trace evaluated something from the weights once: such a value does not follow a refresh."""
-        own = {t.untyped_storage().data_ptr() for m in (self.tail, self.d) for t in (*m.parameters(), *m.buffers())}
-        constants = (attribute(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr")
-        return any(c.numel() > 1 and c.untyped_storage().data_ptr() not in own for c in constants)
-
-
-def attribute(module: Any, target: str) -> Any:
-    """The object at a dotted name."""
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module
+        graphs = [g for g in (self._flat, self._flat_forward) if g is not None]
+        if any(flatten.has_derived_constants(g, (self.tail, self.d)) for g in graphs):
+            self._flat = self._flat_forward = None

@@ -2,6 +2,7 @@
 
 from .cyclegan import CycleGANGenerator, patchgan_discriminator
 from .dcgan import dcgan_discriminator, dcgan_generator
+from .default import default_discriminator
 from .mlp import mlp_discriminator, mlp_generator
 from .sagan import SAGANDiscriminator, SAGANGenerator
 from .sngan import SNGANDiscriminator, SNGANGenerator
@@ -17,6 +18,7 @@ __all__ = [
     "StyleGAN2Generator",
     "dcgan_discriminator",
     "dcgan_generator",
+    "default_discriminator",
     "mlp_discriminator",
     "mlp_generator",
     "patchgan_discriminator",

@@ -1,0 +1,231 @@
+"""Discriminators that suit refinement: shaped on refined samples, tuned on raw ones, or fitted from nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastrefine import checks, freeze, ops, stopping
+from fastrefine.batches import RealBatches
+from fastrefine.calibration import diagnose
+from fastrefine.errors import InputError
+from fastrefine.models.default import default_discriminator
+from fastrefine.ops.noise import Stream
+from fastrefine.pair import quiet_torch, takes_labels
+from fastrefine.priors import Prior
+from fastrefine.readout import Readout
+from fastrefine.refiner import Refiner
+from fastrefine.samplers.base import check_choice, check_number
+from fastrefine.samplers.collaborative import Collaborative
+from fastrefine.split import Split, unwrap
+from fastrefine.stopping import StopRule
+
+Callback = Callable[[dict[str, float]], None]
+_RAW = Collaborative(step_size=1.0)  # with max_steps=0 it never moves: the engine is then the generator, by sample id
+HELD_OUT = 1000  # real and generated images that fit_discriminator stops on
+
+
+def shape_discriminator(
+    refiner: Refiner,
+    real: Any,
+    iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    *,
+    real_labels: Any = None,
+    latents: Tensor | None = None,
+    stop: StopRule | float | None = None,
+    optimizer: str = "adam",
+    betas: tuple[float, float] = (0.5, 0.999),
+    gradient_penalty: float | None = None,
+    batch_norm: str = "eval",
+    seed: int = 0,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> nn.Module:
+    """Shape D for refinement ([CS] Alg. 2): alternate a refined batch by the current D and one update of D on it.
+
+    refiner: with a prior, or pass ``latents`` (N, ...) to draw proposals from. Its D and G stay as they are.
+    real: images (N, ...), a Dataset or a loader, of images or (image, label); labels also go to the proposals.
+    stop: when refined samples leave; None is [CS]'s "probabilistic" refinement, a step drawn uniformly from
+        0 ... max_steps (stopping.UniformStep), so that D sees every stage. Pass ``refiner.stop`` to use its own rule.
+    optimizer: "adam" (with betas) | "sgd". gradient_penalty: weight of R1 (Mescheder et al. 2018) on a logit, default 0;
+        of the two-sided penalty of WGAN-GP on a critic, default 10.
+    batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated, "train" updates its statistics.
+    Proposals of iteration k have ids k B ... k B + B - 1 under ``seed``, B the size of the real batch.
+    callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
+
+    Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
+    """
+    checks.count("iterations", iterations, 0)
+    student = _trainable(refiner.discriminator, refiner.device)
+    twin = refiner.with_discriminator(student)
+    twin.num_slots = min(refiner.num_slots, batch_size)
+    twin.stop = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
+    twin.progress, twin.callback, twin.output_device = False, None, refiner.device
+    if twin.prior is None and latents is None:
+        raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
+    batches = RealBatches(real, batch_size, seed, real_labels)
+    proposals = None if latents is None else RealBatches(latents, batch_size, seed + 1)
+    trainer = _Trainer(student, refiner, optimizer, learning_rate, betas, gradient_penalty, batch_norm)
+    first_id = 0
+    for iteration in tqdm(range(iterations), desc="shaping", disable=not progress):
+        x, y = batches.batch(iteration)
+        labels = y if trainer.labelled else None
+        if proposals is None:
+            refined = twin.sample(len(x), first_id=first_id, seed=seed, labels=labels)
+        else:
+            z, _ = proposals.batch(iteration)
+            refined = twin.refine(z, labels=labels, first_id=first_id, seed=seed)
+            x, labels = x[: len(z)], None if labels is None else labels[: len(z)]
+        first_id += len(refined)
+        facts = trainer.update(x.to(refiner.device, refiner.dtype), refined.images, labels)
+        twin._refresh(student)
+        if callback is not None:
+            callback({"iteration": iteration, **facts})
+    return student.eval()
+
+
+def tune_discriminator(
+    refiner: Refiner, real: Any, iterations: int, batch_size: int, learning_rate: float, **options: Any
+) -> nn.Module:
+    """Train D further on real images against raw samples of G; arguments as for ``shape_discriminator``."""
+    raw = copy.copy(refiner)
+    raw.max_steps = 0
+    return shape_discriminator(raw, real, iterations, batch_size, learning_rate, **{"stop": refiner.stop, **options})
+
+
+def fit_discriminator(
+    generator: nn.Module,
+    real: Any,
+    iterations: int,
+    *,
+    prior: Prior,
+    discriminator: nn.Module | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 2e-4,
+    betas: tuple[float, float] = (0.5, 0.999),
+    check_every: int = 100,
+    patience: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """Train a discriminator for a generator that comes without one, on real images against samples of G.
+
+    real: as for ``shape_discriminator``; a tenth of it, at most 1,000 images, is held out (a loader's first batches are
+    looked at twice). Every ``check_every`` iterations the Brier score on the held-out images and as many fresh samples
+    is taken; the weights with the lowest are returned, and training ends after ``patience`` checks without a better one.
+    discriminator: the backbone to train (a copy is), default models.default_discriminator of the image shape.
+
+    Returns a module D(x) -> logit (N,) in eval mode. Raises InputError on bad arguments.
+    """
+    checks.count("iterations", iterations, 1)
+    checks.count("check_every", check_every, 1)
+    checks.count("patience", patience, 1)
+    batches = RealBatches(real, batch_size, seed)
+    held, _ = batches.hold_out(min(HELD_OUT, len(real) // 10) if hasattr(real, "__len__") else HELD_OUT)
+    held = held.float()
+    with quiet_torch():
+        g = freeze.private_copy(unwrap(generator)).float()
+        device = next((p.device for p in g.parameters()), torch.device("cpu"))
+    if discriminator is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            discriminator = default_discriminator(tuple(held.shape[1:]))
+    student = _trainable(discriminator, device)
+    source = Refiner(g, student, _RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device)
+    trainer = _Trainer(student, source, "adam", learning_rate, betas, None, "train")
+    examination = source.sample(len(held), first_id=2**31, seed=seed).images
+    best, best_weights, since = float("inf"), copy.deepcopy(student.state_dict()), 0
+    for iteration in tqdm(range(iterations), desc="fitting", disable=not progress):
+        x, _ = batches.batch(iteration)
+        fakes = source.sample(len(x), first_id=iteration * batch_size, seed=seed).images
+        trainer.update(x.to(device, torch.float32), fakes, None)
+        if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
+            judge = source.with_discriminator(student)
+            brier = diagnose(judge.score(held), judge.score(examination)).brier
+            if brier < best:
+                best, best_weights, since = brier, copy.deepcopy(student.state_dict()), 0
+            elif (since := since + 1) >= patience:
+                break
+    student.load_state_dict(best_weights)
+    return student.eval()
+
+
+def _trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
+    """A copy with its parametrizations in place and every parameter trainable; the original keeps its graph and grads."""
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(unwrap(discriminator), freeze.non_leaf_tensors(discriminator)).to(device)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin.requires_grad_(True)
+
+
+class _Trainer:
+    """One update of D on real against generated images."""
+
+    def __init__(
+        self, student: nn.Module, refiner: Refiner, optimizer: str, learning_rate: float, betas: tuple[float, float],
+        gradient_penalty: float | None, batch_norm: str,
+    ):  # fmt: skip
+        check_number("learning_rate", learning_rate, 0.0, open_low=True)
+        check_choice("optimizer", optimizer, ("adam", "sgd"))
+        check_choice("batch_norm", batch_norm, ("eval", "train"))
+        if gradient_penalty is not None:
+            check_number("gradient_penalty", gradient_penalty, 0.0)
+        self.student, self.refiner, self.training = student, refiner, batch_norm == "train"
+        self.read, self.updates = Readout(refiner.output_key), 0
+        self.reads_labels = takes_labels(student, refiner.discriminator_kwargs)[0]
+        g = refiner.generator
+        by_generator = isinstance(g, nn.Module) and takes_labels(unwrap(g), refiner.generator_kwargs)[0]
+        self.labelled = self.reads_labels or by_generator or isinstance(g, Split)
+        self.scale = refiner.discriminator_output
+        self.penalty = (10.0 if self.scale == "critic" else 0.0) if gradient_penalty is None else gradient_penalty
+        parameters = list(student.parameters())
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(parameters, learning_rate, betas=betas) if optimizer == "adam" else torch.optim.SGD(parameters, learning_rate)
+        )
+
+    def update(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """One step of the optimizer; returns loss and mean logits."""
+        with torch.inference_mode(False), torch.enable_grad():
+            self.student.train(self.training)
+            real = real.detach().to(fake.dtype).requires_grad_(self.penalty > 0)
+            d_real, d_fake = self._logits(real, labels), self._logits(fake.detach(), labels)
+            if self.scale == "critic":
+                loss = d_fake.mean() - d_real.mean()
+            else:
+                loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+            if self.penalty:
+                loss = loss + self.penalty * self._gradient_penalty(real, fake, d_real, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.student.eval()
+        self.updates += 1
+        return {"loss": loss.item(), "real_logit": d_real.mean().item(), "fake_logit": d_fake.mean().item()}
+
+    def _logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, P); a probability is turned back into its logit, for the module must keep its final sigmoid."""
+        given = (x, labels) if labels is not None and self.reads_labels else (x,)
+        raw = self.student(*given, **self.refiner.discriminator_kwargs)
+        out = self.read(raw, len(x), x.dtype)
+        return torch.logit(out, eps=1e-6) if self.scale == "probability" else out
+
+    def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: Tensor, labels: Tensor | None) -> Tensor:
+        if self.scale != "critic":
+            (grad,) = torch.autograd.grad(d_real.mean(1).sum(), real, create_graph=True)
+            return grad.flatten(1).square().sum(1).mean()
+        n = min(len(real), len(fake))
+        ids = torch.arange(n)
+        u = ops.uniform(0, ids, torch.full_like(ids, self.updates), 1, Stream.BATCH).to(real).view(n, *[1] * (real.dim() - 1))
+        middle = (u * real[:n] + (1 - u) * fake[:n]).detach().requires_grad_()
+        d = self._logits(middle, None if labels is None else labels[:n])
+        (grad,) = torch.autograd.grad(d.mean(1).sum(), middle, create_graph=True)
+        return (grad.flatten(1).norm(dim=1) - 1).square().mean()

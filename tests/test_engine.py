@@ -1,0 +1,278 @@
+"""The engine's promises: one meaning for any number of samples, order, first id and chunk; full slots; bounded memory."""
+
+import heapq
+
+import pytest
+import torch
+from torch import nn
+
+import fastrefine as fr
+from fastrefine import engine
+
+K = 10
+
+
+def pair(width=16, dtype=torch.float32):
+    torch.manual_seed(0)
+    g = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 6))
+    d = nn.Sequential(nn.Linear(6, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
+    return g.to(dtype), d.to(dtype)
+
+
+def convolutional_pair():
+    torch.manual_seed(0)
+    g = fr.models.dcgan_generator(size=32, latent=8, features=4)
+    d = fr.models.dcgan_discriminator(size=32, features=4)
+    return g.eval(), d.eval()
+
+
+def refiner(networks=None, **options):
+    g, d = networks or pair()
+    defaults = dict(
+        sampler=fr.Collaborative(step_size=0.2), at="1", max_steps=K, prior=fr.Normal(4), num_slots=8,
+        stop=fr.stopping.UniformStep(),
+    )  # fmt: skip
+    return fr.Refiner(g, d, **{**defaults, **options})
+
+
+FIELDS = ("images", "logits", "initial_logits", "steps", "status", "ids", "latents", "activations", "logit_falls")
+
+
+def same(a, b):
+    for name in FIELDS:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("networks", [pair, convolutional_pair])
+@pytest.mark.parametrize("slots", [1, 8, 33])
+def test_equal_num_slots_give_equal_bits_for_any_n_first_id_and_chunk(networks, slots):
+    prior = fr.Normal(4) if networks is pair else fr.Normal(8)
+    sampler = fr.DGflow(0.1, gamma=0.1)
+    one = refiner(networks(), num_slots=slots, prior=prior, at="1" if networks is pair else "2", sampler=sampler)
+    whole = one.sample(90, seed=3)
+    for first, n in ((0, 1), (0, 50), (13, 40), (77, 13), (32, 33)):
+        same(one.sample(n, first_id=first, seed=3), whole.select(slice(first, first + n)))
+    for chunk in (1, 7, 1000):
+        same(fr.Result.concatenate(list(one.stream(90, seed=3, chunk=chunk))), whole)
+
+
+def test_refining_given_latents_equals_sampling_them():
+    one = refiner()
+    out = one.sample(30, seed=4)
+    same(one.refine(out.latents, seed=4), out)
+    same(one.refine(out.latents[11:], first_id=11, seed=4), out.select(slice(11, None)))
+
+
+def test_a_second_run_and_a_second_refiner_repeat_the_bits():
+    first, second = refiner(), refiner()
+    out = first.sample(40)
+    same(first.sample(40), out)
+    same(second.sample(40), out)
+    assert not torch.equal(first.sample(40, seed=1).images, out.images)
+
+
+def test_number_of_slots_changes_rounding_only():
+    networks = pair(dtype=torch.float64)
+    outs = [refiner(networks, num_slots=s, precision="float64").sample(50).images for s in (1, 7, 64)]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-10)
+
+
+def greedy_slot_steps(evaluations, slots):
+    """Slot-steps of list scheduling: the next id goes to the first slot that is free."""
+    free = [0] * slots
+    for e in evaluations:
+        heapq.heappush(free, heapq.heappop(free) + e)
+    return slots * max(free)
+
+
+@pytest.mark.parametrize("stop", [fr.stopping.UniformStep(), fr.stopping.Hazard(0.3), None], ids=repr)
+def test_slots_stay_as_full_as_greedy_scheduling_allows(stop):
+    out = refiner(stop=stop, max_steps=20, num_slots=16).sample(1600)
+    evaluations = (out.steps + 1).tolist()
+    assert out.report["evaluations"] == sum(evaluations)
+    bound = sum(evaluations) / greedy_slot_steps(evaluations, 16)
+    assert out.report["slot_efficiency"] >= 0.98 * bound
+
+
+def test_one_slow_sample_does_not_leave_the_other_slots_idle():
+    class OneSlow(fr.stopping.StopRule):
+        def draw(self, ids, seed, max_steps, labels=None):
+            last = torch.where(ids == 5, max_steps, 1).int()
+            return torch.full((len(ids),), torch.inf, dtype=torch.float64), last
+
+    out = refiner(stop=OneSlow(), max_steps=60, num_slots=8).sample(400)
+    assert out.steps[5] == 60
+    evaluations = (out.steps + 1).tolist()
+    assert out.report["slot_steps"] <= 1.02 * greedy_slot_steps(evaluations, 8)
+
+
+def test_ids_run_at_most_a_window_ahead_so_memory_is_bounded(monkeypatch):
+    seen = []
+    original = engine.Run.step
+
+    def step(self):
+        original(self)
+        seen.append((len(self.waiting), self.window // self.target.num_slots))
+
+    monkeypatch.setattr(engine.Run, "step", step)
+    monkeypatch.setattr(engine, "WINDOW_BYTES", 1)
+    one = refiner(max_steps=50, num_slots=4)
+    out = one.sample(400)
+    assert max(w for w, _ in seen) <= 4 == seen[0][1]
+    monkeypatch.undo()
+    same(out, one.sample(400))
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 9, 23])
+def test_exactly_n_samples_come_in_order_of_id(n):
+    out = refiner().sample(n, first_id=3)
+    assert out.ids.tolist() == list(range(3, 3 + n)) and len(out) == n
+
+
+def test_proposals_that_pass_already_retire_unchanged_after_no_step():
+    g, d = pair()
+    one = refiner((g, d), stop=-1e9)
+    out = one.sample(20)
+    assert (out.steps == 0).all() and (out.status == fr.Status.REACHED).all()
+    torch.testing.assert_close(out.images, g(out.latents).detach())
+    assert torch.equal(out.logits, out.initial_logits)
+
+
+def test_threshold_is_tested_on_the_last_evaluation_too():
+    one = refiner(stop=None, max_steps=3)
+    out = one.sample(30)
+    reached = refiner(stop=float(out.logits.median()), max_steps=3).sample(30)
+    at_last = (reached.steps == 3) & (reached.logits >= float(out.logits.median()))
+    assert at_last.any() and (reached.status[at_last] == fr.Status.REACHED).all()
+
+
+def test_keep_best_returns_the_highest_logit_of_the_trajectory():
+    sampler = fr.DGflow(0.1, gamma=1.0)  # so noisy that the logit goes up and down
+    ends = [refiner(sampler=sampler, stop=None, max_steps=k).sample(40) for k in range(K + 1)]
+    best = refiner(sampler=sampler, stop=None, keep="best").sample(40)
+    trajectory = torch.stack([out.logits for out in ends])
+    assert (trajectory[-1] < trajectory.max(0).values).any()
+    assert torch.equal(best.logits, trajectory.max(0).values)
+    chosen = trajectory.argmax(0)
+    images = torch.stack([ends[k].images[i] for i, k in enumerate(chosen.tolist())])
+    assert torch.equal(best.images, images)
+    assert (best.steps == K).all()
+
+
+def test_logit_falls_counts_evaluations_below_the_standing_logit():
+    sampler = fr.DGflow(0.1, gamma=1.0)
+    ends = torch.stack([refiner(sampler=sampler, stop=None, max_steps=k).sample(40).logits for k in range(K + 1)])
+    falls = (ends[1:] < ends[:-1]).sum(0)
+    out = refiner(sampler=sampler, stop=None).sample(40)
+    assert torch.equal(out.logit_falls.long(), falls) and falls.any()
+
+
+def test_last_evaluation_is_forward_only_where_all_slots_end_together(monkeypatch):
+    from fastrefine.target import Target
+
+    calls = {"evaluate": 0, "forward": 0}
+    for name in calls:
+        original = getattr(Target, name)
+
+        def counted(self, *args, name=name, original=original):
+            calls[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(Target, name, counted)
+    refiner(stop=None, num_slots=8).sample(16)
+    assert calls == {"evaluate": 2 * K, "forward": 2}
+
+
+def test_max_grad_norm_bounds_the_first_update():
+    free = refiner(sampler=fr.Collaborative(1.0, control="fixed"), stop=None, max_steps=1).sample(50)
+    bounded = refiner(sampler=fr.Collaborative(1.0, control="fixed"), stop=None, max_steps=1, max_grad_norm=0.01).sample(50)
+    start = refiner(stop=None, max_steps=0).sample(50).activations
+    assert (free.activations - start).norm(dim=1).max() > 0.03
+    assert (bounded.activations - start).norm(dim=1).max() <= 0.01 * 1.001
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 0.25), (-0.1, 0.0), (0.0, 0.0)])
+def test_clamp_holds_after_every_update_also_with_a_bound_of_zero(bounds):
+    out = refiner(at="output", sampler=fr.Collaborative(5.0, clamp=bounds, control="fixed"), stop=None).sample(20)
+    assert out.images.min() >= bounds[0] and out.images.max() <= bounds[1]
+
+
+def test_labels_travel_with_the_sample():
+    class Conditional(nn.Module):
+        def __init__(self, into, out, classes=3):
+            super().__init__()
+            self.embed, self.body = nn.Embedding(classes, 8), nn.Sequential(nn.Linear(into + 8, 16), nn.Tanh())
+            self.head = nn.Linear(16, out)
+
+        def forward(self, x, y):
+            return self.head(self.body(torch.cat([x, self.embed(y)], 1)))
+
+    torch.manual_seed(1)
+    g, d = Conditional(4, 6).double(), Conditional(6, 1).double()
+    labels = torch.arange(50) % 3
+    for at in ("input", "body", "output"):
+        one = refiner((g, d), at=at, precision="float64", num_slots=7)
+        out = one.sample(50, labels=labels, seed=2)
+        assert torch.equal(out.labels, labels)
+        for c in range(3):
+            alone = refiner((g, d), at=at, precision="float64", num_slots=1)
+            i = 9 + c
+            single = alone.sample(1, first_id=i, labels=labels[i : i + 1], seed=2)
+            torch.testing.assert_close(single.images[0], out.images[i], rtol=0, atol=1e-10)
+        torch.testing.assert_close(d(out.images, labels).detach()[:, 0], out.logits, rtol=0, atol=1e-9)
+
+
+def test_real_logits_are_read_per_class_where_labelled():
+    real = fr.stopping.RealLogits(torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 12.0]), torch.tensor([0, 0, 0, 1, 1, 1]))
+    labels = torch.tensor([0, 1, 1, 0])
+    threshold, _ = fr.stopping.MedianOfReal().bind(real).draw(torch.arange(4), 0, 5, labels)
+    assert threshold.tolist() == [1, 11, 11, 1]
+    drawn, _ = fr.stopping.ReferenceSample().bind(real).draw(torch.arange(4), 0, 5, labels)
+    assert ((drawn >= 10) == (labels == 1)).all()
+    with pytest.raises(fr.InputError, match="no real image has label 2"):
+        fr.stopping.MedianOfReal().bind(real).draw(torch.arange(1), 0, 5, torch.tensor([2]))
+
+
+def test_hazard_and_uniform_step_have_their_laws():
+    n, ids = 200_000, torch.arange(200_000)
+    _, last = fr.stopping.Hazard(0.3).draw(ids, 7, 1000)
+    for k in range(4):  # binomial, 4.4 standard deviations: false alarm 1e-5 each
+        p = 0.3 * 0.7**k
+        assert abs(float((last == k).double().mean()) - p) < 4.4 * (p * (1 - p) / n) ** 0.5
+    _, last = fr.stopping.UniformStep().draw(ids, 7, 4)
+    for k in range(5):
+        assert abs(float((last == k).double().mean()) - 0.2) < 4.4 * (0.16 / n) ** 0.5
+    assert last.min() == 0 and last.max() == 4
+
+
+def test_score_equals_the_discriminator_and_with_discriminator_changes_it():
+    g, d = pair()
+    one = refiner((g, d))
+    x = torch.randn(21, 6)
+    torch.testing.assert_close(one.score(x), d(x).detach()[:, 0])
+    _, other = pair(width=20)
+    two = one.with_discriminator(other)
+    torch.testing.assert_close(two.score(x), other(x).detach()[:, 0])
+    torch.testing.assert_close(two.sample(5).logits, other(two.sample(5).images).detach()[:, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(one.score(x), d(x).detach()[:, 0])
+
+
+def test_report_counts_add_up_and_grow_over_a_stream():
+    reports = [part.report for part in refiner().stream(64, chunk=16)]
+    assert [r["evaluations"] for r in reports] == sorted(r["evaluations"] for r in reports)
+    last = reports[-1]
+    assert last["slot_steps"] % 8 == 0 and last["slot_efficiency"] == last["evaluations"] / last["slot_steps"]
+    assert last["num_slots"] == 8 and last["driver"] == "host" and last["precision"] == "float32"
+    assert last["threads"] >= 1 and last["seconds"] > 0 and last["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
+def test_low_precision_stays_close_and_keeps_its_state_in_float32(precision):
+    networks = convolutional_pair()
+    options = dict(at="2", prior=fr.Normal(8), stop=None, max_steps=3, sampler=fr.Collaborative(0.1, control="fixed"))
+    full = refiner(networks, **options).sample(16)
+    low = refiner(networks, precision=precision, **options).sample(16)
+    assert low.images.dtype == low.activations.dtype == torch.float32
+    moved = (full.activations - refiner(networks, **{**options, "max_steps": 0}).sample(16).activations).abs().max()
+    assert (full.activations - low.activations).abs().max() < 0.2 * moved + 1e-6

@@ -1,0 +1,202 @@
+"""The engine against a per-sample loop written from [CS] Alg. 1, with plain autograd and no engine code."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastrefine as fr
+from fastrefine.ops import normal
+from fastrefine.ops.noise import Stream
+
+LOSS = {
+    "nonsaturating": lambda d: F.softplus(-d),
+    "minimax": lambda d: -F.softplus(d),
+    "wasserstein": lambda d: -d,
+    "least_squares": lambda d: 0.5 * (d - 1) ** 2,
+}
+CUTS = {"input": 0, "1": 2, "3": 4, "output": 6}
+K = 8
+
+
+def networks():
+    torch.manual_seed(3)
+    g = nn.Sequential(nn.Linear(4, 24), nn.BatchNorm1d(24), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 6), nn.Tanh())
+    d = nn.Sequential(nn.Linear(6, 24), nn.LeakyReLU(0.2), nn.Linear(24, 24), nn.Softplus(), nn.Linear(24, 1))
+    with torch.no_grad():
+        g[1].running_mean.normal_()
+        g[1].running_var.uniform_(0.5, 2)
+        d[4].weight.mul_(6)
+    return g.double().eval(), d.double().eval()
+
+
+def evaluate(tail, d, loss, a):
+    a = a.clone().requires_grad_()
+    logit = d(tail(a[None]))[0, 0]
+    value = LOSS[loss](logit)
+    (grad,) = torch.autograd.grad(value, a)
+    return logit.item(), value.item(), grad
+
+
+def refine_one(tail, d, a, sampler, threshold, max_steps, real_score=0.0, reference=None):
+    """[CS] Alg. 1 for one activation: (activation, logit, steps), and the optimizers of TARGETS 1.2."""
+    step_size, optimizer, clamp = sampler.step_size, sampler.optimizer, sampler.clamp
+    project = (lambda x: x) if clamp is None else (lambda x: x.clamp(*clamp))
+    logit, value, grad = evaluate(tail, d, sampler.loss, a)
+    best, m, v, gap = (a, logit, value, grad), None, None, None
+    for k in range(max_steps + 1):
+        if logit >= threshold or k == max_steps:
+            return a, logit, k
+        if sampler.control == "backtracking":
+            trial = project(best[0] - step_size * best[3])
+            seen = evaluate(tail, d, sampler.loss, trial)
+            if seen[1] <= best[2]:
+                best, step_size = (trial, *seen), step_size * 1.2
+            else:
+                step_size = step_size * 0.5
+            a, logit = best[0], best[1]
+            continue
+        if optimizer == "sgd":
+            lead = 1.0
+            if sampler.adaptive:
+                lead = max(0.0, 1 / (1 + math.exp(-reference)) - 1 / (1 + math.exp(-logit)))
+            a = a - step_size * lead * grad
+        elif optimizer == "momentum":
+            m = step_size * grad if m is None else sampler.momentum * m + step_size * grad
+            a = a - m
+        elif optimizer == "adam":
+            m = 0.1 * grad if m is None else 0.9 * m + 0.1 * grad
+            v = 0.001 * grad**2 if v is None else 0.999 * v + 0.001 * grad**2
+            a = a - step_size * (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+        else:
+            now = real_score - 1 / (1 + math.exp(-logit))
+            m = grad if m is None else 0.9 * m + 0.1 * grad
+            v = grad**2 if v is None else 0.5 * v + 0.5 * grad**2
+            gap = now if gap is None else 0.5 * gap + 0.5 * now
+            a = a - step_size * m / (v.sqrt() + 1e-8) * max(gap + 0.5, 0.0) ** 2
+        a = project(a)
+        logit, _, grad = evaluate(tail, d, sampler.loss, a)
+    raise AssertionError
+
+
+SAMPLERS = {
+    "backtracking": fr.Collaborative(step_size=0.3),
+    "fixed": fr.Collaborative(step_size=0.6, control="fixed"),
+    "minimax": fr.Collaborative(step_size=0.6, loss="minimax", control="fixed"),
+    "wasserstein": fr.Collaborative(step_size=0.4, loss="wasserstein", control="fixed"),
+    "least_squares": fr.Collaborative(step_size=0.2, loss="least_squares", control="fixed"),
+    "momentum": fr.Collaborative(step_size=0.3, optimizer="momentum"),
+    "adam": fr.Collaborative(step_size=0.1, optimizer="adam"),
+    "ladam": fr.Collaborative(step_size=0.2, optimizer="ladam"),
+    "adaptive": fr.Collaborative(step_size=2.0, adaptive=True),
+    "clamped": fr.Collaborative(step_size=0.3, clamp=(-0.5, 0.0)),
+}
+
+
+class Mixed(fr.stopping.StopRule):
+    """A threshold, and a last step drawn per sample: samples retire at all times and for both reasons."""
+
+    def __init__(self, threshold):
+        self.threshold = threshold
+
+    def draw(self, ids, seed, max_steps, labels=None):
+        threshold, _ = fr.stopping.Threshold(self.threshold).draw(ids, seed, max_steps)
+        return threshold, fr.stopping.UniformStep().draw(ids, seed, max_steps)[1]
+
+
+def oracle(name, at, n):
+    g, d = networks()
+    sampler = SAMPLERS[name]
+    z = fr.Normal(4).sample(torch.arange(n), 5, torch.float64)
+    real = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    real_logits = d(real).detach()[:, 0]
+    prefix, tail = g[: CUTS[at]], g[CUTS[at] :]
+    references = fr.stopping.ReferenceSample(real_logits).draw(torch.arange(n), 5, K)[0]
+
+    threshold = d(g(z)).detach().quantile(0.7).item()
+    score = torch.sigmoid(real_logits).mean().item()
+    last_steps = Mixed(threshold).draw(torch.arange(n), 5, K)[1].tolist()
+    rows = [
+        refine_one(tail, d, a, sampler, threshold, last, score, r.item())
+        for a, r, last in zip(prefix(z).detach(), references, last_steps, strict=True)
+    ]
+    images = torch.stack([tail(a[None])[0] for a, _, _ in rows]).detach()
+    return g, d, real, threshold, images, torch.tensor([r[1] for r in rows], dtype=torch.float64), torch.tensor([r[2] for r in rows])
+
+
+@pytest.mark.parametrize("at", CUTS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_engine_equals_algorithm_1_sample_by_sample_for_any_number_of_slots(name, at):
+    n = 30
+    g, d, real, threshold, images, logits, steps = oracle(name, at, n)
+    assert len(set(steps.tolist())) > 2, "samples must retire at different times"
+    assert (logits >= threshold).any()
+    for slots in (1, 7, 64, 1000):
+        refiner = fr.Refiner(
+            g, d, SAMPLERS[name], at=at, max_steps=K, stop=Mixed(threshold), prior=fr.Normal(4), real=real, num_slots=slots,
+            precision="float64",
+        )  # fmt: skip
+        out = refiner.sample(n, seed=5)
+        assert torch.equal(out.steps.long(), steps)
+        torch.testing.assert_close(out.images, images, rtol=0, atol=1e-8)
+        torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("at", CUTS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_float32_step_agrees_with_the_float64_step(name, at):
+    g, d, real, *_ = oracle(name, at, 4)
+    outs = {}
+    for precision in ("float32", "float64"):
+        sampler = SAMPLERS[name]
+        refiner = fr.Refiner(g, d, sampler, at=at, max_steps=1, prior=fr.Normal(4), real=real, num_slots=16, precision=precision)
+        outs[precision] = refiner.sample(40, seed=5).activations.double()
+    difference = (outs["float32"] - outs["float64"]).abs()
+    if name in ("adam", "ladam"):  # the first update is a sign: only where |g| is above rounding can it agree
+        settled = difference < 1e-5 * outs["float64"].abs().max()
+        assert settled.double().mean() > 0.98
+    else:
+        assert difference.max() <= 1e-5 * outs["float64"].abs().max()
+
+
+@pytest.mark.parametrize(("divergence", "loss"), [("logD", "nonsaturating"), ("JS", "minimax"), ("KL", "wasserstein")])
+def test_dgflow_without_noise_is_collaborative_of_its_loss(divergence, loss):
+    g, d = networks()
+    for at in ("input", "output"):
+        kwargs = dict(at=at, max_steps=K, prior=fr.Normal(4), num_slots=16, precision="float64")
+        flow = fr.Refiner(g, d, fr.DGflow(0.1, divergence, gamma=0.0), **kwargs).sample(30)
+        collaborative = fr.Refiner(g, d, fr.Collaborative(0.1, loss, control="fixed"), **kwargs).sample(30)
+        torch.testing.assert_close(flow.images, collaborative.images, rtol=0, atol=1e-10)
+
+
+def test_dgflow_equals_its_equation_with_the_noise_of_sample_and_step():
+    g, d = networks()
+    n, eta, gamma = 12, 0.1, 0.05
+    refiner = fr.Refiner(
+        g, d, fr.DGflow(eta, "JS", gamma), max_steps=K, prior=fr.Normal(4), num_slots=5, precision="float64"
+    )
+    out = refiner.sample(n, seed=9)
+    ids = torch.arange(n)
+    z = fr.Normal(4).sample(ids, 9, torch.float64)
+    for k in range(K):
+        z = z.requires_grad_()
+        logit = d(g(z))[:, 0]
+        (grad,) = torch.autograd.grad(logit.sum(), z)
+        xi = normal(9, ids, torch.full((n,), k), 4, Stream.PROPOSAL, torch.float64)
+        z = (z + eta * torch.sigmoid(logit)[:, None] * grad + math.sqrt(2 * eta * gamma) * xi).detach()
+    torch.testing.assert_close(out.latents, z, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("at", CUTS)
+def test_backtracking_survives_a_step_size_a_hundred_times_too_large(at):
+    g, d = networks()
+    good = 0.3
+    for loss in ("nonsaturating", "minimax", "wasserstein"):
+        refiner = fr.Refiner(
+            g, d, fr.Collaborative(100 * good, loss), at=at, max_steps=50, prior=fr.Normal(4), num_slots=64, precision="float64"
+        )
+        out = refiner.sample(400)
+        assert (out.logits >= out.initial_logits).all()
+        assert (out.logits > out.initial_logits).double().mean() >= 0.95
