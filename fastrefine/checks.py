@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,15 +11,24 @@ from torch import Tensor
 from fastrefine.errors import InputError
 
 
-def count(name: str, value: Any, low: int) -> int:
-    """``value`` as an int of at least ``low``; InputError otherwise (True and 3.0 are not counts)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InputError(f"{name} is {value!r}; wanted a whole number of at least {low}")
-    return value
+def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
+    """``value`` as an int in [low, high]; InputError otherwise (True and 3.0 are not counts, NumPy's integers are)."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high:
+        return int(value)
+    most = f" and at most {high}" if high < 2**63 - 1 else ""
+    raise InputError(f"{name} is {value!r}; wanted a whole number of at least {low}{most}")
 
 
-def tensor(name: str, value: Any) -> Tensor:
-    """``value`` as a floating-point tensor (N, ...); non-finite entries are an InputError that names the first rows."""
+def device(name: str, value: Any) -> torch.device:
+    """``value`` as a torch.device; InputError otherwise."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{name} is {value!r}; wanted a device such as 'cpu' or 'cuda:0'") from error
+
+
+def tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``value`` as a floating-point tensor (N, ...), not cast; InputError names the first rows not finite in ``dtype``."""
     try:
         x = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -30,11 +40,18 @@ def tensor(name: str, value: Any) -> Tensor:
     x = x.detach()
     if x.is_inference():
         x = x.clone()
-    bad = (~torch.isfinite(x.reshape(len(x), -1))).any(1) if x.numel() else torch.zeros(0, dtype=torch.bool)
+    _finite(name, x, dtype)
+    return x
+
+
+def _finite(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise InputError unless every entry of x (N, ...) is a finite number of ``dtype``."""
+    if not x.numel():
+        return
+    bad = (~(x.abs() <= min(torch.finfo(dtype).max, torch.finfo(x.dtype).max))).reshape(len(x), -1).any(1)
     if bool(bad.any()):
         first = bad.nonzero()[:5, 0].tolist()
         raise InputError(f"{name} holds non-finite values in {int(bad.sum())} of {len(x)} rows, first at {first}")
-    return x
 
 
 def _range(x: Tensor) -> str:
@@ -45,14 +62,20 @@ def labels(value: Any, n: int) -> Tensor | None:
     """Labels as (n,) int64 or (n, C) floats; one int stands for all."""
     if value is None:
         return None
-    y = torch.as_tensor(value).detach()
+    try:
+        y = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels must be whole numbers (N,) or vectors (N, C), got {type(value).__name__}") from error
     if y.dim() == 0:
         y = y.expand(n)
     if len(y) != n:
         raise InputError(f"got {len(y)} labels for {n} samples")
     if y.is_floating_point() and y.dim() == 1 or y.dtype == torch.bool:
         raise InputError(f"labels must be whole numbers (N,) or vectors (N, C), got {y.dtype} of shape {tuple(y.shape)}")
-    return y.clone() if y.is_floating_point() else y.long()
+    if not y.is_floating_point():
+        return y.long()
+    _finite("labels", y, torch.float32)
+    return y.clone()
 
 
 def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) -> None:
@@ -66,7 +89,10 @@ def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) 
     low, high = float(real.min()), float(real.max())
     seen = f"real images lie in {low:g} to {high:g}, generated ones in {float(generated.min()):.3g} to {float(generated.max()):.3g}"
     signed = float(generated.min()) < -0.1
+    unsigned = float(generated.min()) >= 0 and float(generated.max()) <= 1
     if high > 4 * max(1.0, float(generated.abs().max())):
         raise InputError(f"{seen}: are the real images 0..255? Scale them to the generator's range")
     if signed and low >= 0:
         raise InputError(f"{seen}: are the real images 0..1? Scale them to the generator's range, e.g. 2 x - 1")
+    if unsigned and low < -0.1:
+        raise InputError(f"{seen}: are the real images -1..1? Scale them to the generator's range, e.g. (x + 1) / 2")

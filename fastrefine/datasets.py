@@ -1,4 +1,4 @@
-"""Real images for the demo, the experiments and the tests: scikit-learn's 8x8 digits and MNIST in its original files."""
+"""Real images for the demo, the experiments and the tests: scikit-learn's 8x8 digits, and MNIST in its own files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_mnist(path: str | os.PathLike[str]) -> Images:
     folder = Path(path)
     missing = [name for name in MNIST_FILES.values() if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"MNIST: {folder} has no {', '.join(missing)}; wanted a folder with the four original .gz files")
+        raise InputError(f"MNIST: {folder} has no {', '.join(missing)}; wanted the four original .gz files")
     arrays = {part: _read_idx(folder / name) for part, name in MNIST_FILES.items()}
     for part in ("train", "test"):
         images, labels = arrays[part], arrays[f"{part}_labels"]
@@ -80,21 +80,21 @@ def load_mnist(path: str | os.PathLike[str]) -> Images:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """A uint8 array from a gzipped idx file: two zero bytes, type 8, number of axes, big-endian uint32 lengths, data."""
+    """A uint8 array from a gzipped idx file: two zero bytes, type 8, number of axes, big-endian lengths, data."""
     try:
         with gzip.open(path) as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"MNIST: {path} cannot be read as gzip ({error}); fetch the file again") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise InputError(f"MNIST: {path} is no idx file of bytes (starts with {content[:4].hex() or 'nothing'}, wanted 000008..)")
+        raise InputError(f"MNIST: {path} is no idx file of bytes (starts with {content[:4].hex() or 'nothing'})")
     start = 4 + 4 * content[3]
     if len(content) < start:
         raise InputError(f"MNIST: {path} ends inside its header; fetch the file again")
     shape = struct.unpack(f">{content[3]}I", content[4:start])
     if len(content) - start != math.prod(shape):
         raise InputError(
-            f"MNIST: {path} holds {len(content) - start} bytes of data, but its header says {'x'.join(map(str, shape))}; "
+            f"MNIST: {path} holds {len(content) - start} bytes of data, its header says {'x'.join(map(str, shape))}; "
             "fetch the file again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -49,13 +49,34 @@ def threads_for(flops: float | None) -> Iterator[int]:
 @contextlib.contextmanager
 def arithmetic(precision: str, deterministic: bool) -> Iterator[None]:
     """TF32 on only for "tf32", deterministic algorithms on request; the caller's settings come back afterwards."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
+    with _tf32(precision == "tf32"):
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """TF32 on or off. torch has two sets of switches: both are set and put back, or reading the older set raises."""
+    cudnn = torch.backends.cudnn
+    places = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul]
+    was = [place.fp32_precision for place in places]
+    matmul, convolution = "highest", True  # torch's defaults, where a caller who used the newer set has no older state
+    with contextlib.suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with contextlib.suppress(RuntimeError):
+        convolution = cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    cudnn.allow_tf32 = on
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if on else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = convolution
+        for place, precision in zip(places, was, strict=True):
+            place.fp32_precision = precision

@@ -102,8 +102,10 @@ class Run:
 
     def _step_context(self, block: Block) -> tuple[Tensor, ...]:
         """The tail's context, then the labels where the discriminator takes them."""
-        assert block.labels is not None or not self.target.discriminator.takes_labels
-        return (*block.context, block.labels) if self.target.discriminator.takes_labels else block.context  # type: ignore[return-value]
+        if not self.target.discriminator.takes_labels:
+            return block.context
+        assert block.labels is not None
+        return (*block.context, block.labels)
 
     def _fill_context(self, rows: Tensor, block: Block) -> None:
         given = self._step_context(block)
@@ -159,7 +161,7 @@ class Run:
         block, generator, out = self.waiting.pop(index), self.target.generator, self.outputs
         asked, rows = block.asked, self._rows(block, block.asked)
         a = block.activation.clone()
-        a[asked] = out.activation[rows]
+        a[block.admitted] = out.activation[self._rows(block, block.admitted)]  # lock-step neighbours matter too
         shaped = a.view(len(a), *generator.shape)
         images = generator.render(shaped, block.context)[asked]
         latents = shaped if generator.cut.at == "input" else block.latents

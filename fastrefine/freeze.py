@@ -23,14 +23,8 @@ def private_copy(module: M) -> M:
 
     Hooks of the user travel with the copy, for they may be part of the function.
     """
-    # A tensor inside an autograd graph (the weight of old-style spectral norm after a forward) refuses deepcopy.
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for value in child.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     with torch.inference_mode(False):
-        twin = copy.deepcopy(module, memo).eval()
+        twin = copy.deepcopy(module, non_leaf_tensors(module)).eval()
         for parameter in twin.parameters():
             parameter.grad = None
         _bake(twin)
@@ -41,7 +35,16 @@ def private_copy(module: M) -> M:
                         fresh = value.clone()
                         is_parameter = isinstance(value, nn.Parameter)
                         store[name] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
+            for name, value in list(child.__dict__.items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    child.__dict__[name] = value.clone()
     return twin.requires_grad_(False)
+
+
+def non_leaf_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy: tensors in an autograd graph (old-style spectral norm after a forward) refuse to be copied."""
+    values = (value for child in module.modules() for value in child.__dict__.values())
+    return {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def _bake(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Quality of samples, measured on the features and the class probabilities of any classifier.
 
-With the original Inception-v3 these are FID and IS. Their absolute values depend on the classifier: compare only figures
-made with the same one, and say which.
+With the original Inception-v3 these are FID and IS. Their values depend on the classifier: compare only figures made
+with the same one, and say which.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike
 
     ``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`` with covariances over N - 1; this is the quantity that FID
     reports. features_a: (N, F), features_b: (M, F); lower is better, 0 for equal moments. Symmetric.
-    Computed in float64, with ``tr (C_a C_b)^(1/2) = tr (S C_b S)^(1/2)``, ``S = C_a^(1/2)``: both roots are of symmetric
-    matrices, so singular covariances (N <= F, dead features) need no jitter and no imaginary part is ever dropped.
+    Computed in float64 with ``tr (C_a C_b)^(1/2) = tr (S C_b S)^(1/2)``, ``S = C_a^(1/2)``: both roots are of symmetric
+    matrices, so singular covariances (N <= F, dead features) need no jitter, and no imaginary part is dropped.
     Few samples bias it upwards (by O(1/N)): compare sets of one size.
 
     Raises InputError where a set is not a finite (N, F) array with N >= 2, or where the two F differ.
     """
     a, b = _rows(features_a, "features_a"), _rows(features_b, "features_b")
     if a.shape[1] != b.shape[1]:
-        raise InputError(f"frechet_distance: features_a has {a.shape[1]} features, features_b {b.shape[1]}; wanted equal")
+        raise InputError(
+            f"features_a has {a.shape[1]} columns, features_b {b.shape[1]}: wanted equal"
+        )
     if min(len(a), len(b)) < 2:
         raise InputError(f"frechet_distance: got {len(a)} and {len(b)} rows; a covariance needs at least 2")
     difference = a.mean(0) - b.mean(0)
@@ -44,13 +46,13 @@ def classifier_score(probabilities: ArrayLike | torch.Tensor) -> float:
     probabilities: (N, C), each row a distribution over classes; from 1 (every row the same) to C (sure rows, classes in
     equal shares); higher is better. p(y) is the mean over all N rows: one split, not ten. Computed in float64.
 
-    Raises InputError where the rows are not finite, not in [0, 1], or do not sum to 1 within 1e-3 (logits, for example).
+    Raises InputError where the rows are not finite, not in [0, 1], or do not sum to 1 within 1e-3 (logits, say).
     """
     p = _rows(probabilities, "probabilities")
     if not len(p):
         raise InputError("classifier_score: got no rows; wanted (N, C) with N >= 1")
     if p.min() < 0 or p.max() > 1 + 1e-3 or np.abs(p.sum(1) - 1).max() > 1e-3:
-        raise InputError("classifier_score: rows are no probabilities (in [0, 1], sum 1); take the softmax of logits first")
+        raise InputError("classifier_score: rows are not in [0, 1] with sum 1; take the softmax of logits first")
     marginal = p.mean(0)
     log_p = np.log(p, out=np.zeros_like(p), where=p > 0)  # 0 log 0 = 0
     log_marginal = np.log(marginal, out=np.zeros_like(marginal), where=marginal > 0)
@@ -58,7 +60,9 @@ def classifier_score(probabilities: ArrayLike | torch.Tensor) -> float:
 
 
 def _rows(values: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
-    array = values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float64)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()
+    array = np.asarray(values, np.float64)
     if array.ndim != 2 or not array.shape[1]:
         raise InputError(f"{name}: got shape {array.shape}; wanted (N, features)")
     if not np.isfinite(array).all():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine import freeze, probe, readout
-from fastrefine.errors import CouplingError, InputError
+from fastrefine.errors import CouplingError, InputError, SplitError
 from fastrefine.split import Cut, Split, split, unwrap
 
 PROBE = 4  # samples of a probe batch
@@ -28,9 +28,9 @@ def quiet_torch(device: torch.device | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.no_grad())
         yield
 
@@ -72,39 +72,41 @@ class GeneratorSide:
     ):  # fmt: skip
         self.takes_labels, self.num_classes = False, None
         self._borrowed: list[nn.Module] = []
-        dtype, device = latents.dtype, latents.device
         if generator is None:
             identity = Identity()
             self.cut = Cut(_Prefix(identity), identity, "output", "output")
         elif isinstance(generator, Split):
-            self.cut = self._given(generator, dtype, device)
+            self.cut = self._given(generator, latents)
             self.takes_labels = takes_labels(generator.prefix, {})[0]
             if labels is not None and self.takes_labels:
                 prefix = self.cut.prefix
-                self.num_classes = label_classes([prefix], lambda y: prefix(latents, y), labels)
+                with self.evaluation_mode():
+                    self.num_classes = label_classes([prefix], lambda y: prefix(latents.clone(), y), labels)
         else:
-            own = freeze.private_copy(unwrap(generator)).to(device=device, dtype=dtype)
+            own = _own(generator, latents)
             self.takes_labels, required = takes_labels(own, kwargs)
             if labels is None and required:
                 raise InputError("the generator needs labels: pass labels=(N,) to sample, refine or stream")
-            given = (latents, labels) if self.takes_labels and labels is not None else (latents,)
             if labels is not None and self.takes_labels:
-                self.num_classes = label_classes([own], lambda y: own(latents, y, **kwargs), labels)
-            images = attempt("generator", lambda: own(*given, **kwargs), latents)
+                self.num_classes = label_classes([own], lambda y: own(latents.clone(), y, **kwargs), labels)
+            given = (labels,) if self.takes_labels and labels is not None else ()
+            images = attempt("generator", lambda: own(latents.clone(), *given, **kwargs), latents)
             if not isinstance(images, Tensor) or images.shape[:1] != latents.shape[:1]:
                 raise InputError(f"the generator must return images (N, ...), got {_describe(images)} for {len(latents)} latents")
+            y = labels[:1] if labels is not None and self.takes_labels else None
+            _check({"generator": own}, lambda z: own(*([z] if y is None else [z, _repeated(y, z)]), **kwargs), latents, coupling)
             self.cut = split(own, at, latents, labels if self.takes_labels else None, kwargs or None)
         self._probe(latents, labels, coupling)
 
-    def _given(self, pair: Split, dtype: torch.dtype, device: torch.device) -> Cut:
+    def _given(self, pair: Split, like: Tensor) -> Cut:
         """A pair of the caller's: modules and owners of methods are copied, what plain functions close over is borrowed."""
         parts: list[nn.Module] = []
         for part in (pair.prefix, pair.tail):
             owner = getattr(part, "__self__", None)
             if isinstance(part, nn.Module):
-                parts.append(freeze.private_copy(unwrap(part)).to(device=device, dtype=dtype))
+                parts.append(_own(part, like))
             elif isinstance(owner, nn.Module) and isinstance(part, types.MethodType):
-                own = freeze.private_copy(unwrap(owner)).to(device=device, dtype=dtype)
+                own = _own(owner, like)
                 parts.append(_Function(types.MethodType(part.__func__, own), own))
             else:
                 self._borrowed += _closed_over(part)
@@ -112,20 +114,22 @@ class GeneratorSide:
         return Cut(parts[0], parts[1], "given", "given")
 
     def _probe(self, latents: Tensor, labels: Tensor | None, coupling: str) -> None:
-        roots = {"generator": self.cut.prefix, "generator tail": self.cut.tail}
+        """Shapes, and for halves that were given the checks of a whole generator."""
         with self.evaluation_mode():
             a, context = self.prefix(latents, labels)
             self.shape = tuple(a.shape[1:])
             self.context_like = tuple(c[:0] for c in context)
             images = self.render(a, context)
             self.image_shape = tuple(images.shape[1:])
-
-            def forward(z: Tensor) -> Tensor:
-                return self.render(*self.prefix(z, None if labels is None else labels[:1].expand(len(z), *labels.shape[1:])))
-
-            probe.check_repeatable(roots, forward, latents)
-            if coupling == "refuse":
-                probe.check_independent(roots, forward, latents)
+            if self.cut.route == "given":
+                found = {"activation": a, **{f"context {i}": c for i, c in enumerate(context)}, "image": images}
+                for name, value in found.items():
+                    if not isinstance(value, Tensor) or value.shape[:1] != latents.shape[:1]:
+                        wanted = f"a tensor with the batch ({len(latents)}) first"
+                        raise SplitError(f"Split: the {name} must be {wanted}, got {_describe(value)}")
+                roots = {"generator prefix": self.cut.prefix, "generator tail": self.cut.tail}
+                y = None if labels is None else labels[:1]
+                _check(roots, lambda z: self.render(*self.prefix(z, _repeated(y, z))), latents, coupling)
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -141,11 +145,12 @@ class GeneratorSide:
 
     def prefix(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(activation (n, ...), context tensors (n, ...)) of latents (n, ...)."""
-        given = (latents, labels) if self.takes_labels and labels is not None else (latents,)
+        own = latents.clone()  # layers may work in place, and at the input it is the activation
+        given = (own, labels) if self.takes_labels and labels is not None else (own,)
         a, context = attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
         if not isinstance(a, Tensor) or not isinstance(context, tuple | list):
             raise InputError("prefix(z[, labels]) must return (activation, tuple of context tensors)")
-        return a.clone() if a is latents else a, tuple(context)
+        return a, tuple(context)
 
     def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Images (n, ...) of activations (n, ...): the generator's own arithmetic, nothing folded."""
@@ -161,33 +166,29 @@ class DiscriminatorSide:
         scale: str, key: readout.OutputKey, coupling: str,
     ):  # fmt: skip
         self.kwargs, self.scale, self.key, self.num_classes = kwargs, scale, key, None
-        own = freeze.private_copy(unwrap(discriminator)).to(device=images.device, dtype=images.dtype)
+        own = _own(discriminator, images)
         self.takes_labels, required = takes_labels(own, kwargs)
         self.takes_labels = self.takes_labels and labels is not None
         if labels is None and required:
             raise InputError("the discriminator needs labels: pass labels=(N,) to sample, refine or stream")
         if labels is not None and self.takes_labels:
-            self.num_classes = label_classes([own], lambda y: own(images, y, **kwargs), labels)
-        given = (images, labels) if self.takes_labels else (images,)
+            self.num_classes = label_classes([own], lambda y: own(images.clone(), y, **kwargs), labels)
+        given = (labels,) if self.takes_labels else ()
         self._like = images[:0]
-        self._cut, self.readout = readout.prepare(
-            own, scale, key, lambda module: attempt("discriminator", lambda: module(*given, **kwargs), images), len(images)
-        )
+
+        def call(module: nn.Module) -> Any:
+            return attempt("discriminator", lambda: module(images.clone(), *given, **kwargs), images)
+
+        self._cut, self.readout = readout.prepare(own, scale, key, call, len(images))
         self.module = self._cut(own)
-        probe_labels = labels if labels is None else labels[:1].expand(len(images), *labels.shape[1:])
-        forward = self._on_probe(probe_labels)
-        probe.check_repeatable({"discriminator": self.module}, forward, images)
-        if coupling == "refuse":
-            probe.check_independent({"discriminator": self.module}, forward, images)
+        y = None if labels is None else labels[:1]
+        _check({"discriminator": self.module}, lambda x: self.logits(self.module, x, _repeated(y, x)), images, coupling)
 
     def updated(self, discriminator: nn.Module) -> DiscriminatorSide:
         """The same side with other weights; nothing is probed again."""
         twin = copy.copy(self)
-        twin.module = self._cut(freeze.private_copy(unwrap(discriminator)).to(device=self._like.device, dtype=self._like.dtype))
+        twin.module = self._cut(_own(discriminator, self._like))
         return twin
-
-    def _on_probe(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return lambda x: self.logits(self.module, x, labels)
 
     def logits(self, module: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         """(n, P) logits by ``module``: the exact copy, or a folded form of it."""
@@ -229,6 +230,30 @@ def _closed_over(function: Callable[..., Any]) -> list[nn.Module]:
     except (TypeError, ValueError):
         return []
     return [v for v in (*known.nonlocals.values(), *known.globals.values()) if isinstance(v, nn.Module)]
+
+
+def _own(module: nn.Module, like: Tensor) -> nn.Module:
+    """Our copy of a network of the caller's, on the device and in the dtype of ``like``."""
+    plain = unwrap(module)
+    for name, child in plain.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise InputError(
+                f"module {name!r} is scripted or traced, and can neither be looked into nor frozen: give the nn.Module it "
+                "was made from"
+            )
+    return freeze.private_copy(plain).to(device=like.device, dtype=like.dtype)
+
+
+def _check(roots: dict[str, nn.Module], forward: probe.Forward, x: Tensor, coupling: str) -> None:
+    """Refuse networks that are not repeatable or, unless in lock step, not independent; x is left as it is."""
+    probe.check_repeatable(roots, lambda given: forward(given.clone()), x)
+    if coupling == "refuse":
+        probe.check_independent(roots, lambda given: forward(given.clone()), x)
+
+
+def _repeated(label: Tensor | None, x: Tensor) -> Tensor | None:
+    """One label (1, ...) for every row of x."""
+    return None if label is None else label.expand(len(x), *label.shape[1:])
 
 
 def _describe(x: Any) -> str:

@@ -15,7 +15,7 @@ from fastrefine.samplers.base import check_number
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
-    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
         raise InputError(f"prior shape is {shape!r}; wanted one or more positive integers, e.g. Normal(64)")
 
 
@@ -121,6 +121,11 @@ class Product(Prior):
 
     first: Prior
     second: Prior
+
+    def __post_init__(self) -> None:
+        for part in (self.first, self.second):
+            if not isinstance(part, Prior):
+                raise InputError(f"Product wants two priors, e.g. Product(Normal(64), Normal(3, 32, 32)), got {part!r}")
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -15,13 +15,11 @@ Trace = list[tuple[str, Any, Any]]
 
 
 def _trace(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> tuple[Tensor, Trace]:
-    """The output, and (module name, tensor inputs, output) of every leaf module in order of execution."""
+    """The output, and (module name, tensor inputs, output) of every module, inner ones first, in order of execution."""
     calls: Trace = []
     handles = []
     for root, module in roots.items():
         for name, child in module.named_modules():
-            if next(child.children(), None) is not None:
-                continue
             label = f"{root} module {name!r} ({type(child).__name__})" if name else f"{root} ({type(child).__name__})"
 
             def record(_: nn.Module, args: Any, out: Any, label: str = label) -> None:

@@ -30,6 +30,8 @@ class Readout:
     def __call__(self, raw: Any, n: int, dtype: torch.dtype) -> Tensor:
         """(n, P) logits of ``dtype``; InputError when there is not one value, or one map, per sample."""
         out = self.pick(raw)
+        if out.dim() == 0 and n == 1:  # squeeze() of a batch of one; what is a batch mean was found on the probe batch
+            out = out.reshape(1)
         if out.dim() == 0 or out.shape[0] != n:
             raise InputError(
                 f"the discriminator must return one value per sample, got shape {_shape(out)} for {n} samples"
@@ -48,9 +50,10 @@ class Readout:
         if callable(self.key):
             raw = self.key(raw)
         elif self.key is not None:
+            is_object = isinstance(self.key, str) and not isinstance(raw, dict | Tensor)
             try:
-                raw = raw[self.key]
-            except (KeyError, IndexError, TypeError) as error:
+                raw = getattr(raw, self.key) if is_object else raw[self.key]  # type: ignore[arg-type]
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(f"output_key={self.key!r} is not in the discriminator's output: {_keys(raw)}") from error
         if not isinstance(raw, Tensor):
             raise InputError(f"the discriminator returned {_keys(raw)}; choose one with output_key=key, index or callable")
@@ -65,8 +68,9 @@ def _keys(raw: Any) -> str:
     if isinstance(raw, dict):
         return f"a dict with keys {list(raw)}"
     if isinstance(raw, tuple | list):
-        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1})"
-    names = [name for name in vars(raw)] if hasattr(raw, "__dict__") else []
+        names = f", names {list(raw._fields)}" if hasattr(raw, "_fields") else ""
+        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1}{names})"
+    names = list(vars(raw)) if hasattr(raw, "__dict__") else []
     return f"an object of type {type(raw).__name__}" + (f" with attributes {names}" if names else "")
 
 
@@ -89,29 +93,26 @@ def prepare(
         )
     name = probe.last_leaf(discriminator, lambda: call(discriminator))
     ends_in_sigmoid = name is not None and isinstance(discriminator.get_submodule(name), nn.Sigmoid)
-    inside = bool(((values >= 0) & (values <= 1)).all())
+    known = values[values.isfinite()]  # a sample that is not finite decides nothing
+    inside = bool(((known >= 0) & (known <= 1)).all())
+    cuts: list[Cut] = [functools.partial(_cut_module, name=name)] if ends_in_sigmoid and name else []
+    found = None
+    if inside:
+        found = _working_cut([*cuts, _cut_traced], discriminator, lambda m: readout(call(m), n, torch.float64), values)
     if scale != "probability":
-        if ends_in_sigmoid and inside:
+        if len(known) and inside and (ends_in_sigmoid or found is not None):
             raise InputError(
-                f"the discriminator ends in a Sigmoid (module {name!r}) and returned values in [0, 1], but "
-                f"discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
+                f"the discriminator ends in a sigmoid{f' (module {name!r})' if ends_in_sigmoid else ''} and returned values "
+                f"in [0, 1], but discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
             )
         return _uncut, readout
     if not inside:
         raise InputError(
             f"discriminator_output='probability' was declared, but the discriminator returned values from "
-            f"{float(values.min()):.3g} to {float(values.max()):.3g}; pass 'logit' or 'critic'"
+            f"{float(known.min()):.3g} to {float(known.max()):.3g}; pass 'logit' or 'critic'"
         )
-    cuts: list[Cut] = [functools.partial(_cut_module, name=name)] if ends_in_sigmoid and name else []
-    for cut in (*cuts, _cut_function):
-        try:
-            module = cut(discriminator)
-        except Exception:  # tracing runs the user's code on proxies: it may fail in any way
-            continue
-        with torch.no_grad():
-            logits = readout(call(module), n, torch.float64)
-        if torch.allclose(torch.sigmoid(logits), values, atol=1e-5):
-            return cut, readout
+    if found is not None:
+        return found, readout
     warnings.warn(
         "the discriminator's sigmoid could not be found and cut: logits beyond +-16 are lost. Return logits instead",
         FastrefineWarning,
@@ -130,15 +131,31 @@ def _cut_module(discriminator: nn.Module, name: str) -> nn.Module:
     return twin
 
 
-def _cut_function(discriminator: nn.Module) -> nn.Module:
-    """The discriminator without a sigmoid that is called as a function just before it returns."""
+def _cut_traced(discriminator: nn.Module) -> nn.Module:
+    """The discriminator without the sigmoids, functions or modules, just before it returns."""
     traced = fx.symbolic_trace(discriminator)
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
         while node.op == "call_method" and node.target in ("view", "reshape", "squeeze", "flatten"):
             node = node.all_input_nodes[0]
-        if node.target in (torch.sigmoid, torch.nn.functional.sigmoid, torch.special.expit, "sigmoid"):
+        is_module = node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Sigmoid)
+        if is_module or node.target in (torch.sigmoid, torch.nn.functional.sigmoid, torch.special.expit, "sigmoid"):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
             traced.recompile()
     return traced
+
+
+def _working_cut(
+    cuts: list[Cut], discriminator: nn.Module, logits_of: Callable[[nn.Module], Tensor], values: Tensor
+) -> Cut | None:
+    """The first cut after which the sigmoid of the output gives the probabilities ``values`` again."""
+    for cut in cuts:
+        try:
+            with torch.no_grad():
+                logits = logits_of(cut(discriminator))
+        except Exception:  # tracing runs the user's code on proxies: it may fail in any way
+            continue
+        if torch.allclose(torch.sigmoid(logits), values, atol=1e-5, equal_nan=True):
+            return cut
+    return None

@@ -302,7 +302,7 @@ class Refiner:
             check_labels(y, side.num_classes)
         parts = []
         for start in range(0, len(x), self.num_slots):
-            images = x[start : start + self.num_slots].to(self.device, self.dtype)
+            images = x[start : start + self.num_slots].to(self.device, self.dtype, copy=True)  # layers may work in place
             labels = None if y is None else y[start : start + self.num_slots].to(self.device)
             parts.append(attempt("discriminator", lambda: side.logits(side.module, images, labels).mean(1), images))  # noqa: B023
         return torch.cat(parts)

@@ -51,16 +51,17 @@ class Result:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def select(self, indices: Tensor) -> Result:
+    def select(self, indices: Tensor | slice) -> Result:
         """The samples at ``indices`` (positions, not ids), e.g. those that metropolis_hastings chose."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Result(**{k: v[indices] if isinstance(v, Tensor) else v for k, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {k: v[indices] if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Result(**chosen)
 
     @classmethod
     def concatenate(cls, parts: list[Result]) -> Result:
         """One result from consecutive parts of a stream; the report is the last one's."""
         first, last = parts[0], parts[-1]
-        values = {f.name: getattr(first, f.name) for f in fields(cls)}
+        values: dict[str, Any] = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = torch.cat([getattr(part, name) for part in parts])

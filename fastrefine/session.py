@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                 if source.count == 0:
                     yield _to_output(_empty(target, source, refiner, progress), refiner.output_device)
                     return
-                blocks = _run(refiner, target, source, progress, bar).parts()
+                with _modes(refiner, target, size):
+                    blocks = _run(refiner, target, source, progress, bar).parts()
                 while True:
                     # modes are entered around each block alone: between two parts the caller's are in force
                     with _modes(refiner, target, size) as progress.facts["threads"]:
@@ -118,7 +119,8 @@ def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, b
 
 
 def _to_output(part: Result, device: torch.device) -> Result:
-    return replace(part, **{k: v.to(device) for k, v in vars(part).items() if isinstance(v, Tensor)})
+    moved: dict[str, Any] = {k: v.to(device) for k, v in vars(part).items() if isinstance(v, Tensor)}
+    return replace(part, **moved)
 
 
 def _empty(target: Target, source: Source, refiner: Refiner, progress: Progress) -> Result:

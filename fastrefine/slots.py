@@ -47,7 +47,7 @@ class Pool:
     last_step: Tensor  # (P,) int32
     threshold: Tensor  # (P,) real
     reference_logit: Tensor  # (P,) real
-    counters: Tensor  # (6,) int64: next id to admit, end of the ids in the pool, live, finished, evaluations, iterations
+    counters: Tensor  # (6,) int64: next id to admit, end of the pool's ids, live, finished, evaluations, iterations
 
 
 @dataclass(eq=False)
@@ -74,7 +74,13 @@ class Rule:
 
 
 def allocate(
-    num_slots: int, features: int, pool_rows: int, output_rows: int, rule: Rule, dtype: torch.dtype, device: torch.device
+    num_slots: int,
+    features: int,
+    pool_rows: int,
+    output_rows: int,
+    rule: Rule,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Slots, Pool, Outputs]:
     """All tensors of a run, empty."""
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .cut_check import HookedGenerator, check_gradient, difference, seed_noise
 from .errors import FastrefineError, InputError, SplitError
@@ -111,6 +110,8 @@ def layers(
     call = bind(generator, labels is not None, kwargs or {})
     names = {module: name for name, module in generator.named_modules() if name}
     seen: dict[str, list[tuple[tuple[int, ...] | None, int]]] = {}  # per call: shape, FLOPs so far
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
     counter = FlopCounterMode(display=False)
     inputs: tuple[Tensor, ...] = (sample_latent,) if labels is None else (sample_latent, labels)
 

@@ -106,7 +106,10 @@ class _FromReal(StopRule):
     def __post_init__(self) -> None:
         if self.logits is None:
             return
-        logits = torch.as_tensor(self.logits).detach().flatten().double().cpu()
+        try:
+            logits = torch.as_tensor(self.logits).detach().flatten().double().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{type(self).__name__}: wanted real logits (N,), got {self.logits!r}") from error
         if len(logits) == 0 or not torch.isfinite(logits).all():
             raise InputError(f"{type(self).__name__}: wanted one or more finite real logits, got {len(logits)} values")
         object.__setattr__(self, "real", RealLogits(logits))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastrefine import flatten, freeze, probe
 from fastrefine.pair import DiscriminatorSide, GeneratorSide
@@ -108,7 +107,7 @@ class Target:
         for module in (self.tail, self.d):
             module.to(dtype=self.compute)
             if self.channels_last:
-                module.to(memory_format=torch.channels_last)
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _trace_if_faithful(self) -> None:
         """Use the flat graph where a small one equals plain autograd; its route is "flat", else "autograd"."""
@@ -118,6 +117,8 @@ class Target:
         plain = self._autograd(a, *context)
         try:
             small = self._trace(a, context)
+            from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
             with FlopCounterMode(display=False) as counter:
                 logit, _, grad = small(a.flip(0), *(c.flip(0) for c in context))
         except Exception as error:  # make_fx runs the user's code: it may fail in any way
@@ -166,7 +167,7 @@ class Target:
             return Evaluation(*self._values(a, *context), None)  # type: ignore[arg-type]
         if self._flat_forward is None:
             self._flat_forward = flatten.trace(self._values, (a, *context))
-        return Evaluation(*self._flat_forward(a, *context), None)  # type: ignore[arg-type]
+        return Evaluation(*self._flat_forward(a, *context), None)  # type: ignore[call-arg]
 
     def _values(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit."""

@@ -33,11 +33,12 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
       observe    sampler.observe where finite, or where the sampler rejects (then with logit -inf, loss inf, grad 0)
       bad        not finite, and first or the sampler cannot reject: the standing state stays
       retire     bad (NONFINITE) | standing logit >= threshold (REACHED) | last (EXHAUSTED, or STALLED when every
-                 gradient before was exactly 0 and the sampler has no noise): position, or the best iterate with keep_best, to output row id % W
+                 gradient before was exactly 0 and the sampler has no noise): position, or the best iterate with
+                 keep_best, to output row id % W
       propose    otherwise: activation <- sampler.propose, step += 1
     Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
     slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
-    A slot that stays empty keeps the retired position as its activation.
+    A slot that stays empty keeps the retired position as its activation; its sampler state means nothing.
     """
     live, done = slots.sample_id >= 0, torch.zeros_like(slots.sample_id, dtype=torch.bool)
     if evaluation is not None:
@@ -55,11 +56,12 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
     grad = torch.zeros_like(a) if evaluation.grad is None else evaluation.grad
     peak = grad.abs().amax(1)
     finite = torch.isfinite(evaluation.logit) & torch.isfinite(evaluation.loss) & (torch.isfinite(peak) | last)
-    met = torch.isfinite(peak) & ~last
+    met = live & torch.isfinite(peak) & ~last
     slots.grad_peak.copy_(torch.where(met, torch.maximum(slots.grad_peak, peak), slots.grad_peak))
     if rule.max_grad_norm is not None:
-        norm = torch.linalg.vector_norm(grad, dim=1)
-        grad = grad * per_slot(torch.where(norm > rule.max_grad_norm, rule.max_grad_norm / norm, torch.ones_like(norm)))
+        norm = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64)
+        clip = torch.where(norm > rule.max_grad_norm, rule.max_grad_norm / norm, torch.ones_like(norm))
+        grad = grad * per_slot(clip.to(grad.dtype))
     bad = live & ~finite & (first if sampler.rejects else torch.ones_like(first))
     slots.logit_falls += (live & ~first & (evaluation.logit < state["logit"])).int()
 
@@ -82,7 +84,8 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
     reached = live & ~bad & (logit >= slots.threshold)
     done = bad | reached | (live & last)
     stalled = last & (slots.step > 0) & (slots.grad_peak == 0) & (not sampler.noisy)
-    status = torch.where(bad, S.NONFINITE, torch.where(reached, S.REACHED, torch.where(stalled, S.STALLED, S.EXHAUSTED)))
+    status = torch.where(stalled, S.STALLED, S.EXHAUSTED)
+    status = torch.where(bad, S.NONFINITE, torch.where(reached, S.REACHED, status))
     kept = position if slots.best is None else slots.best
     rows = torch.where(done, slots.sample_id % (len(outputs.status) - 1), len(outputs.status) - 1)
     outputs.activation[rows] = kept

@@ -18,7 +18,7 @@ _MODULES = {"cpu": "fastrefine.ops.native", "triton": "fastrefine.kernels", "cud
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastrefine_backend", default=None)
 
-F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 
 class Absent(Exception):
@@ -60,9 +60,15 @@ def _require(backend: str) -> None:
 
 
 def available() -> dict[str, str]:
-    """Every backend with "ok" or the reason of its absence (what ``fastrefine doctor`` prints)."""
-    loaded = {name: _load(name) for name in _MODULES}
-    return {"reference": "ok"} | {k: v if isinstance(v, str) else "ok" for k, v in loaded.items()}
+    """Every backend with "ok", the reason of its absence or why it is broken (what ``fastrefine doctor`` prints)."""
+    states = {"reference": "ok"}
+    for name in _MODULES:
+        try:
+            loaded = _load(name)
+        except BackendError as broken:
+            loaded = str(broken)
+        states[name] = loaded if isinstance(loaded, str) else "ok"
+    return states
 
 
 def choose(device: torch.device, rule: str | None) -> str:
@@ -70,6 +76,9 @@ def choose(device: torch.device, rule: str | None) -> str:
     forced = _FORCED.get() or os.environ.get("FASTREFINE_BACKEND")
     if forced is not None:
         _require(forced)
+        home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(forced, device.type)
+        if device.type != home and not (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+            raise BackendError(f"backend {forced!r} runs on {home} tensors, these are on {device.type}")
         if forced != "reference" and rule not in _load(forced).RULES:  # type: ignore[union-attr]
             raise BackendError(f"backend {forced!r} has no kernel for the rule {rule!r}; use backend 'reference'")
         return forced
@@ -79,16 +88,17 @@ def choose(device: torch.device, rule: str | None) -> str:
     return "reference"
 
 
-def op(reference: F) -> F:
+def op(reference: Callable[..., R]) -> Callable[..., R]:
     """Make the decorated PyTorch function an op: its signature is the schema, its docstring the specification.
 
     The caller passes ``backend=`` (from :func:`choose`); the implementation of that name gets the same arguments.
     """
 
     @functools.wraps(reference)
-    def entry(*args: Any, backend: str = "reference", **kwargs: Any) -> Any:
+    def entry(*args: Any, backend: str = "reference", **kwargs: Any) -> R:
         if backend == "reference":
             return reference(*args, **kwargs)
-        return getattr(_load(backend), reference.__name__)(*args, **kwargs)
+        implementation: Callable[..., R] = getattr(_load(backend), reference.__name__)
+        return implementation(*args, **kwargs)
 
-    return entry  # type: ignore[return-value]
+    return entry

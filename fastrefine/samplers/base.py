@@ -65,7 +65,8 @@ class Kernel:
 class Sampler:
     """Base of all samplers. A state always holds ``position`` (S, F), the sample as it stands, and its ``logit`` (S,).
 
-    State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until ``propose``.
+    State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until
+    ``propose``.
     """
 
     loss: str = "nonsaturating"
@@ -82,7 +83,7 @@ class Sampler:
         return {"position": a, "logit": a.new_full((len(a),), math.nan)}
 
     def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:
-        """Take in the evaluation at ``a``; ``step`` (S,) updates were made so far. Called at the last evaluation too."""
+        """Take in the evaluation at ``a``; ``step`` (S,) updates were made so far. Last evaluation included."""
         return {**state, "position": a, "logit": evaluation.logit, "grad": evaluation.grad}
 
     def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
@@ -103,12 +104,15 @@ def per_slot(value: Tensor) -> Tensor:
     return value[:, None]
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> None:
     """Raise InputError unless ``value`` is a finite number in [low, high] (in (low, high] with ``open_low``)."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
         return
-    wanted = f"{'more than' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    wanted = f"{'more than' if open_low else 'at least'} {low:g}"
+    wanted += f" and at most {high:g}" if high < math.inf else ""
     raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
 
 

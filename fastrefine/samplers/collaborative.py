@@ -70,7 +70,7 @@ class Collaborative(Sampler):
             object.__setattr__(self, "control", "backtracking" if plain else "fixed")
         check_choice("control", self.control, ("backtracking", "fixed"))
         if self.control == "backtracking" and (self.optimizer != "sgd" or self.adaptive):
-            raise InputError("control='backtracking' is defined for optimizer='sgd' without adaptive; use control='fixed'")
+            raise InputError("control='backtracking' is for optimizer='sgd' without adaptive; use control='fixed'")
 
     @property
     def rejects(self) -> bool:  # type: ignore[override]
@@ -133,17 +133,18 @@ class Collaborative(Sampler):
         elif self.optimizer == "adam":
             m = BETA1 * state["first_moment"] + (1 - BETA1) * g
             v = BETA2 * state["second_moment"] + (1 - BETA2) * g * g
-            count = (step + 1).to(a.dtype)
-            scale = self.step_size / (1 - BETA1**count)
-            spread = torch.sqrt(v / per_slot(1 - BETA2**count)) + EPSILON
-            a, state = a - per_slot(scale) * m / spread, {**state, "first_moment": m, "second_moment": v}
+            count = (step + 1).double()  # in float32, 1 - BETA2**1 would keep only four digits
+            scale, correction = self.step_size / (1 - BETA1**count), 1 - BETA2**count
+            spread = torch.sqrt(v / per_slot(correction.to(a.dtype))) + EPSILON
+            a = a - per_slot(scale.to(a.dtype)) * m / spread
+            state = {**state, "first_moment": m, "second_moment": v}
         else:
             a, state = self._ladam(a, g, state, step == 0)
         return a if self.clamp is None else a.clamp(*self.clamp), state
 
     def _ladam(self, a: Tensor, g: Tensor, state: State, first: Tensor) -> tuple[Tensor, State]:
         """m <- .9m + .1g, v <- .5v + .5g^2, l <- .5l + .5(mean s(d_real) - s(d)), all started at their first value."""
-        gap = self.real_score - torch.sigmoid(state["logit"])
+        gap = (self.real_score or 0.0) - torch.sigmoid(state["logit"])
         m = torch.where(per_slot(first), g, 0.9 * state["first_moment"] + 0.1 * g)
         v = torch.where(per_slot(first), g * g, 0.5 * state["second_moment"] + 0.5 * g * g)
         gap = torch.where(first, gap, 0.5 * state["gap"] + 0.5 * gap)
@@ -154,7 +155,8 @@ class Collaborative(Sampler):
     def kernel(self) -> Kernel:
         size = self.step_size
         if self.control == "backtracking":
-            return Kernel("backtracking", (size, GROW, SHRINK, LARGEST), ("loss", "step_size"), ("grad",), 0.0, self.clamp)
+            hyper, scalars = (size, GROW, SHRINK, LARGEST), ("loss", "step_size")
+            return Kernel("backtracking", hyper, scalars, ("grad",), 0.0, self.clamp)
         if self.adaptive:
             return Kernel("adaptive", (size,), ("reference",), (), 0.0, self.clamp)
         if self.optimizer == "sgd":

@@ -1,0 +1,120 @@
+"""Drives ``refine_step`` with random evaluations, the same for every backend, and records everything it wrote."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrefine import ops, slots
+from fastrefine.ops import registry
+from fastrefine.samplers import Collaborative, DGflow, Evaluation
+
+FIRST_ID = 2**31 + 5  # ids are 32-bit words of a counter: beyond the signed range
+SAMPLERS = {
+    "sgd": Collaborative(0.3, control="fixed"),
+    "backtracking": Collaborative(0.3),
+    "adaptive": Collaborative(0.3, adaptive=True),
+    "momentum": Collaborative(0.3, optimizer="momentum"),
+    "adam": Collaborative(0.3, optimizer="adam"),
+    "ladam": Collaborative(0.3, optimizer="ladam", real_score=0.7),
+    "noise": DGflow(0.3, gamma=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run does besides its rule."""
+
+    keep_best: bool = False
+    lockstep: bool = False
+    max_grad_norm: float | None = None
+    seed: int = 2**63 + 12345
+    pool_rows: int = 7
+
+
+def device_of(backend):
+    """Where the backend runs here; skips the test where it is absent."""
+    if registry.available()[backend] != "ok":
+        pytest.skip(registry.available()[backend])
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def special(x: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """``x`` (S,) with some entries NaN, inf, -inf."""
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=x.dtype)
+    pick = odd[torch.randint(3, x.shape, generator=generator)]
+    return torch.where(torch.rand(x.shape, generator=generator) < share, pick, x)
+
+
+def coarse(count: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """(S,) normals rounded to quarters, so that equal values meet."""
+    return (torch.randn(count, dtype=dtype, generator=generator) * 4).round() / 4
+
+
+def random_evaluation(count: int, features: int, dtype: torch.dtype, generator: torch.Generator) -> Evaluation:
+    """Logits, losses and gradients, ties and non-finite ones among them; slot 0 has no gradient, at times none has."""
+    logit = special(coarse(count, dtype, generator), generator, 0.08)
+    loss = special(coarse(count, dtype, generator), generator, 0.08)
+    grad = torch.randn(count, features, dtype=dtype, generator=generator)
+    where = torch.randint(features, (count, 1), generator=generator)
+    grad.scatter_(1, where, special(grad.gather(1, where)[:, 0], generator, 0.08)[:, None])
+    grad[0] = 0
+    nothing = torch.rand((), generator=generator) < 0.1
+    return Evaluation(logit, loss, None if nothing else grad)
+
+
+def fill(pool: slots.Pool, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Between none (often) and all of the free rows of the pool get proposals."""
+    begin, end = pool.counters[:2].tolist()
+    rows = len(pool.threshold)
+    more = int(torch.randint(-rows, rows - (end - begin) + 1, (), generator=generator).clamp(min=0))
+    for row in ((end + k) % rows for k in range(more)):
+        pool.activation[row] = torch.randn(pool.activation.shape[1], dtype=dtype, generator=generator)
+        pool.threshold[row] = 1.25 + coarse(1, dtype, generator)[0]
+        pool.last_step[row] = torch.randint(6, (), generator=generator)
+        pool.reference_logit[row] = torch.randn((), dtype=dtype, generator=generator)
+    pool.counters[slots.END] += more
+
+
+def record(own: slots.Slots, pool: slots.Pool, outputs: slots.Outputs) -> dict[str, Tensor]:
+    """Copies of all that has a meaning: not the sink row, not the sampler's state of empty slots."""
+    seen = {f"slots.{f.name}": getattr(own, f.name) for f in fields(own) if f.name not in ("state", "cache")}
+    seen |= {f"pool.{f.name}": getattr(pool, f.name) for f in fields(pool)}
+    seen |= {f"outputs.{f.name}": getattr(outputs, f.name)[:-1] for f in fields(outputs)}
+    seen |= {f"state.{name}": tensor[own.sample_id >= 0] for name, tensor in own.state.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in seen.items() if tensor is not None}
+
+
+def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
+    """The records of a run; ``mutate`` changes the evaluations that the backend gets."""
+    options, device = options or Options(), device_of(backend)
+    rule = slots.Rule(sampler, options.seed, options.keep_best, options.lockstep, options.max_grad_norm)
+    rows = max(options.pool_rows, shape[0]), 7 * shape[0] + 1  # a sample lives at most 6 evaluations: no row is shared
+    own, pool, outputs = slots.allocate(*shape, *rows, rule, dtype, torch.device(device))
+    pool.counters[: slots.END + 1] = FIRST_ID
+    generator = torch.Generator().manual_seed(7)
+    records = []
+    for index in range(steps):
+        fill(pool, dtype, generator)
+        evaluation = random_evaluation(*shape, dtype, generator)
+        evaluation = evaluation._replace(**{k: v.to(device) for k, v in evaluation._asdict().items() if v is not None})
+        if mutate is not None:
+            evaluation = mutate(evaluation)
+        ops.refine_step(own, evaluation if index else None, pool, outputs, rule, backend=backend)
+        records.append(record(own, pool, outputs))
+    return records
+
+
+def compare(records, expected):
+    """Integers equal, numbers to rounding; NaN equals NaN. Names the step and the tensor that differ."""
+    for index, (ours, theirs) in enumerate(zip(records, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name, wanted in theirs.items():
+            rtol, atol = (3e-6, 1e-6) if wanted.dtype == torch.float32 else (1e-12, 1e-13)
+            if not wanted.is_floating_point():
+                rtol = atol = 0
+            message = f"step {index}, {name}: "
+            torch.testing.assert_close(
+                ours[name], wanted, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, m=message: m + text
+            )

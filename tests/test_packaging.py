@@ -1,0 +1,189 @@
+"""The house: what imports what, what an import costs, how long files are, what a build carries, what compiles."""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastrefine"
+KERNELS = ROOT / "kernels"
+FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+
+# DESIGN section 6. A module may import from its own layer and from those below; modules not named stand anywhere.
+LAYERS = (
+    {"__main__", "cli", "experiments"},
+    {"shaping"},
+    {"refiner", "session"},
+    {"engine"},
+    {"drivers"},
+    {"kernels"},
+    {"ops"},
+    {"slots"},
+    {"samplers"},
+    {"errors"},
+)
+
+
+def module_name(path: Path) -> str:
+    """ "fastrefine.ops.noise"; a package is named by its folder."""
+    parts = ("fastrefine", *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(path: Path, *, module_level: bool = False) -> set[str]:
+    """Full names of what a file imports at run time, everywhere or at module level only."""
+    found: set[str] = set()
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+
+    def visit(node: ast.AST) -> None:
+        if is_type_checking(node) or (module_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def layer(name: str) -> int | None:
+    """Index in LAYERS of a full module name; None for modules that stand anywhere and for other packages."""
+    parts = name.split(".")
+    if parts[0] != "fastrefine" or len(parts) < 2:
+        return None
+    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path):
+    own = layer(module_name(path))
+    if own is None:
+        wrong = [n for n in imports(path) if layer(n) == 0 and module_name(path) != "fastrefine"]
+    else:
+        wrong = [n for n in imports(path) if (other := layer(n)) is not None and other < own]
+    assert not wrong, f"{module_name(path)} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "samplers").glob("*.py")), ids=module_name)
+def test_samplers_import_only_torch_and_base(path):
+    foreign = {n for n in imports(path) if n.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
+    assert all(n.startswith(("fastrefine.samplers", "fastrefine.errors")) for n in foreign), foreign
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_ops_touch_the_kernels_and_the_native_module(path):
+    if path.is_relative_to(KERNELS) or path.is_relative_to(PACKAGE / "ops"):
+        return
+    closed = ("fastrefine.kernels", "fastrefine._native", "fastrefine.ops.native", "triton", "kernels")
+    wrong = [n for n in imports(path) if f"{n}.".startswith(tuple(f"{c}." for c in closed))]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=module_name)
+def test_kernels_import_torch_triton_and_the_op_table_only(path):
+    allowed = (
+        "torch",
+        "triton",
+        "fastrefine.kernels",
+        "fastrefine.slots",
+        "fastrefine.ops",
+        "fastrefine.samplers.base",
+    )
+    foreign = {n for n in imports(path) if n.split(".")[0] not in sys.stdlib_module_names}
+    assert all(f"{n}.".startswith(tuple(f"{a}." for a in allowed)) for n in foreign), foreign
+
+
+def test_no_module_imports_itself_through_others():
+    names = {module_name(path): path for path in FILES}
+
+    def inside(name: str) -> str | None:
+        return name if name in names else (head if (head := name.rpartition(".")[0]) in names else None)
+
+    graph = {n: {m for i in imports(p, module_level=True) if (m := inside(i)) and m != n} for n, p in names.items()}
+    graph["fastrefine"] = set()
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for other in sorted(graph[name] - {n for n in above if name.startswith(f"{n}.")}):
+                walk(other, (*above, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        walk(name, ())
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def python(code: str, **environment: str) -> str:
+    """Output of a fresh interpreter in the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_load_nothing_that_is_not_used():
+    slow = "{'torch', 'triton', 'matplotlib', 'sklearn', 'scipy', 'numpy', 'fastrefine._native'}"
+    assert python(f"import sys, fastrefine; print({slow} & set(sys.modules))").strip() == "set()"
+    heavy = "{'fastrefine.kernels', 'fastrefine._native', 'triton', 'matplotlib', 'sklearn'}"
+    code = f"import sys, fastrefine as fr; fr.ops, fr.samplers, fr.use_backend; print({heavy} & set(sys.modules))"
+    assert python(code).strip() == "set()"
+    own = "{'fastrefine.kernels', 'fastrefine._native', 'matplotlib', 'sklearn'}"
+    assert python(f"import sys, fastrefine as fr; fr.Refiner; print({own} & set(sys.modules))").strip() == "set()"
+
+
+def test_kernels_are_found_in_this_installation():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    code = "import fastrefine.kernels as k; print(sorted(k.RULES))"
+    assert "backtracking" in python(code, TRITON_INTERPRET="1")
+
+
+def test_pyproject_names_every_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    folders = {module_name(path) for path in PACKAGE.rglob("__init__.py")} | {"fastrefine.kernels"}
+    folders |= {module_name(path).rpartition(".")[0] for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert not [name for name in folders if f'"{name}"' not in text]
+
+
+def test_build_modes_are_checked():
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env={**os.environ, "FASTREFINE_BUILD": "fast"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "FASTREFINE_BUILD is 'fast'; wanted auto, none, cpu or cuda" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_gpus_without_one(capability):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastrefine.kernels.aot", str(capability)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rule in ("sgd", "backtracking", "adaptive", "momentum", "adam", "ladam"):
+        assert f"apply {rule} options=True" in done.stdout
