@@ -1,1 +1,1 @@
-"""The demo and the experiments behind the figures in the documentation, built on the public API."""
+"""The demo and its parts: recipes, training, pictures; experiments of the papers join them here."""

@@ -1,0 +1,111 @@
+"""Metrics against closed forms: Gaussians with known distance, distributions with known score."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastrefine.errors import InputError
+from fastrefine.metrics import classifier_score, frechet_distance
+
+
+def whitened(n: int, features: int, seed: int = 0) -> np.ndarray:
+    """(n, features) with mean exactly 0 and covariance exactly the identity."""
+    x = np.random.RandomState(seed).standard_normal((n, features))
+    x -= x.mean(0)
+    return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False)).T)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero():
+    x = np.random.RandomState(1).standard_normal((300, 7))
+    assert frechet_distance(x, x) < 1e-9
+    assert frechet_distance(x, x[::-1]) < 1e-9
+
+
+def test_frechet_distance_of_a_shift_is_its_squared_length():
+    x, shift = whitened(400, 5), np.array([1.0, -2.0, 0.0, 3.0, 0.5])
+    assert frechet_distance(x, x + shift) == pytest.approx(shift @ shift, rel=1e-9)
+
+
+def test_frechet_distance_of_commuting_covariances_is_the_closed_form():
+    x, scale_a, scale_b = whitened(500, 4), np.array([1.0, 2.0, 0.1, 5.0]), np.array([3.0, 0.5, 0.1, 1.0])
+    assert frechet_distance(x * scale_a, x * scale_b) == pytest.approx(((scale_a - scale_b) ** 2).sum(), rel=1e-9)
+
+
+def test_frechet_distance_of_general_covariances_agrees_with_scipy():
+    linalg = pytest.importorskip("scipy.linalg")
+    random = np.random.RandomState(2)
+    a = random.standard_normal((200, 6)) @ random.standard_normal((6, 6))
+    b = random.standard_normal((150, 6)) @ random.standard_normal((6, 6)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    mean = a.mean(0) - b.mean(0)
+    expected = mean @ mean + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    rotation = np.linalg.qr(random.standard_normal((6, 6)))[0]
+    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_is_finite_and_not_negative_for_singular_covariances():
+    x = np.random.RandomState(3).standard_normal((10, 40))
+    x[:, 5] = 0
+    assert 0 <= frechet_distance(x, x) < 1e-6
+    assert math.isfinite(frechet_distance(x, x[:4] + 1))
+
+
+def test_frechet_distance_takes_tensors_one_feature_and_float32():
+    x = torch.tensor([[0.0], [2.0]])
+    assert frechet_distance(x, x + 3) == pytest.approx(9)
+    twice = frechet_distance(x.requires_grad_(), 2 * x)  # means 1 and 2, deviations sqrt 2 and 2 sqrt 2
+    assert twice == pytest.approx(1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        (np.zeros((5, 3)), np.zeros((5, 4)), "wanted equal"),
+        (np.zeros((1, 3)), np.zeros((5, 3)), "at least 2"),
+        (np.zeros(5), np.zeros((5, 1)), "features_a"),
+        (np.zeros((5, 2)), np.full((5, 2), np.nan), "not finite"),
+    ],
+)
+def test_frechet_distance_refuses(a, b, words):
+    with pytest.raises(InputError, match=words):
+        frechet_distance(a, b)
+
+
+def test_classifier_score_is_one_when_all_rows_are_the_same():
+    assert classifier_score(np.full((20, 10), 0.1)) == pytest.approx(1)
+    assert classifier_score(np.tile([0.7, 0.2, 0.1], (5, 1))) == pytest.approx(1)
+
+
+def test_classifier_score_is_the_number_of_classes_when_rows_are_sure_and_balanced():
+    assert classifier_score(np.eye(10).repeat(3, 0)) == pytest.approx(10)
+    assert classifier_score(torch.eye(4)) == pytest.approx(4)
+
+
+def test_classifier_score_of_sure_rows_is_the_exponential_of_the_entropy_of_the_classes():
+    p = np.eye(3)[[0, 0, 1, 2]]  # shares 1/2, 1/4, 1/4: entropy 1.5 log 2
+    assert classifier_score(p) == pytest.approx(2**1.5)
+
+
+def test_classifier_score_is_the_written_formula():
+    p = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(1)
+    marginal = p.mean(0)
+    assert classifier_score(p) == pytest.approx(float((p * (p / marginal).log()).sum(1).mean().exp()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (torch.randn(5, 10), "softmax"),
+        (np.full((5, 10), 0.2), "softmax"),
+        (np.zeros((0, 10)), "no rows"),
+        (np.full((2, 2), np.inf), "not finite"),
+        (np.ones(3), "shape"),
+    ],
+)
+def test_classifier_score_refuses(values, words):
+    with pytest.raises(InputError, match=words):
+        classifier_score(values)
