@@ -13,7 +13,7 @@ from fastrefine.errors import InputError
 
 def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     """``value`` as an int in [low, high]; InputError otherwise (True and 3.0 are not counts, NumPy's integers are)."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high:
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
     most = f" and at most {high}" if high < 2**63 - 1 else ""
     raise InputError(f"{name} is {value!r}; wanted a whole number of at least {low}{most}")
@@ -28,7 +28,7 @@ def device(name: str, value: Any) -> torch.device:
 
 
 def tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``value`` as a floating-point tensor (N, ...), not cast; InputError names the first rows not finite in ``dtype``."""
+    """``value`` as a floating-point tensor (N, ...), not cast; InputError names rows that are not finite in ``dtype``."""
     try:
         x = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -68,6 +68,8 @@ def labels(value: Any, n: int) -> Tensor | None:
         raise InputError(f"labels must be whole numbers (N,) or vectors (N, C), got {type(value).__name__}") from error
     if y.dim() == 0:
         y = y.expand(n)
+    if y.dim() == 1 and len(y) == 0:  # an empty list has no type
+        y = y.long()
     if len(y) != n:
         raise InputError(f"got {len(y)} labels for {n} samples")
     if y.is_floating_point() and y.dim() == 1 or y.dtype == torch.bool:

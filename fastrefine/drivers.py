@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -62,8 +63,9 @@ def arithmetic(precision: str, deterministic: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _tf32(on: bool) -> Iterator[None]:
     """TF32 on or off. torch has two sets of switches: both are set and put back, or reading the older set raises."""
-    cudnn = torch.backends.cudnn
-    places = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul]
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    places = [backends.cuda.matmul, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul]
     was = [place.fp32_precision for place in places]
     matmul, convolution = "highest", True  # torch's defaults, where a caller who used the newer set has no older state
     with contextlib.suppress(RuntimeError):

@@ -93,13 +93,13 @@ class GeneratorSide:
             images = attempt("generator", lambda: own(latents.clone(), *given, **kwargs), latents)
             if not isinstance(images, Tensor) or images.shape[:1] != latents.shape[:1]:
                 raise InputError(f"the generator must return images (N, ...), got {_describe(images)} for {len(latents)} latents")
-            y = labels[:1] if labels is not None and self.takes_labels else None
-            _check({"generator": own}, lambda z: own(*([z] if y is None else [z, _repeated(y, z)]), **kwargs), latents, coupling)
+            first = [y[:1] for y in given]
+            _check({"generator": own}, lambda z: own(z, *(_repeated(y, z) for y in first), **kwargs), latents, coupling)
             self.cut = split(own, at, latents, labels if self.takes_labels else None, kwargs or None)
         self._probe(latents, labels, coupling)
 
     def _given(self, pair: Split, like: Tensor) -> Cut:
-        """A pair of the caller's: modules and owners of methods are copied, what plain functions close over is borrowed."""
+        """A pair of the caller's: modules, also those of methods, are copied; what plain functions read is borrowed."""
         parts: list[nn.Module] = []
         for part in (pair.prefix, pair.tail):
             owner = getattr(part, "__self__", None)
@@ -147,9 +147,11 @@ class GeneratorSide:
         """(activation (n, ...), context tensors (n, ...)) of latents (n, ...)."""
         own = latents.clone()  # layers may work in place, and at the input it is the activation
         given = (own, labels) if self.takes_labels and labels is not None else (own,)
-        a, context = attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
+        found = attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
+        a, context = found if isinstance(found, tuple | list) and len(found) == 2 else (found, ())
+        context = (context,) if isinstance(context, Tensor) else context
         if not isinstance(a, Tensor) or not isinstance(context, tuple | list):
-            raise InputError("prefix(z[, labels]) must return (activation, tuple of context tensors)")
+            raise InputError(f"prefix(z[, labels]) must return (activation, tuple of tensors), got {_describe(found)}")
         return a, tuple(context)
 
     def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
@@ -238,8 +240,8 @@ def _own(module: nn.Module, like: Tensor) -> nn.Module:
     for name, child in plain.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise InputError(
-                f"module {name!r} is scripted or traced, and can neither be looked into nor frozen: give the nn.Module it "
-                "was made from"
+                f"module {name!r} is scripted or traced, and can neither be looked into nor frozen: "
+                "give the nn.Module it was made from"
             )
     return freeze.private_copy(plain).to(device=like.device, dtype=like.dtype)
 

@@ -68,8 +68,8 @@ def _keys(raw: Any) -> str:
     if isinstance(raw, dict):
         return f"a dict with keys {list(raw)}"
     if isinstance(raw, tuple | list):
-        names = f", names {list(raw._fields)}" if hasattr(raw, "_fields") else ""
-        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1}{names})"
+        fields = f", names {list(raw._fields)}" if hasattr(raw, "_fields") else ""
+        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1}{fields})"
     names = list(vars(raw)) if hasattr(raw, "__dict__") else []
     return f"an object of type {type(raw).__name__}" + (f" with attributes {names}" if names else "")
 
@@ -101,9 +101,10 @@ def prepare(
         found = _working_cut([*cuts, _cut_traced], discriminator, lambda m: readout(call(m), n, torch.float64), values)
     if scale != "probability":
         if len(known) and inside and (ends_in_sigmoid or found is not None):
+            where = f" (module {name!r})" if ends_in_sigmoid else ""
             raise InputError(
-                f"the discriminator ends in a sigmoid{f' (module {name!r})' if ends_in_sigmoid else ''} and returned values "
-                f"in [0, 1], but discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
+                f"the discriminator ends in a sigmoid{where} and returned values in [0, 1], but "
+                f"discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
             )
         return _uncut, readout
     if not inside:

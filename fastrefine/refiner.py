@@ -105,9 +105,9 @@ class Refiner:
             check_choice(name, value, choices)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
-        for name, value in (("generator_kwargs", generator_kwargs), ("discriminator_kwargs", discriminator_kwargs)):
-            if value is not None and not isinstance(value, dict):
-                raise InputError(f"{name} is {value!r}; wanted a dict of arguments or None")
+        for name, kwargs in (("generator_kwargs", generator_kwargs), ("discriminator_kwargs", discriminator_kwargs)):
+            if kwargs is not None and not isinstance(kwargs, dict):
+                raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
         if output_key is not None and not isinstance(output_key, str | int) and not callable(output_key):
             raise InputError(f"output_key is {output_key!r}; wanted a key, an index, a callable or None")
         if callback is not None and not callable(callback):
@@ -165,7 +165,8 @@ class Refiner:
 
         labels: (n,) classes or (n, C) vectors, or one class for all. Raises InputError without a prior.
         """
-        return Result.concatenate(list(self.stream(n, first_id=first_id, seed=seed, chunk=max(n, 1), labels=labels)))
+        chunk = max(checks.count("n", n, 0), 1)
+        return Result.concatenate(list(self.stream(n, first_id=first_id, seed=seed, chunk=chunk, labels=labels)))
 
     def refine(self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0) -> Result:
         """Refine given latents (N, ...), or given images with at="output" and generator=None."""
@@ -284,7 +285,7 @@ class Refiner:
                 self._bind(side)
 
     def _side_for(self, x: Tensor, y: Tensor | None) -> DiscriminatorSide:
-        """The prepared discriminator, or one prepared on these images (N, ...) where it was prepared otherwise labelled."""
+        """The prepared discriminator, or one prepared on these images (N, ...) where that one is labelled otherwise."""
         for side in (self._discriminator_side, self._scorer):
             if side is not None and side.takes_labels == (y is not None):
                 return side
@@ -302,7 +303,8 @@ class Refiner:
             check_labels(y, side.num_classes)
         parts = []
         for start in range(0, len(x), self.num_slots):
-            images = x[start : start + self.num_slots].to(self.device, self.dtype, copy=True)  # layers may work in place
+            # a copy, for layers may work in place
+            images = x[start : start + self.num_slots].to(self.device, self.dtype, copy=True)
             labels = None if y is None else y[start : start + self.num_slots].to(self.device)
             parts.append(attempt("discriminator", lambda: side.logits(side.module, images, labels).mean(1), images))  # noqa: B023
         return torch.cat(parts)

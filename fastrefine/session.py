@@ -43,10 +43,10 @@ def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
 
 
 def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
-    """Results block by block; out of memory halves the slots for what is left, unless deterministic."""
+    """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
     progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
     lockstep = refiner.coupling == "lockstep"
-    with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
+    with tqdm(total=source.count, unit="image", disable=None if refiner.progress else True) as bar:
         while True:
             try:
                 with _modes(refiner, None, size):

@@ -75,7 +75,7 @@ def shape_discriminator(
     proposals = None if latents is None else RealBatches(latents, batch_size, seed + 1)
     trainer = _Trainer(student, refiner, optimizer, learning_rate, betas, gradient_penalty, batch_norm)
     first_id = 0
-    for iteration in tqdm(range(iterations), desc="shaping", disable=not progress):
+    for iteration in tqdm(range(iterations), desc="shaping", disable=None if progress else True):
         x, y = batches.batch(iteration)
         labels = y if trainer.labelled else None
         if proposals is None:
@@ -143,7 +143,7 @@ def fit_discriminator(
     trainer = _Trainer(student, source, "adam", learning_rate, betas, None, "train")
     examination = source.sample(len(held), first_id=2**31, seed=seed).images
     best, best_weights, since = float("inf"), copy.deepcopy(student.state_dict()), 0
-    for iteration in tqdm(range(iterations), desc="fitting", disable=not progress):
+    for iteration in tqdm(range(iterations), desc="fitting", disable=None if progress else True):
         x, _ = batches.batch(iteration)
         fakes = source.sample(len(x), first_id=iteration * batch_size, seed=seed).images
         trainer.update(x.to(device, torch.float32), fakes, None)

@@ -170,10 +170,13 @@ class Target:
         return Evaluation(*self._flat_forward(a, *context), None)  # type: ignore[call-arg]
 
     def _values(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit."""
+        """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit.
+
+        An activation that overflowed has no logit, even where a squashing discriminator gives it one.
+        """
         patches = self._patches(a, context)
         loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches)
-        return patches.mean(1), loss.mean(1)
+        return torch.where(a.isfinite().all(1), patches.mean(1), torch.nan), loss.mean(1)
 
     def resize(self, num_slots: int) -> None:
         """Evaluate batches of another size from now on."""

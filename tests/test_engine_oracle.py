@@ -88,7 +88,7 @@ SAMPLERS = {
     "wasserstein": fr.Collaborative(step_size=0.4, loss="wasserstein", control="fixed"),
     "least_squares": fr.Collaborative(step_size=0.2, loss="least_squares", control="fixed"),
     "momentum": fr.Collaborative(step_size=0.3, optimizer="momentum"),
-    "adam": fr.Collaborative(step_size=0.1, optimizer="adam"),
+    "adam": fr.Collaborative(step_size=0.02, optimizer="adam"),
     "ladam": fr.Collaborative(step_size=0.2, optimizer="ladam"),
     "adaptive": fr.Collaborative(step_size=2.0, adaptive=True),
     "clamped": fr.Collaborative(step_size=0.3, clamp=(-0.5, 0.0)),

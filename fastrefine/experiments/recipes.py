@@ -59,5 +59,5 @@ MNIST = Recipe(
     name="mnist", latent=networks.MNIST_LATENT_DIM, generator=networks.mnist_generator,
     discriminator=networks.mnist_discriminator, classifier=networks.mnist_classifier, classifier_steps=2500,
     early_steps=1000, converged_steps=10_000, learning_rate=(1e-3, 5e-4), r1=0.5, at="act7", step_size=1.0, max_steps=20,
-    shaping_iterations=200, shaping_batch=64, shaping_rate=1e-4, num_slots=128, samples=10_000,
+    shaping_iterations=200, shaping_batch=64, shaping_rate=1e-4, num_slots=128, samples=10_000, chain_length=5,
 )  # fmt: skip
