@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from fastrefine import stopping as stopping
     from fastrefine.calibration import Diagnosis as Diagnosis
     from fastrefine.calibration import diagnose as diagnose
-    from fastrefine.refiner import Refiner as Refiner
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product
     from fastrefine.priors import TruncatedNormal as TruncatedNormal
     from fastrefine.priors import Uniform as Uniform
+    from fastrefine.refiner import Refiner as Refiner
     from fastrefine.result import Result as Result
     from fastrefine.result import Status as Status
     from fastrefine.samplers import Collaborative as Collaborative

@@ -72,7 +72,7 @@ def labels(value: Any, n: int) -> Tensor | None:
         y = y.long()
     if len(y) != n:
         raise InputError(f"got {len(y)} labels for {n} samples")
-    if y.is_floating_point() and y.dim() == 1 or y.dtype == torch.bool:
+    if (y.is_floating_point() and y.dim() == 1) or y.dtype == torch.bool:
         raise InputError(f"labels must be whole numbers (N,) or vectors (N, C), got {y.dtype} of shape {tuple(y.shape)}")
     if not y.is_floating_point():
         return y.long()
@@ -89,7 +89,8 @@ def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) 
     if real.dim() != 4 or generated is None:
         return
     low, high = float(real.min()), float(real.max())
-    seen = f"real images lie in {low:g} to {high:g}, generated ones in {float(generated.min()):.3g} to {float(generated.max()):.3g}"
+    own = f"{float(generated.min()):.3g} to {float(generated.max()):.3g}"
+    seen = f"real images lie in {low:g} to {high:g}, generated ones in {own}"
     signed = float(generated.min()) < -0.1
     unsigned = float(generated.min()) >= 0 and float(generated.max()) <= 1
     if high > 4 * max(1.0, float(generated.abs().max())):

@@ -123,9 +123,7 @@ def check_gradient(oracle: HookedGenerator, inputs: tuple[Tensor, ...], at: str)
             handle.remove()
     if image.requires_grad:
         try:
-            gradient = torch.autograd.grad(image, activation, random_like(image), retain_graph=True, allow_unused=True)[
-                0
-            ]
+            gradient = torch.autograd.grad(image, activation, random_like(image), retain_graph=True, allow_unused=True)[0]
         except RuntimeError as error:
             raise GradientError(f"the generator cannot be differentiated after the cut {at!r}: {error}") from error
         if gradient is not None and bool((gradient != 0).any()):

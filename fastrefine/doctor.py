@@ -17,7 +17,10 @@ def report() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(), getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    bf16 = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
+        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)(),
+    )
     facts = {
         "fastrefine": __version__,
         "python": platform.python_version(),

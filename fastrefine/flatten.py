@@ -44,9 +44,16 @@ def _convolution_backward(
     """Input gradient of a convolution as a convolution: the flat graph then holds inference operations only."""
     assert not mask[1] and not mask[2], "the networks are frozen: no parameter gradient can be asked for"
     if transposed:
-        return aten.convolution(grad, weight, None, stride, padding, dilation, False, [0] * len(stride), groups), None, None
+        return (
+            aten.convolution(grad, weight, None, stride, padding, dilation, False, [0] * len(stride), groups),
+            None,
+            None,
+        )
     spare = [
-        int(x.shape[2 + i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1))
+        int(
+            x.shape[2 + i]
+            - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        )
         for i in range(len(stride))
     ]
     return aten.convolution(grad, weight, None, stride, padding, dilation, True, spare, groups), None, None

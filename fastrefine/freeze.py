@@ -34,7 +34,7 @@ def private_copy(module: M) -> M:
                     if value is not None and value.is_inference():
                         fresh = value.clone()
                         is_parameter = isinstance(value, nn.Parameter)
-                        store[name] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
+                        store[name] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh  # type: ignore[assignment]
             for name, value in list(child.__dict__.items()):
                 if isinstance(value, Tensor) and value.is_inference():
                     child.__dict__[name] = value.clone()
@@ -60,14 +60,13 @@ def _bake(module: nn.Module) -> None:
         for key, hook in list(child._forward_pre_hooks.items()):
             if type(hook).__name__ not in ("SpectralNorm", "WeightNorm") or not hasattr(hook, "name"):
                 continue
-            name: str = hook.name
             hook(child, ())
-            weight = getattr(child, name).detach().clone()
+            weight = getattr(child, hook.name).detach().clone()
             del child._forward_pre_hooks[key]
-            for part in (f"{name}_orig", f"{name}_g", f"{name}_v"):
-                child._parameters.pop(part, None)
-            child.__dict__.pop(name, None)
-            child.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+            for part in ("orig", "g", "v"):
+                child._parameters.pop(f"{hook.name}_{part}", None)
+            child.__dict__.pop(hook.name, None)
+            child.register_parameter(hook.name, nn.Parameter(weight, requires_grad=False))
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:

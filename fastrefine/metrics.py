@@ -26,9 +26,7 @@ def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike
     """
     a, b = _rows(features_a, "features_a"), _rows(features_b, "features_b")
     if a.shape[1] != b.shape[1]:
-        raise InputError(
-            f"features_a has {a.shape[1]} columns, features_b {b.shape[1]}: wanted equal"
-        )
+        raise InputError(f"features_a has {a.shape[1]} columns, features_b {b.shape[1]}: wanted equal")
     if min(len(a), len(b)) < 2:
         raise InputError(f"frechet_distance: got {len(a)} and {len(b)} rows; a covariance needs at least 2")
     difference = a.mean(0) - b.mean(0)

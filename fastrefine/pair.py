@@ -92,7 +92,9 @@ class GeneratorSide:
             given = (labels,) if self.takes_labels and labels is not None else ()
             images = attempt("generator", lambda: own(latents.clone(), *given, **kwargs), latents)
             if not isinstance(images, Tensor) or images.shape[:1] != latents.shape[:1]:
-                raise InputError(f"the generator must return images (N, ...), got {_describe(images)} for {len(latents)} latents")
+                raise InputError(
+                    f"the generator must return images (N, ...), got {_describe(images)} for {len(latents)} latents"
+                )
             first = [y[:1] for y in given]
             _check({"generator": own}, lambda z: own(z, *(_repeated(y, z) for y in first), **kwargs), latents, coupling)
             self.cut = split(own, at, latents, labels if self.takes_labels else None, kwargs or None)

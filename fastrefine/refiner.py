@@ -112,7 +112,12 @@ class Refiner:
             raise InputError(f"output_key is {output_key!r}; wanted a key, an index, a callable or None")
         if callback is not None and not callable(callback):
             raise InputError(f"callback is {callback!r}; wanted a callable or None")
-        self.discriminator_output, self.precision, self.keep, self.coupling = discriminator_output, precision, keep, coupling
+        self.discriminator_output, self.precision, self.keep, self.coupling = (
+            discriminator_output,
+            precision,
+            keep,
+            coupling,
+        )
         self.on_nonfinite, self.max_grad_norm, self.deterministic = on_nonfinite, max_grad_norm, deterministic
         self.generator_kwargs, self.discriminator_kwargs = generator_kwargs or {}, discriminator_kwargs or {}
         self.output_key, self.driver = output_key, driver
@@ -150,7 +155,7 @@ class Refiner:
 
     @property
     def scale(self) -> str:
-        """"critic", or "logit" (which covers "probability")."""
+        """ "critic", or "logit" (which covers "probability")."""
         return "critic" if self.discriminator_output == "critic" else "logit"
 
     def with_discriminator(self, discriminator: nn.Module) -> Refiner:
@@ -174,9 +179,7 @@ class Refiner:
         source = self._source(len(z), first_id, seed, z, labels)
         return Result.concatenate(list(session.parts(self, source, max(len(z), 1))))
 
-    def stream(
-        self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None
-    ) -> Iterator[Result]:
+    def stream(self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None) -> Iterator[Result]:
         """As ``sample``, in consecutive parts of ``chunk`` samples with bounded memory, in order of sample id."""
         if self.prior is None:
             raise InputError("no prior to draw latents from: pass prior=, e.g. fastrefine.Normal(64), or use refine(latents)")
@@ -260,7 +263,13 @@ class Refiner:
 
     def _new_discriminator_side(self, images: Tensor, labels: Tensor | None) -> DiscriminatorSide:
         return DiscriminatorSide(
-            self.discriminator, images, labels, self.discriminator_kwargs, self.discriminator_output, self.output_key, self.coupling
+            self.discriminator,
+            images,
+            labels,
+            self.discriminator_kwargs,
+            self.discriminator_output,
+            self.output_key,
+            self.coupling,
         )
 
     def _bind(self, side: DiscriminatorSide) -> None:

@@ -68,14 +68,22 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     watch.see(part)
                     yield part
                 break
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 fixed = "deterministic=True" if refiner.deterministic else "coupling='lockstep'" if lockstep else None
                 if fixed or size == 1:
                     reason = f" ({fixed} never changes it by itself)" if fixed else ""
                     raise FastrefineError(f"out of memory with {size} slots; pass a smaller num_slots{reason}") from error
                 size //= 2
-                log.warning("out of memory: going on with %d slots, which changes the bits of what follows", size)
+                level = logging.INFO if size < refiner.num_slots // 2 else logging.WARNING
+                log.log(level, "out of memory: going on with %d slots, which changes the bits of what follows", size)
     watch.tell()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # the CPU allocator raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager

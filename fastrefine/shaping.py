@@ -189,7 +189,9 @@ class _Trainer:
         self.penalty = (10.0 if self.scale == "critic" else 0.0) if gradient_penalty is None else gradient_penalty
         parameters = list(student.parameters())
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(parameters, learning_rate, betas=betas) if optimizer == "adam" else torch.optim.SGD(parameters, learning_rate)
+            torch.optim.Adam(parameters, learning_rate, betas=betas)
+            if optimizer == "adam"
+            else torch.optim.SGD(parameters, learning_rate)
         )
 
     def update(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, float]:

@@ -98,8 +98,6 @@ def allocate(
         a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
         best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
     )  # fmt: skip
-    pool = Pool(
-        real(pool_rows, features), integer(pool_rows), real(pool_rows), real(pool_rows), integer(6, dtype=torch.int64)
-    )
+    pool = Pool(real(pool_rows, features), integer(pool_rows), real(pool_rows), real(pool_rows), integer(6, dtype=torch.int64))
     outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), integer(w, fill=PENDING))
     return slots, pool, outputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -43,7 +42,12 @@ class Target:
     """
 
     def __init__(
-        self, generator: GeneratorSide, discriminator: DiscriminatorSide, sampler: Sampler, precision: str, num_slots: int
+        self,
+        generator: GeneratorSide,
+        discriminator: DiscriminatorSide,
+        sampler: Sampler,
+        precision: str,
+        num_slots: int,
     ):
         self.generator, self.discriminator = generator, discriminator
         self.num_slots, self._precision = num_slots, DTYPES[precision]

@@ -123,7 +123,15 @@ def oracle(name, at, n):
         for a, r, last in zip(prefix(z).detach(), references, last_steps, strict=True)
     ]
     images = torch.stack([tail(a[None])[0] for a, _, _ in rows]).detach()
-    return g, d, real, threshold, images, torch.tensor([r[1] for r in rows], dtype=torch.float64), torch.tensor([r[2] for r in rows])
+    return (
+        g,
+        d,
+        real,
+        threshold,
+        images,
+        torch.tensor([r[1] for r in rows], dtype=torch.float64),
+        torch.tensor([r[2] for r in rows]),
+    )
 
 
 @pytest.mark.parametrize("at", CUTS)
@@ -151,7 +159,9 @@ def test_a_float32_step_agrees_with_the_float64_step(name, at):
     outs = {}
     for precision in ("float32", "float64"):
         sampler = SAMPLERS[name]
-        refiner = fr.Refiner(g, d, sampler, at=at, max_steps=1, prior=fr.Normal(4), real=real, num_slots=16, precision=precision)
+        refiner = fr.Refiner(
+            g, d, sampler, at=at, max_steps=1, prior=fr.Normal(4), real=real, num_slots=16, precision=precision
+        )
         outs[precision] = refiner.sample(40, seed=5).activations.double()
     difference = (outs["float32"] - outs["float64"]).abs()
     if name in ("adam", "ladam"):  # the first update is a sign: only where |g| is above rounding can it agree
@@ -174,9 +184,7 @@ def test_dgflow_without_noise_is_collaborative_of_its_loss(divergence, loss):
 def test_dgflow_equals_its_equation_with_the_noise_of_sample_and_step():
     g, d = networks()
     n, eta, gamma = 12, 0.1, 0.05
-    refiner = fr.Refiner(
-        g, d, fr.DGflow(eta, "JS", gamma), max_steps=K, prior=fr.Normal(4), num_slots=5, precision="float64"
-    )
+    refiner = fr.Refiner(g, d, fr.DGflow(eta, "JS", gamma), max_steps=K, prior=fr.Normal(4), num_slots=5, precision="float64")
     out = refiner.sample(n, seed=9)
     ids = torch.arange(n)
     z = fr.Normal(4).sample(ids, 9, torch.float64)
@@ -195,7 +203,14 @@ def test_backtracking_survives_a_step_size_a_hundred_times_too_large(at):
     good = 0.3
     for loss in ("nonsaturating", "minimax", "wasserstein"):
         refiner = fr.Refiner(
-            g, d, fr.Collaborative(100 * good, loss), at=at, max_steps=50, prior=fr.Normal(4), num_slots=64, precision="float64"
+            g,
+            d,
+            fr.Collaborative(100 * good, loss),
+            at=at,
+            max_steps=50,
+            prior=fr.Normal(4),
+            num_slots=64,
+            precision="float64",
         )
         out = refiner.sample(400)
         assert (out.logits >= out.initial_logits).all()

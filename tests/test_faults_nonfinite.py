@@ -217,9 +217,7 @@ def test_gradients_are_clipped_per_sample():
     assert (norms > 1e-3).any() and torch.allclose(out.activations, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "sampler", [fr.Collaborative(0.1), fr.Collaborative(0.1, control="fixed"), fr.DGflow(0.1, gamma=0.0)]
-)
+@pytest.mark.parametrize("sampler", [fr.Collaborative(0.1), fr.Collaborative(0.1, control="fixed"), fr.DGflow(0.1, gamma=0.0)])
 def test_zero_gradients_are_told_and_marked(sampler):
     """FAULTS 14"""
     d = discriminator()
@@ -291,9 +289,7 @@ def out_latents():
     return refiner(precision="float64", max_steps=0).sample(N).latents
 
 
-@pytest.mark.parametrize(
-    "sampler", [fr.DGflow(3e38, gamma=0.0), fr.Collaborative(1e38, optimizer="momentum", momentum=1.0)]
-)
+@pytest.mark.parametrize("sampler", [fr.DGflow(3e38, gamma=0.0), fr.Collaborative(1e38, optimizer="momentum", momentum=1.0)])
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_an_activation_that_overflows_behind_a_finite_logit_is_not_taken(sampler, keep):
     """DESIGN P5: a squashing discriminator gives an infinite image a finite logit and a gradient of zero."""

@@ -138,9 +138,7 @@ def settings(request):
     torch.set_float32_matmul_precision(precision)
 
 
-@pytest.mark.parametrize(
-    ("settings", "at"), [("highest", "input"), ("high", "3"), ("medium", "output")], indirect=["settings"]
-)
+@pytest.mark.parametrize(("settings", "at"), [("highest", "input"), ("high", "3"), ("medium", "output")], indirect=["settings"])
 @pytest.mark.usefixtures("settings")
 def test_a_run_leaves_everything_of_the_callers_as_it_was(at):
     """FAULTS 16, P4"""

@@ -93,9 +93,7 @@ def evaluate(a):
     d = 1 - ((a - torch.tensor(TARGET, dtype=a.dtype)) ** 2).sum(1)
     d = torch.where(a[:, 0] > 3, torch.nan, d)
     slope = -torch.sigmoid(-d)  # dL/dd
-    return Evaluation(
-        d, torch.nn.functional.softplus(-d), slope[:, None] * -2 * (a - torch.tensor(TARGET, dtype=a.dtype))
-    )
+    return Evaluation(d, torch.nn.functional.softplus(-d), slope[:, None] * -2 * (a - torch.tensor(TARGET, dtype=a.dtype)))
 
 
 def oracle(sampler, sample_id, start, last_step, threshold, seed):
@@ -167,9 +165,7 @@ def test_each_sample_goes_its_own_way_whatever_its_neighbours(backend, sampler, 
         wanted = oracle(sampler, i, starts[i].tolist(), int(last_step[i]), float(threshold[i]), 2**40 + 1)
         position, logit, *counts = wanted
         assert [int(outputs.steps[i]), int(outputs.logit_falls[i]), int(outputs.status[i])] == counts, i
-        torch.testing.assert_close(
-            outputs.activation[i], torch.tensor(position, dtype=torch.float64), rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(outputs.activation[i], torch.tensor(position, dtype=torch.float64), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(
             outputs.logit[i], torch.tensor(logit, dtype=torch.float64), rtol=1e-9, atol=1e-9, equal_nan=True
         )

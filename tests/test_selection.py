@@ -133,7 +133,13 @@ def test_diagnosis_of_values_worked_out_by_hand():
 def test_results_of_a_critic_are_refused_with_advice():
     g, d = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
     one = fr.Refiner(
-        g, d, fr.Collaborative(0.1, "wasserstein"), prior=fr.Normal(2), max_steps=1, num_slots=4, discriminator_output="critic"
+        g,
+        d,
+        fr.Collaborative(0.1, "wasserstein"),
+        prior=fr.Normal(2),
+        max_steps=1,
+        num_slots=4,
+        discriminator_output="critic",
     )
     out = one.sample(40)
     for call in (lambda: fr.metropolis_hastings(out), lambda: fr.diagnose(out, out)):

@@ -12,7 +12,7 @@ BATCHES = (64, 256, 1024)
 
 
 def refine_b0(prefix: nn.Module, tail: nn.Module, discriminator: nn.Module, z: Tensor, step_size: float, steps: int) -> Tensor:
-    """Collaborative refinement of one batch (N, ...): prefix once, ``.backward()`` with parameter gradients on, K steps for all.
+    """Collaborative refinement of a batch (N, ...): prefix once, ``.backward()`` with parameter gradients on, K steps for all.
 
     The loss is the sum over the batch of -log D, so each sample moves by its own gradient.
     """

@@ -95,7 +95,13 @@ def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool
 
 
 def _rows(
-    recipe: Recipe, pair: tuple[nn.Sequential, nn.Sequential], data: Images, judge: Judge, n: int, seed: int, outdir: Path | None
+    recipe: Recipe,
+    pair: tuple[nn.Sequential, nn.Sequential],
+    data: Images,
+    judge: Judge,
+    n: int,
+    seed: int,
+    outdir: Path | None,
 ) -> list[Row]:
     g, d = pair
     options: dict[str, Any] = dict(
@@ -108,15 +114,18 @@ def _rows(
     b0 = {k: images_per_second_b0(g[:cut], g[cut:], d, z, recipe.step_size, k) for k in (0, recipe.max_steps)}
 
     _say("sampling: generator, refined")
-    base = raw.sample(n, seed=seed)
-    rows = [_row("generator", base, judge, b0[0]), _row("refined", refiner.sample(n, seed=seed), judge, b0[recipe.max_steps])]
+    base = _sample(raw, n, seed)
+    rows = [
+        _row("generator", base, judge, b0[0]),
+        _row("refined", _sample(refiner, n, seed), judge, b0[recipe.max_steps]),
+    ]
     shaped = fr.shape_discriminator(
         refiner, data.train, recipe.shaping_iterations, recipe.shaping_batch, recipe.shaping_rate, stop=refiner.stop,
         betas=(0.5, 0.9), seed=seed, progress=True,
     )  # fmt: skip
     better = refiner.with_discriminator(shaped)
     _say("sampling: shaped")
-    out = better.sample(n, seed=seed)
+    out = _sample(better, n, seed)
     rows.append(_row("shaped", out, judge, b0[recipe.max_steps]))
     _say(f"sampling: shaped + Metropolis-Hastings, {recipe.chain_length} proposals for each image")
     chosen = _metropolis_hastings(better, n, recipe.chain_length, seed)
@@ -126,10 +135,17 @@ def _rows(
     return rows
 
 
+def _sample(refiner: fr.Refiner, n: int, seed: int) -> Result:
+    refiner.sample(refiner.num_slots, seed=seed + 1)  # warm-up, as the baseline has one: traces the step
+    return refiner.sample(n, seed=seed)
+
+
 def _metropolis_hastings(refiner: fr.Refiner, n: int, length: int, seed: int) -> Result:
     """n chains over n x length refined proposals, part by part, so that only the chosen images are kept."""
     parts, chains = [], 500
-    for part in tqdm(refiner.stream(n * length, seed=seed, chunk=chains * length), total=-(-n // chains), desc="chains", disable=None):
+    for part in tqdm(
+        refiner.stream(n * length, seed=seed, chunk=chains * length), total=-(-n // chains), desc="chains", disable=None
+    ):
         parts.append(part.select(fr.metropolis_hastings(part, length, seed=seed + int(part.ids[0])).indices))
     chosen = Result.concatenate(parts)
     chosen.report["images_per_second"] /= length
@@ -171,7 +187,11 @@ def table(metrics: dict[str, Any], recipe: Recipe) -> str:
                        ("converged_rows", f"converged generator, {recipe.converged_steps} steps")):  # fmt: skip
         if key not in metrics:
             continue
-        lines += ["", title, f"{'':<11}{'FD':>8}{'CS':>7}{'steps':>7}{'logit before > after':>22}{'images/s':>11}{'B0':>9}{'ratio':>8}"]
+        lines += [
+            "",
+            title,
+            f"{'':<11}{'FD':>8}{'CS':>7}{'steps':>7}{'logit before > after':>22}{'images/s':>11}{'B0':>9}{'ratio':>8}",
+        ]
         for r in metrics[key]:
             logits = f"{r['logit_before']:.2f} > {r['logit_after']:.2f}"
             lines.append(

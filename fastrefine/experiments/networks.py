@@ -84,9 +84,7 @@ class Classifier(nn.Module):
 
 def digits_classifier() -> Classifier:
     """MLP, 8x8 -> 128 -> 32 features -> 10."""
-    features = _named(
-        flat=nn.Flatten(), hidden1=nn.Linear(64, 128), act1=nn.ReLU(), hidden2=nn.Linear(128, 32), act2=nn.ReLU()
-    )
+    features = _named(flat=nn.Flatten(), hidden1=nn.Linear(64, 128), act1=nn.ReLU(), hidden2=nn.Linear(128, 32), act2=nn.ReLU())
     return Classifier(features, 32)
 
 

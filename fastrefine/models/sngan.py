@@ -13,16 +13,12 @@ class SNGANGenerator(nn.Module):
     With ``num_classes > 0`` every block uses class-conditional batch normalisation.
     """
 
-    def __init__(
-        self, size: int = 32, latent: int = 128, features: int = 256, num_classes: int = 0, channels: int = 3
-    ) -> None:
+    def __init__(self, size: int = 32, latent: int = 128, features: int = 256, num_classes: int = 0, channels: int = 3) -> None:
         super().__init__()
         self.features = features
         self.linear = nn.Linear(latent, 16 * features)
         doublings = size.bit_length() - 3
-        self.blocks = nn.ModuleList(
-            GeneratorBlock(features, features, num_classes=num_classes) for _ in range(doublings)
-        )
+        self.blocks = nn.ModuleList(GeneratorBlock(features, features, num_classes=num_classes) for _ in range(doublings))
         self.norm = nn.BatchNorm2d(features)
         self.to_image = nn.Conv2d(features, channels, 3, 1, 1)
 

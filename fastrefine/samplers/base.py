@@ -104,9 +104,7 @@ def per_slot(value: Tensor) -> Tensor:
     return value[:, None]
 
 
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
-) -> None:
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
     """Raise InputError unless ``value`` is a finite number in [low, high] (in (low, high] with ``open_low``)."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
