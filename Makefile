@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 MODE := $(or $(FASTREFINE_BUILD),auto)
 VENV := .venv-$(MODE)
 BIN := $(VENV)/bin
+export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint bench doctor clean
@@ -32,13 +33,13 @@ clean:
 $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
-	FASTREFINE_BUILD=$(MODE) $(PIP) --editable .
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
-	FASTREFINE_BUILD=$(MODE) $(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test]"
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	FASTREFINE_BUILD=$(MODE) $(PIP) --editable ".[test,lint]"
+	$(PIP) --editable ".[test,lint]"
 	touch $@

@@ -91,7 +91,7 @@ def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) 
     low, high = float(real.min()), float(real.max())
     own = f"{float(generated.min()):.3g} to {float(generated.max()):.3g}"
     seen = f"real images lie in {low:g} to {high:g}, generated ones in {own}"
-    signed = float(generated.min()) < -0.1
+    signed = float(generated.min()) < -0.5
     unsigned = float(generated.min()) >= 0 and float(generated.max()) <= 1
     if high > 4 * max(1.0, float(generated.abs().max())):
         raise InputError(f"{seen}: are the real images 0..255? Scale them to the generator's range")

@@ -57,11 +57,11 @@ class Run:
         self.backend, self.driver, self.progress, self.on_step = backend, driver, progress, on_step
         size, features = target.num_slots, max(1, _numel(target.generator.shape))
         window = size * (proposals.max_steps + 2)
-        affordable = WINDOW_BYTES // (features * torch.finfo(proposals.dtype).bits // 8)
+        affordable = WINDOW_BYTES // (features * proposals.dtype.itemsize + target.generator.row_bytes)
         blocks = max(4, min(len(proposals.indices) + 1, -(-min(window, affordable) // size)))
         self.window = blocks * size
         self.slots, self.pool, self.outputs = slots.allocate(
-            size, features, 2 * size, self.window, rule, proposals.dtype, proposals.device
+            size, features, 2 * size, self.window, rule, proposals.dtype, proposals.device, proposals.source.labels
         )
         self.waiting: dict[int, Block] = {}  # blocks admitted to the pool and not yet harvested
         self.unfilled = iter(proposals.indices)
@@ -96,6 +96,8 @@ class Run:
             rows = ids % len(self.pool.threshold)
             for name in ("activation", "threshold", "last_step", "reference_logit"):
                 getattr(self.pool, name)[rows] = getattr(block, name)[block.admitted]
+            if self.pool.label is not None and block.labels is not None:
+                self.pool.label[rows] = block.labels[block.admitted]
             self._fill_context(rows, block)
             self.pool.counters[slots.END] = self.counters[slots.END] = block.base + block.admitted.stop
             self.next_block = next(self.unfilled, None)

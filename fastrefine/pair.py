@@ -120,7 +120,8 @@ class GeneratorSide:
         with self.evaluation_mode():
             a, context = self.prefix(latents, labels)
             self.shape = tuple(a.shape[1:])
-            self.context_like = tuple(c[:0] for c in context)
+            # what a waiting sample keeps besides its activation
+            self.row_bytes = sum(t[0].numel() * t.element_size() for t in (latents, *context))
             images = self.render(a, context)
             self.image_shape = tuple(images.shape[1:])
             if self.cut.route == "given":
@@ -264,15 +265,20 @@ def _describe(x: Any) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less memory would have helped; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
     """Run a network of the caller's; its exception becomes ours, with what it was given."""
     try:
         return call()
     except (InputError, CouplingError):
         raise
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {error}") from error
 
 

@@ -131,9 +131,14 @@ class Product(Prior):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.first.numel + self.second.numel,)
 
+    @property
+    def _leaves(self) -> list[Prior]:
+        parts = (self.first, self.second)
+        return [leaf for p in parts for leaf in (p._leaves if isinstance(p, Product) else [p])]
+
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        first = self.first.sample(ids, seed, dtype, stream).flatten(1)
-        return torch.cat([first, self.second.sample(ids, seed, dtype, stream + 64).flatten(1)], 1)
+        # each factor has a stream of its own, so nested products are independent too
+        return torch.cat([p.sample(ids, seed, dtype, stream + 64 * k).flatten(1) for k, p in enumerate(self._leaves)], 1)
 
     def log_prob(self, z: Tensor) -> Tensor:
         a, b = z.split([self.first.numel, self.second.numel], 1)

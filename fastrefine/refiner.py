@@ -27,6 +27,8 @@ Callback = Callable[[dict[str, int]], None]
 class Refiner:
     """Refines samples of ``generator`` with the gradient of ``discriminator``; neither is ever modified.
 
+    Networks are copied at first use, and again when their weights were updated since.
+
     generator: called G(z) or G(z, labels), a ``Split`` of your own, or None to refine given images (at="output").
     discriminator: called D(x) or D(x, labels); one value per sample, or a map (N, 1, h, w) whose mean is the logit.
     sampler: the update rule, e.g. Collaborative(step_size=0.1).
@@ -36,7 +38,7 @@ class Refiner:
         scored under the current discriminator; stop rules, adaptive and ladam read these logits, per class if labelled.
     discriminator_output: "logit" | "probability" (its final sigmoid is cut) | "critic". output_key: key, index or
         callable that picks the logit where D returns a tuple, dict or object.
-    num_slots: samples advanced together; equal num_slots give equal bits. device: the generator's by default.
+    num_slots: samples advanced together; equal num_slots give equal bits on one machine. device: the generator's by default.
     precision: "float64" | "float32" | "tf32" | "bfloat16" | "float16" of the networks; the refined state is float32
         (float64 under "float64"), and the first and last pass of G run in it.
     keep: "last" | "best" (the iterate with the highest logit). driver: "auto" | "host".
@@ -87,6 +89,8 @@ class Refiner:
             raise InputError(f"discriminator is a {type(discriminator).__name__}; wanted a torch.nn.Module")
         if generator is not None and not isinstance(generator, nn.Module | Split):
             raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module, a Split or None")
+        if isinstance(generator, Split) and at != "input":
+            raise InputError(f"a Split is cut already: leave at='input', got {at!r}")
         if generator is None and at != "output":
             raise InputError(f"without a generator only images can be refined: pass at='output', not {at!r}")
         if not isinstance(at, str):
@@ -130,10 +134,11 @@ class Refiner:
             raise InputError("`real` is empty; wanted real images (N, ...)")
         if self.real is None and real_labels is not None:
             raise InputError("real_labels were given without `real` images")
-        self.real_labels = None if self.real is None else checks.labels(real_labels, len(self.real))
+        self.real_labels = None if self.real is None else self._own_labels(real_labels, len(self.real))
         if self._needs_real and self.real is None:
             raise InputError(f"{sampler!r} with {self.stop!r} reads real logits: pass real=images to the Refiner")
         _check_scale(sampler, discriminator_output)
+        self._seen_weights: tuple[Any, Any] = ((), ())
         self._forget()
 
     def _forget(self) -> None:
@@ -160,6 +165,8 @@ class Refiner:
 
     def with_discriminator(self, discriminator: nn.Module) -> Refiner:
         """The same refiner with another discriminator; the cut of the generator is shared, real logits are scored anew."""
+        if not isinstance(discriminator, nn.Module):
+            raise InputError(f"discriminator is a {type(discriminator).__name__}; wanted a torch.nn.Module")
         twin = copy.copy(self)
         twin.discriminator = discriminator
         twin._forget_discriminator()
@@ -189,7 +196,8 @@ class Refiner:
     def score(self, images: Tensor, labels: Any = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
         x = checks.tensor("images", images, self.dtype)
-        y = checks.labels(labels, len(x))
+        y = self._own_labels(labels, len(x))
+        self._notice_updates()
         if len(x) == 0:
             return torch.zeros(0, dtype=self.dtype, device=self.output_device)
         with quiet_torch(self.device), drivers.arithmetic(self.precision, self.deterministic):
@@ -197,21 +205,27 @@ class Refiner:
 
     def real_logits(self, why: str) -> Tensor:
         """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""
-        if self._real_logits is None:
+        if self.real is None:
             raise InputError(f"{why} needs real images: pass real= to the Refiner")
+        if self._real_logits is None:
+            return self.score(self.real, self.real_labels).double().cpu()
         return self._real_logits.logits
 
     def _source(self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any) -> Source:
-        checks.count("first_id", first_id, 0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise InputError(f"seed is {seed!r}; wanted a whole number in [0, 2**64)")
+        first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
         if first_id + n > 2**32:
             raise InputError(f"sample ids end at {first_id + n}; noise is defined for ids below 2**32")
-        return Source(first_id, n, seed, self.prior, latents, checks.labels(labels, n))
+        return Source(first_id, n, seed, self.prior, latents, self._own_labels(labels, n))
+
+    def _own_labels(self, labels: Any, n: int) -> Tensor | None:
+        """Labels on the CPU, vectors in the dtype of the state."""
+        y = checks.labels(labels, n)
+        return y if y is None else y.to("cpu", self.dtype) if y.is_floating_point() else y.cpu()
 
     def _prepare(self, source: Source) -> Target:
         """Networks copied, cut, probed, folded and traced: once for each kind of input, then kept."""
         labels = source.labels
+        self._notice_updates()
         shape = source.latents.shape[1:] if source.latents is not None else self.prior.shape  # type: ignore[union-attr]
         key = (tuple(shape), None if labels is None else (labels.is_floating_point(), tuple(labels.shape[1:])))
         if self._target is not None and self._key == key:
@@ -236,10 +250,19 @@ class Refiner:
             self._bind(critic)
             assert self._bound is not None
             self._check_labels(labels)
-            target = Target(side, critic, self._bound[0], self.precision, self.num_slots)
+            target = Target(side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep")
             target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
         self._target, self._key, self._generator_key = target, key, key
         return target
+
+    def _notice_updates(self) -> None:
+        """Forget what was prepared from weights that the caller has updated since."""
+        now = _weights(self.generator), _weights(self.discriminator)
+        if now[0] != self._seen_weights[0]:
+            self._forget()
+        elif now[1] != self._seen_weights[1]:
+            self._forget_discriminator()
+        self._seen_weights = now
 
     def _check_labels(self, labels: Tensor | None) -> None:
         assert self._generator_side is not None and self._discriminator_side is not None
@@ -278,12 +301,16 @@ class Refiner:
             if side.takes_labels and self.real_labels is None:
                 raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
             logits = self._score(side, self.real, self.real_labels).double().cpu()
+            bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
+            if bad:
+                raise InputError(f"the discriminator gives real images non-finite logits, first at {bad}")
             self._real_logits = RealLogits(logits, _classes(self.real_labels))
         self._bound = self.sampler.bind(self), self.stop.bind(self._real_logits)
 
     def _refresh(self, discriminator: nn.Module) -> None:
         """Take an updated discriminator of the same structure; nothing is traced again (used while shaping)."""
         self.discriminator = discriminator
+        self._seen_weights = self._seen_weights[0], _weights(discriminator)
         if self._target is None or self._discriminator_side is None:
             return
         with quiet_torch(self.device):
@@ -317,6 +344,14 @@ class Refiner:
             labels = None if y is None else y[start : start + self.num_slots].to(self.device)
             parts.append(attempt("discriminator", lambda: side.logits(side.module, images, labels).mean(1), images))  # noqa: B023
         return torch.cat(parts)
+
+
+def _weights(module: nn.Module | None) -> tuple[Any, ...]:
+    """Changes whenever a parameter or buffer is updated in place, or replaced."""
+    if module is None:
+        return ()
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _classes(labels: Tensor | None) -> Tensor | None:

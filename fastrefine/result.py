@@ -26,7 +26,7 @@ class Result:
     """N samples in order of sample id.
 
     images: (N, ...) in the generator's output range, float32 (float64 under precision="float64").
-    logits, initial_logits: (N,) of the returned sample and of its proposal.
+    logits, initial_logits: (N,) of the returned sample and of its proposal, as the step saw them (in its precision).
     steps: (N,) int32 updates made (rejected trials included). status: (N,) int8, values of Status.
     logit_falls: (N,) int32 how often an evaluation lay below the sample's standing logit: many mean too large a step.
     latents: (N, ...) what the generator was given; under at="input" the refined latent. activations: (N, ...) refined.
@@ -55,6 +55,7 @@ class Result:
         """The samples at ``indices`` (positions, not ids), e.g. those that metropolis_hastings chose."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {k: v[indices] if isinstance(v, Tensor) else v for k, v in values.items()}
+        chosen["report"] = dict(self.report)
         return Result(**chosen)
 
     @classmethod

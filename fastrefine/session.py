@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastrefine import drivers, ops
 from fastrefine.engine import Progress, Run
 from fastrefine.errors import FastrefineError, FastrefineWarning, NonFiniteError
-from fastrefine.pair import quiet_torch
+from fastrefine.pair import is_out_of_memory, quiet_torch
 from fastrefine.pool import Proposals, Source
 from fastrefine.result import Result, Status
 from fastrefine.slots import Rule
@@ -31,13 +31,15 @@ log = logging.getLogger("fastrefine")
 def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
     """The source's samples in consecutive parts of ``chunk``, the last one shorter; one empty part for no samples."""
     held: list[Result] = []
+    count = 0
     for block in _blocks(refiner, source):
         held.append(block)
-        while sum(map(len, held)) >= chunk:
+        count += len(block)
+        while count >= chunk:
             together = Result.concatenate(held)
             yield together.select(slice(0, chunk))
             rest = together.select(slice(chunk, None))
-            held = [rest] if len(rest) else []
+            held, count = [rest] if len(rest) else [], len(rest)
     if held:
         yield Result.concatenate(held)
 
@@ -46,7 +48,7 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
     """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
     progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
     lockstep = refiner.coupling == "lockstep"
-    with tqdm(total=source.count, unit="image", disable=None if refiner.progress else True) as bar:
+    with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
         while True:
             try:
                 with _modes(refiner, None, size):
@@ -69,7 +71,7 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     yield part
                 break
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 fixed = "deterministic=True" if refiner.deterministic else "coupling='lockstep'" if lockstep else None
                 if fixed or size == 1:
@@ -79,11 +81,6 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                 level = logging.INFO if size < refiner.num_slots // 2 else logging.WARNING
                 log.log(level, "out of memory: going on with %d slots, which changes the bits of what follows", size)
     watch.tell()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # the CPU allocator raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastrefine import checks, freeze, ops, stopping
-from fastrefine.batches import RealBatches
+from fastrefine.batches import Batch, RealBatches
 from fastrefine.calibration import diagnose
+from fastrefine.cut_check import seed_noise
 from fastrefine.errors import InputError
 from fastrefine.models.default import default_discriminator
 from fastrefine.ops.noise import Stream
@@ -28,7 +29,7 @@ from fastrefine.stopping import StopRule
 
 Callback = Callable[[dict[str, float]], None]
 _RAW = Collaborative(step_size=1.0)  # with max_steps=0 it never moves: the engine is then the generator, by sample id
-HELD_OUT = 1000  # real and generated images that fit_discriminator stops on
+MIN_HELD_OUT, HELD_OUT = 16, 1000  # real and generated images that fit_discriminator stops on
 
 
 def shape_discriminator(
@@ -46,50 +47,54 @@ def shape_discriminator(
     gradient_penalty: float | None = None,
     batch_norm: str = "eval",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = False,
     callback: Callback | None = None,
 ) -> nn.Module:
     """Shape D for refinement ([CS] Alg. 2): alternate a refined batch by the current D and one update of D on it.
 
     refiner: with a prior, or pass ``latents`` (N, ...) to draw proposals from. Its D and G stay as they are.
-    real: images (N, ...), a Dataset or a loader, of images or (image, label); labels also go to the proposals.
+    real: images (N, ...) as a tensor or array, a Dataset or a loader, of images or (image, label). real_labels: labels of
+        a tensor, array or Dataset, in place of its own. The proposals get the labels of the real batch.
     stop: when refined samples leave; None is [CS]'s "probabilistic" refinement, a step drawn uniformly from
-        0 ... max_steps (stopping.UniformStep), so that D sees every stage. Pass ``refiner.stop`` to use its own rule.
-    optimizer: "adam" (with betas) | "sgd". gradient_penalty: weight of R1 (Mescheder et al. 2018) on a logit, default 0;
-        of the two-sided penalty of WGAN-GP on a critic, default 10.
-    batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated, "train" updates its statistics.
-    Proposals of iteration k have ids k B ... k B + B - 1 under ``seed``, B the size of the real batch.
+        0 ... max_steps (stopping.UniformStep), so that D sees every stage. Pass ``refiner.stop`` to use its own rule. A
+        rule or sampler that reads the refiner's ``real`` scores all of it anew in every iteration.
+    optimizer: "adam" (with betas) | "sgd". gradient_penalty: on a logit the weight of |grad D|^2 at real images (R1 of
+        Mescheder et al. 2018 without its factor 1/2), default 0; on a critic of WGAN-GP's two-sided penalty, default 10.
+    batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated; "train" updates its statistics
+        and draws dropout by (seed, iteration).
+    Proposals have consecutive ids under ``seed``, from 0, as many in each iteration as there are real images.
+    progress: a tqdm bar on stderr; None shows it on a terminal only.
     callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
 
     Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
     """
     checks.count("iterations", iterations, 0)
-    student = _trainable(refiner.discriminator, refiner.device)
-    twin = refiner.with_discriminator(student)
-    twin.num_slots = min(refiner.num_slots, batch_size)
-    twin.stop = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
-    twin.progress, twin.callback, twin.output_device = False, None, refiner.device
-    if twin.prior is None and latents is None:
-        raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
-    batches = RealBatches(real, batch_size, seed, real_labels)
-    proposals = None if latents is None else RealBatches(latents, batch_size, seed + 1)
-    trainer = _Trainer(student, refiner, optimizer, learning_rate, betas, gradient_penalty, batch_norm)
-    first_id = 0
-    for iteration in tqdm(range(iterations), desc="shaping", disable=None if progress else True):
-        x, y = batches.batch(iteration)
-        labels = y if trainer.labelled else None
-        if proposals is None:
-            refined = twin.sample(len(x), first_id=first_id, seed=seed, labels=labels)
-        else:
-            z, _ = proposals.batch(iteration)
-            refined = twin.refine(z, labels=labels, first_id=first_id, seed=seed)
-            x, labels = x[: len(z)], None if labels is None else labels[: len(z)]
-        first_id += len(refined)
-        facts = trainer.update(x.to(refiner.device, refiner.dtype), refined.images, labels)
-        twin._refresh(student)
-        if callback is not None:
-            callback({"iteration": iteration, **facts})
-    return student.eval()
+    with quiet_torch(refiner.device):
+        student = _trainable(refiner.discriminator, refiner.device)
+        twin = refiner.with_discriminator(student)
+        twin.num_slots = min(refiner.num_slots, checks.count("batch_size", batch_size, 1))
+        twin.stop = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
+        twin.progress, twin.callback, twin.output_device = False, None, refiner.device
+        if twin.prior is None and latents is None:
+            raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
+        trainer = _Trainer(student, refiner, optimizer, learning_rate, betas, gradient_penalty, batch_norm, seed)
+        batches = RealBatches(real, batch_size, seed, real_labels, trainer.labelled)
+        proposals = None if latents is None else RealBatches(checks.tensor("latents", latents), batch_size, seed + 1)
+        first_id = 0
+        for iteration in _bar(iterations, "shaping", progress):
+            x, labels = trainer.checked(batches.batch(iteration))
+            if proposals is None:
+                refined = twin.sample(len(x), first_id=first_id, seed=seed, labels=labels)
+            else:
+                z = proposals.batch(iteration)[0][: len(x)]
+                x, labels = x[: len(z)], None if labels is None else labels[: len(z)]
+                refined = twin.refine(z, labels=labels, first_id=first_id, seed=seed)
+            first_id += len(refined)
+            facts = trainer.update(x, refined.images, labels)
+            twin._refresh(student)
+            if callback is not None:
+                callback({"iteration": iteration, **facts})
+        return student.eval()
 
 
 def tune_discriminator(
@@ -97,8 +102,9 @@ def tune_discriminator(
 ) -> nn.Module:
     """Train D further on real images against raw samples of G; arguments as for ``shape_discriminator``."""
     raw = copy.copy(refiner)
-    raw.max_steps = 0
-    return shape_discriminator(raw, real, iterations, batch_size, learning_rate, **{"stop": refiner.stop, **options})
+    raw.max_steps, raw.sampler = 0, _RAW
+    options = {"stop": stopping.FixedSteps(), **options}
+    return shape_discriminator(raw, real, iterations, batch_size, learning_rate, **options)
 
 
 def fit_discriminator(
@@ -108,54 +114,79 @@ def fit_discriminator(
     *,
     prior: Prior,
     discriminator: nn.Module | None = None,
+    discriminator_output: str = "logit",
+    real_labels: Any = None,
     batch_size: int = 64,
     learning_rate: float = 2e-4,
     betas: tuple[float, float] = (0.5, 0.999),
     check_every: int = 100,
     patience: int = 10,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> nn.Module:
     """Train a discriminator for a generator that comes without one, on real images against samples of G.
 
-    real: as for ``shape_discriminator``; a tenth of it, at most 1,000 images, is held out (a loader's first batches are
-    looked at twice). Every ``check_every`` iterations the Brier score on the held-out images and as many fresh samples
-    is taken; the weights with the lowest are returned, and training ends after ``patience`` checks without a better one.
+    real, real_labels: as for ``shape_discriminator``, labels where generator or discriminator take them. Held out are a
+    tenth of the images, at least 16 and at most 1,000 but never more than half; of a loader its first batches, up to
+    1,000 images of one pass, which come again when it is cycled. Every ``check_every`` iterations the Brier score on the
+    held-out images and as many fresh samples is taken; the weights with the lowest are returned, and training ends after
+    ``patience`` checks without a better one.
     discriminator: the backbone to train (a copy is), default models.default_discriminator of the image shape.
+    discriminator_output: "logit" | "probability", of a discriminator that ends in a sigmoid (it keeps it).
+    progress: a tqdm bar on stderr; None shows it on a terminal only.
 
-    Returns a module D(x) -> logit (N,) in eval mode. Raises InputError on bad arguments.
+    Returns a module in eval mode, D(x) -> logit (N,) unless another was given. Raises InputError on bad arguments.
     """
     checks.count("iterations", iterations, 1)
     checks.count("check_every", check_every, 1)
     checks.count("patience", patience, 1)
-    batches = RealBatches(real, batch_size, seed)
-    held, _ = batches.hold_out(min(HELD_OUT, len(real) // 10) if hasattr(real, "__len__") else HELD_OUT)
-    held = held.float()
-    with quiet_torch():
+    check_choice("discriminator_output", discriminator_output, ("logit", "probability"))
+    device = next((p.device for p in unwrap(generator).parameters()), torch.device("cpu"))
+    with quiet_torch(device):
         g = freeze.private_copy(unwrap(generator)).float()
-        device = next((p.device for p in g.parameters()), torch.device("cpu"))
-    if discriminator is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        wanted = _reads_labels(g, {})[0] or _reads_labels(discriminator, {})[0]
+        batches = RealBatches(real, batch_size, seed, real_labels, wanted)
+        count = HELD_OUT if batches.size is None else min(HELD_OUT, max(MIN_HELD_OUT, batches.size // 10))
+        held, held_labels = batches.hold_out(count)
+        held = held.float()
+        if discriminator is None:
+            seed_noise(torch.device("cpu"), seed)
             discriminator = default_discriminator(tuple(held.shape[1:]))
-    student = _trainable(discriminator, device)
-    source = Refiner(g, student, _RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device)
-    trainer = _Trainer(student, source, "adam", learning_rate, betas, None, "train")
-    examination = source.sample(len(held), first_id=2**31, seed=seed).images
-    best, best_weights, since = float("inf"), copy.deepcopy(student.state_dict()), 0
-    for iteration in tqdm(range(iterations), desc="fitting", disable=None if progress else True):
-        x, _ = batches.batch(iteration)
-        fakes = source.sample(len(x), first_id=iteration * batch_size, seed=seed).images
-        trainer.update(x.to(device, torch.float32), fakes, None)
-        if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
-            judge = source.with_discriminator(student)
-            brier = diagnose(judge.score(held), judge.score(examination)).brier
-            if brier < best:
-                best, best_weights, since = brier, copy.deepcopy(student.state_dict()), 0
-            elif (since := since + 1) >= patience:
-                break
-    student.load_state_dict(best_weights)
-    return student.eval()
+        student = _trainable(discriminator, device)
+        source = Refiner(
+            g, student, _RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device,
+            discriminator_output=discriminator_output,
+        )  # fmt: skip
+        trainer = _Trainer(student, source, "adam", learning_rate, betas, None, "train", seed)
+        held, held_labels = trainer.checked((held, held_labels))
+        read = held_labels if trainer.reads_labels else None
+        examination = source.sample(len(held), first_id=2**31, seed=seed, labels=held_labels).images
+        best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
+        for iteration in _bar(iterations, "fitting", progress):
+            x, labels = trainer.checked(batches.batch(iteration))
+            fakes = source.sample(len(x), first_id=first_id, seed=seed, labels=labels).images
+            first_id += len(x)
+            trainer.update(x, fakes, labels)
+            if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
+                judge = source.with_discriminator(student)
+                brier = diagnose(judge.score(held, read), judge.score(examination, read)).brier
+                if brier < best:
+                    best, best_weights, since = brier, copy.deepcopy(student.state_dict()), 0
+                elif (since := since + 1) >= patience:
+                    break
+        student.load_state_dict(best_weights)
+        return student.eval()
+
+
+def _bar(iterations: int, name: str, progress: bool | None) -> Iterable[int]:
+    return tqdm(range(iterations), desc=name, disable=None if progress is None else not progress)
+
+
+def _reads_labels(network: nn.Module | None, known: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether a network of the caller's takes labels, and whether it needs them."""
+    if network is None:
+        return False, False
+    return takes_labels(network.prefix, {}) if isinstance(network, Split) else takes_labels(unwrap(network), known)
 
 
 def _trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
@@ -168,11 +199,11 @@ def _trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Trainer:
-    """One update of D on real against generated images."""
+    """One update of D on real against generated images; to be used under ``quiet_torch``."""
 
     def __init__(
         self, student: nn.Module, refiner: Refiner, optimizer: str, learning_rate: float, betas: tuple[float, float],
-        gradient_penalty: float | None, batch_norm: str,
+        gradient_penalty: float | None, batch_norm: str, seed: int,
     ):  # fmt: skip
         check_number("learning_rate", learning_rate, 0.0, open_low=True)
         check_choice("optimizer", optimizer, ("adam", "sgd"))
@@ -181,25 +212,40 @@ class _Trainer:
             check_number("gradient_penalty", gradient_penalty, 0.0)
         self.student, self.refiner, self.training = student, refiner, batch_norm == "train"
         self.read, self.updates = Readout(refiner.output_key), 0
-        self.reads_labels = takes_labels(student, refiner.discriminator_kwargs)[0]
-        g = refiner.generator
-        by_generator = isinstance(g, nn.Module) and takes_labels(unwrap(g), refiner.generator_kwargs)[0]
-        self.labelled = self.reads_labels or by_generator or isinstance(g, Split)
+        self.seed, g = seed, refiner.generator
+        self.reads_labels, required = _reads_labels(student, refiner.discriminator_kwargs)
+        by_generator, needed = _reads_labels(g, refiner.generator_kwargs)
+        self.labelled, self.required = self.reads_labels or by_generator, required or needed
         self.scale = refiner.discriminator_output
         self.penalty = (10.0 if self.scale == "critic" else 0.0) if gradient_penalty is None else gradient_penalty
         parameters = list(student.parameters())
+        self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(parameters, learning_rate, betas=betas)
             if optimizer == "adam"
             else torch.optim.SGD(parameters, learning_rate)
         )
 
+    def checked(self, batch: Batch) -> Batch:
+        """The batch with labels if a network takes them; InputError if one needs them and there are none."""
+        x, labels = batch
+        if labels is None and self.required:
+            raise InputError(
+                "the generator or the discriminator needs labels: give `real` as (image, label), or pass real_labels=(N,)"
+            )
+        return x, labels if self.labelled else None
+
     def update(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """One step of the optimizer; returns loss and mean logits."""
-        with torch.inference_mode(False), torch.enable_grad():
+        """One step of the optimizer; returns loss and mean logits. What D draws is a function of (seed, update)."""
+        device = self.refiner.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            seed_noise(device, (self.seed * 1_000_003 + self.updates) % 2**63)
             self.student.train(self.training)
-            real = real.detach().to(fake.dtype).requires_grad_(self.penalty > 0)
-            d_real, d_fake = self._logits(real, labels), self._logits(fake.detach(), labels)
+            real = real.detach().to(device, self.dtype).requires_grad_(self.penalty > 0)
+            fake = fake.detach().to(device, self.dtype)
+            if labels is not None:
+                labels = labels.to(device, self.dtype if labels.is_floating_point() else None)
+            d_real, d_fake = self._logits(real, labels), self._logits(fake, labels)
             if self.scale == "critic":
                 loss = d_fake.mean() - d_real.mean()
             else:
@@ -217,7 +263,7 @@ class _Trainer:
         """(n, P); a probability is turned back into its logit, for the module must keep its final sigmoid."""
         given = (x, labels) if labels is not None and self.reads_labels else (x,)
         raw = self.student(*given, **self.refiner.discriminator_kwargs)
-        out = self.read(raw, len(x), x.dtype)
+        out = self.read(raw, len(x), torch.promote_types(x.dtype, torch.float32))
         return torch.logit(out, eps=1e-6) if self.scale == "probability" else out
 
     def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: Tensor, labels: Tensor | None) -> Tensor:

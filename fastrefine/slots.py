@@ -36,6 +36,7 @@ class Slots:
     state: State  # the sampler's
     best: Tensor | None = None  # (S, F) real, with keep="best"
     best_logit: Tensor | None = None  # (S,)
+    label: Tensor | None = None  # (S, ...) where labels were given; kept by the reference step, for a sampler's init
     cache: dict[str, object] = field(default_factory=dict)  # a backend's own view of these tensors
 
 
@@ -48,6 +49,7 @@ class Pool:
     threshold: Tensor  # (P,) real
     reference_logit: Tensor  # (P,) real
     counters: Tensor  # (6,) int64: next id to admit, end of the pool's ids, live, finished, evaluations, iterations
+    label: Tensor | None = None  # (P, ...)
 
 
 @dataclass(eq=False)
@@ -81,8 +83,9 @@ def allocate(
     rule: Rule,
     dtype: torch.dtype,
     device: torch.device,
+    labels: Tensor | None = None,
 ) -> tuple[Slots, Pool, Outputs]:
-    """All tensors of a run, empty."""
+    """All tensors of a run, empty; labels: some (n, ...), for their shape and dtype."""
 
     def real(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -93,11 +96,20 @@ def allocate(
     s, w = num_slots, output_rows + 1
     nobody = integer(s, fill=-1, dtype=torch.int64)
     a = real(s, features)
-    state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(nobody, None, real(s))).items()}
+    label, pool_label = (None if labels is None else labels.new_zeros(n, *labels.shape[1:]).to(device) for n in (s, pool_rows))
+    state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(nobody, label, real(s))).items()}
     slots = Slots(
         a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
         best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
+        label=label,
     )  # fmt: skip
-    pool = Pool(real(pool_rows, features), integer(pool_rows), real(pool_rows), real(pool_rows), integer(6, dtype=torch.int64))
+    pool = Pool(
+        real(pool_rows, features),
+        integer(pool_rows),
+        real(pool_rows),
+        real(pool_rows),
+        integer(6, dtype=torch.int64),
+        pool_label,
+    )
     outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), integer(w, fill=PENDING))
     return slots, pool, outputs

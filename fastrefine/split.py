@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .cut_check import HookedGenerator, check_gradient, difference, seed_noise
 from .errors import FastrefineError, InputError, SplitError
 from .graph import cut_graph
@@ -97,7 +98,7 @@ def split(
 def layers(
     generator: nn.Module,
     sample_latent: Tensor,
-    labels: Tensor | None = None,
+    labels: Any = None,
     kwargs: dict[str, Any] | None = None,
 ) -> list[Layer]:
     """The places where ``generator`` can be cut, in order of execution, from "input" to "output".
@@ -107,6 +108,7 @@ def layers(
     only. The generator is evaluated in eval mode and comes back as it was.
     """
     generator = unwrap(generator)
+    labels = checks.labels(labels, len(sample_latent))
     call = bind(generator, labels is not None, kwargs or {})
     names = {module: name for name, module in generator.named_modules() if name}
     seen: dict[str, list[tuple[tuple[int, ...] | None, int]]] = {}  # per call: shape, FLOPs so far

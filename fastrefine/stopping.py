@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -173,6 +174,8 @@ def as_rule(stop: StopRule | float | None) -> StopRule:
         return FixedSteps()
     if isinstance(stop, StopRule):
         return stop
-    if isinstance(stop, int | float) and not isinstance(stop, bool):
+    if isinstance(stop, Tensor) and stop.numel() == 1:
+        stop = stop.item()
+    if isinstance(stop, Real) and not isinstance(stop, bool):
         return Threshold(float(stop))
     raise InputError(f"stop is {stop!r}; wanted None, a logit, or an object of fastrefine.stopping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -48,8 +49,9 @@ class Target:
         sampler: Sampler,
         precision: str,
         num_slots: int,
+        coupled: bool = False,
     ):
-        self.generator, self.discriminator = generator, discriminator
+        self.generator, self.discriminator, self.coupled = generator, discriminator, coupled
         self.num_slots, self._precision = num_slots, DTYPES[precision]
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._flat: fx.GraphModule | None = None
@@ -120,21 +122,34 @@ class Target:
         self.route = "autograd"
         plain = self._autograd(a, *context)
         try:
-            small = self._trace(a, context)
+            small = flatten.record(self._step, (a, *context))
             from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
             with FlopCounterMode(display=False) as counter:
-                logit, _, grad = small(a.flip(0), *(c.flip(0) for c in context))
+                small(a, *context)
+            self.flops = counter.get_total_flops() / len(a)
+            if a.device.type == "cpu":
+                flatten.make_rows_equal(small, a.dtype)
+            logit, _, grad = small(a.flip(0), *(c.flip(0) for c in context))
         except Exception as error:  # make_fx runs the user's code: it may fail in any way
             log.info("flat step not possible, using plain autograd: %s", error)
             return
         tolerance = _TOLERANCE[self.compute]
         if max(_relative_error(logit.flip(0), plain.logit), _relative_error(grad.flip(0), plain.grad)) <= tolerance:
-            self.route = "flat"
-            self.flops = counter.get_total_flops() / len(a)
+            self.route, self._small = "flat", small
+            self._choose_block()
+
+    def _choose_block(self) -> None:
+        """Networks that mix the samples of a batch must see all slots at once."""
+        a, _ = self._reference
+        self._block = self.num_slots if self.coupled else flatten.block_rows(self._small, len(a), self.num_slots)
 
     def _trace(self, a: Tensor, context: tuple[Tensor, ...]) -> fx.GraphModule:
-        return flatten.trace(lambda *given: tuple(self._autograd(*given))[:3], (a, *context))
+        return flatten.trace(self._step, (a, *context))
+
+    def _step(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self._autograd(*given)
+        return found.logit, found.loss, found.grad
 
     def _patches(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """(n, P) logits of flattened activations; the clone shields the slots from in-place layers."""
@@ -145,6 +160,8 @@ class Target:
         else:
             x = x.clone()
         images = self.tail(x, *(c.to(self.compute, copy=True) if c.is_floating_point() else c for c in own))
+        if labels is not None and labels.is_floating_point():
+            labels = labels.to(self.compute)
         return self.discriminator.logits(self.d, images, labels).to(a.dtype)
 
     def _divide(self, context: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -160,18 +177,30 @@ class Target:
     def evaluate(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Logit, loss and gradient at ``a`` (S, F)."""
         if self.route == "autograd":
-            return self._autograd(a, *context)
+            with flatten.EqualRows(a.dtype) if a.device.type == "cpu" else contextlib.nullcontext():
+                return self._autograd(a, *context)
         if self._flat is None:
-            self._flat = self._trace(a, context)
-        return Evaluation(*self._flat(a, *context))
+            self._flat = self._trace(*self._first_block(a, context))
+        return Evaluation(*self._by_blocks(self._flat, a, context))
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Logit and loss only, for a last evaluation, whose gradient nobody reads."""
         if self.route == "autograd":
-            return Evaluation(*self._values(a, *context), None)  # type: ignore[arg-type]
+            return self.evaluate(a, context)  # without grad a network may take kernels that round differently
         if self._flat_forward is None:
-            self._flat_forward = flatten.trace(self._values, (a, *context))
-        return Evaluation(*self._flat_forward(a, *context), None)  # type: ignore[call-arg]
+            first, own = self._first_block(a, context)
+            self._flat_forward = flatten.trace(self._values, (first, *own))
+        return Evaluation(*self._by_blocks(self._flat_forward, a, context), None)  # type: ignore[call-arg]
+
+    def _first_block(self, a: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return a[: self._block], tuple(c[: self._block] for c in context)
+
+    def _by_blocks(self, graph: fx.GraphModule, a: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The results of ``graph``, which was traced for a block of rows, for all rows."""
+        if self._block == len(a):
+            return graph(a, *context)
+        parts = [graph(*block) for block in zip(*(t.split(self._block) for t in (a, *context)), strict=True)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _values(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit.
@@ -186,6 +215,8 @@ class Target:
         """Evaluate batches of another size from now on."""
         if num_slots != self.num_slots:
             self.num_slots, self._flat, self._flat_forward = num_slots, None, None
+            if self.route == "flat":
+                self._choose_block()
 
     def refresh(self, discriminator: DiscriminatorSide) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""

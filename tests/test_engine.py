@@ -276,3 +276,102 @@ def test_low_precision_stays_close_and_keeps_its_state_in_float32(precision):
     assert low.images.dtype == low.activations.dtype == torch.float32
     moved = (full.activations - refiner(networks, **{**options, "max_steps": 0}).sample(16).activations).abs().max()
     assert (full.activations - low.activations).abs().max() < 0.2 * moved + 1e-6
+
+
+def test_a_sampler_of_ones_own_sees_labels_and_runs_on_the_reference():
+    class Scaled(fr.samplers.Sampler):
+        """Steps as long as the class number says."""
+
+        def init(self, a, sample):
+            return {**super().init(a, sample), "rate": sample.label.to(a.dtype)}
+
+        def propose(self, state, step, noise):
+            return state["position"] - state["rate"][:, None] * state["grad"], state
+
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(3, 4), nn.Linear(4, 6)
+
+        def forward(self, z, y):
+            return self.head(z + self.embed(y))
+
+    torch.manual_seed(0)
+    labels = torch.arange(30) % 3
+    out = refiner((Conditional(), pair()[1]), sampler=Scaled(), at="input", stop=None).sample(30, labels=labels)
+    moved = (out.latents - fr.Normal(4).sample(torch.arange(30), 0)).abs().amax(1) > 0
+    assert torch.equal(moved, labels > 0) and out.report["backend"] == "reference"
+
+
+def test_equal_bits_hold_where_the_step_cannot_be_recorded():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 1))
+
+        def forward(self, x):
+            return self.body(x) if x.mean() < 1e6 else self.body(2 * x)
+
+    torch.manual_seed(0)
+    one = refiner((pair()[0], Branching()), num_slots=7)
+    whole = one.sample(70)
+    assert whole.report["route"] == "autograd"
+    for i in range(0, 70, 9):
+        same(one.sample(1, first_id=i), whole.select(slice(i, i + 1)))
+
+
+def test_updated_weights_are_noticed():
+    g, d = pair()
+    one = refiner((g, d))
+    x, before = torch.randn(5, 6), refiner((g, d)).sample(5)
+    old = one.score(x)
+    assert torch.equal(one.sample(5).images, before.images)
+    with torch.no_grad():
+        d[2].bias += 100
+    torch.testing.assert_close(one.score(x), old + 100)
+    assert (one.sample(5).logits > 50).all()
+    with torch.no_grad():
+        g[4].bias += 1
+    torch.testing.assert_close(refiner((g, d)).sample(5).images, one.sample(5).images)
+
+
+def test_one_thread_serves_small_work_and_all_serve_large_work():
+    small, large = refiner(), refiner(pair(width=512), num_slots=256, at="input", max_steps=1)
+    torch.set_num_threads(2)
+    try:
+        assert small.sample(2).report["threads"] == 1
+        assert large.sample(2).report["threads"] == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_nested_products_of_priors_are_independent():
+    nested = fr.Product(fr.Product(fr.Normal(2), fr.Normal(2)), fr.Normal(2)).sample(torch.arange(5), 0)
+    columns = nested.T.tolist()
+    assert len({tuple(c) for c in columns}) == 6
+
+
+def test_nonfinite_logits_of_real_images_are_an_error():
+    g, d = pair()
+    real = torch.randn(9, 6)
+    real[4] = 3e38
+    with pytest.raises(fr.InputError, match=r"non-finite logits, first at \[4\]"):
+        refiner((g, d), real=real, stop=fr.stopping.MedianOfReal()).sample(3)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+def test_label_vectors_are_cast_to_the_networks_dtype(precision):
+    class Conditional(nn.Module):
+        def __init__(self, out):
+            super().__init__()
+            self.label, self.head = nn.Linear(3, 4), nn.LazyLinear(out)
+
+        def forward(self, x, y):
+            return self.head(torch.cat([x, self.label(y)], 1))
+
+    g, d = Conditional(6), Conditional(1)
+    labels = torch.eye(3)[torch.arange(8) % 3]
+    d(g(torch.randn(8, 4), labels), labels)
+    for given in (labels, labels.double()):
+        assert refiner((g, d), at="input", precision=precision, stop=None).sample(8, labels=given).images.isfinite().all()

@@ -121,7 +121,7 @@ def _rows(
     ]
     shaped = fr.shape_discriminator(
         refiner, data.train, recipe.shaping_iterations, recipe.shaping_batch, recipe.shaping_rate, stop=refiner.stop,
-        betas=(0.5, 0.9), seed=seed, progress=True,
+        betas=(0.5, 0.9), seed=seed, progress=None,
     )  # fmt: skip
     better = refiner.with_discriminator(shaped)
     _say("sampling: shaped")

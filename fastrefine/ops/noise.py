@@ -20,7 +20,6 @@ class Stream(enum.IntEnum):
     PROPOSAL = 0
     ACCEPT = 1
     LATENT = 2
-    THRESHOLD = 3
     LAST_STEP = 4
     REFERENCE = 5
     SELECTION = 6

@@ -112,10 +112,12 @@ def _refill(slots: Slots, pool: Pool, rule: Rule, done: Tensor) -> None:
     for name in ("activation", "last_step", "threshold", "reference_logit"):
         own = getattr(slots, name)
         own.copy_(_where(take, getattr(pool, name)[rows], own))
+    if slots.label is not None and pool.label is not None:
+        slots.label.copy_(_where(take, pool.label[rows], slots.label))
     slots.sample_id.copy_(torch.where(take, ids, torch.where(empty, -1, slots.sample_id)))
     slots.source.copy_(torch.where(take, rows, -1))
     for counter in (slots.step, slots.logit_falls, slots.grad_peak):
         counter.masked_fill_(take, 0)
-    sample = Sample(slots.sample_id, None, slots.reference_logit)
+    sample = Sample(slots.sample_id, slots.label, slots.reference_logit)
     _merge(take, rule.sampler.init(slots.activation, sample), slots.state)
     pool.counters[S.NEXT] += take.sum()

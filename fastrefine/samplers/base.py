@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def per_slot(value: Tensor) -> Tensor:
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
     """Raise InputError unless ``value`` is a finite number in [low, high] (in (low, high] with ``open_low``)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
         return
     wanted = f"{'more than' if open_low else 'at least'} {low:g}"
