@@ -182,3 +182,153 @@ def test_bad_arguments_are_named(options, message):
     given = {"real": REAL, "iterations": 1, "batch_size": 8, "learning_rate": 0.1, **options}
     with pytest.raises(fr.InputError, match=message):
         fr.shape_discriminator(refiner(), **given)
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class Conditional(nn.Module):
+    """A generator or discriminator with an embedding of three classes, whose last layer is linear."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(3, 4), nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, outputs))
+
+    def forward(self, x, y):
+        return self.body(torch.cat([x, self.embedding(y)], 1))
+
+
+CLASSES = torch.arange(len(REAL)) % 3
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "bf16"]
+)
+@pytest.mark.parametrize("penalty", [None, 1.0])
+def test_modes_of_the_caller_change_nothing(mode, penalty):
+    options = dict(gradient_penalty=penalty, real_labels=CLASSES)
+    torch.manual_seed(0)
+    networks = Conditional(2), Conditional(1)
+    plain = fr.shape_discriminator(refiner(networks), REAL, 2, 16, 0.01, **options)
+    fitted = fr.fit_discriminator(pair()[0], REAL, 2, prior=fr.Normal(2))
+    with mode():
+        real = REAL.clone()
+        assert equal(plain, fr.shape_discriminator(refiner(networks), real, 2, 16, 0.01, **options))
+        assert equal(fitted, fr.fit_discriminator(pair()[0], real, 2, prior=fr.Normal(2)))
+
+
+def test_dropout_is_drawn_by_the_seed_and_not_from_the_callers_numbers():
+    g, d = pair()
+    d = nn.Sequential(d[0], nn.Dropout(), d[1:])
+
+    def shaped(torch_seed, seed=3):
+        torch.manual_seed(torch_seed)
+        before = torch.random.get_rng_state()
+        found = fr.shape_discriminator(refiner((g, d)), REAL, 3, 16, 0.01, batch_norm="train", seed=seed)
+        assert torch.equal(before, torch.random.get_rng_state())
+        return found
+
+    assert equal(shaped(1), shaped(2)) and not equal(shaped(1), shaped(1, seed=4))
+
+
+def test_a_float64_refiner_trains_a_float32_discriminator():
+    shaped = fr.shape_discriminator(refiner(precision="float64"), REAL.double(), 2, 16, 0.01)
+    assert {p.dtype for p in shaped.parameters()} == {torch.float32}
+    g, d = pair()
+    double = fr.shape_discriminator(refiner((g, d.double())), REAL, 2, 16, 0.01)
+    assert {p.dtype for p in double.parameters()} == {torch.float64}
+
+
+def test_labels_reach_networks_that_take_them_and_no_others():
+    torch.manual_seed(0)
+    g, d = Conditional(2), Conditional(1)
+    data = torch.utils.data.TensorDataset(REAL, CLASSES)
+    unconditional = fr.Split(pair()[0], nn.Identity())
+    assert equal(
+        fr.shape_discriminator(refiner((unconditional, pair()[1]), at="input"), data, 2, 16, 0.01),
+        fr.shape_discriminator(refiner((unconditional, pair()[1]), at="input"), REAL, 2, 16, 0.01),
+    )
+    one = refiner((g, d))
+    expected = fr.shape_discriminator(one, data, 2, 16, 0.01)
+    assert equal(expected, fr.shape_discriminator(one, REAL.numpy(), 2, 16, 0.01, real_labels=CLASSES.numpy()))
+    assert equal(expected, fr.shape_discriminator(one, Images(False), 2, 16, 0.01, real_labels=CLASSES))
+    by_split = refiner((fr.Split(lambda z, y: (g(z, y), ()), nn.Identity()), pair()[1]), at="input")
+    for bad in (one, by_split):
+        with pytest.raises(fr.InputError, match="needs labels: give `real`"):
+            fr.shape_discriminator(bad, REAL, 1, 16, 0.01)
+
+
+def test_latents_follow_a_loader_whose_last_batch_is_short():
+    g, d = Conditional(2), Conditional(1)
+    one = fr.Refiner(g, d, fr.Collaborative(0.1), at="output", max_steps=3, num_slots=8)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(REAL[:20], CLASSES[:20]), 16)
+    seen = []
+    for batch_size in (16, 10):
+        fr.shape_discriminator(one, loader, 3, batch_size, 0.01, latents=torch.randn(50, 2), callback=seen.append)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("stop", [None, fr.stopping.MedianOfReal()])
+def test_tuning_scores_real_images_once_if_no_rule_reads_them(stop, monkeypatch):
+    scored = []
+    original = fr.Refiner._score
+    monkeypatch.setattr(fr.Refiner, "_score", lambda self, side, x, y: scored.append(len(x)) or original(self, side, x, y))
+    fr.tune_discriminator(
+        refiner(real=REAL, stop=fr.stopping.MedianOfReal()), REAL, 4, 16, 0.01, **({"stop": stop} if stop else {})
+    )
+    assert len(scored) == (5 if stop else 1)
+
+
+def test_a_conditional_generator_is_fitted_with_the_labels_of_the_real_images():
+    torch.manual_seed(0)
+    g = Conditional(2)
+    for d in (None, Conditional(1)):
+        options = dict(prior=fr.Normal(2), discriminator=d, check_every=2)
+        fitted = fr.fit_discriminator(g, torch.utils.data.TensorDataset(REAL, CLASSES), 4, **options)
+        assert equal(fitted, fr.fit_discriminator(g, REAL, 4, real_labels=CLASSES, **options))
+        with pytest.raises(fr.InputError, match="needs labels: give `real`"):
+            fr.fit_discriminator(g, REAL, 4, **options)
+
+
+def test_a_discriminator_that_ends_in_a_sigmoid_is_fitted_as_a_probability():
+    g, d = pair()
+    options = dict(prior=fr.Normal(2), check_every=2, discriminator=nn.Sequential(d, nn.Sigmoid()))
+    fitted = fr.fit_discriminator(g, REAL, 4, discriminator_output="probability", **options)
+    plain = fr.fit_discriminator(g, REAL, 4, **{**options, "discriminator": d})
+    torch.testing.assert_close(fitted(REAL), plain(REAL).sigmoid(), atol=1e-4, rtol=1e-3)
+    with pytest.raises(fr.InputError, match="ends in a sigmoid"):
+        fr.fit_discriminator(g, REAL, 4, **options)
+    with pytest.raises(fr.InputError, match="discriminator_output"):
+        fr.fit_discriminator(g, REAL, 4, discriminator_output="critic", **options)
+
+
+@pytest.mark.parametrize(("images", "held"), [(2, 1), (20, 10), (100, 16), (400, 40)])
+def test_fitting_holds_out_a_sensible_number_of_images(images, held, monkeypatch):
+    asked = []
+    original = fr.Refiner.score
+    monkeypatch.setattr(fr.Refiner, "score", lambda self, x, y=None: asked.append(len(x)) or original(self, x, y))
+    fr.fit_discriminator(pair()[0], REAL[:images], 1, prior=fr.Normal(2), batch_size=4)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(REAL[:images]), 4)
+    fr.fit_discriminator(pair()[0], loader, 1, prior=fr.Normal(2), batch_size=4)
+    assert asked == [held, held, images, images]
+    with pytest.raises(fr.InputError, match="none can be held out"):
+        fr.fit_discriminator(pair()[0], REAL[:1], 1, prior=fr.Normal(2))
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_the_bar_is_shown_where_it_is_asked_for(progress, shown, capsys):
+    fr.shape_discriminator(refiner(), REAL, 1, 8, 0.01, progress=progress)
+    assert ("shaping" in capsys.readouterr().err) == shown
+
+
+def test_the_penalty_on_a_logit_is_the_weight_of_the_squared_gradient():
+    one = refiner()
+    found = []
+    for weight in (0.0, 2.0):
+        fr.shape_discriminator(one, REAL, 1, 16, 0.01, gradient_penalty=weight, callback=found.append)
+    from fastrefine.batches import RealBatches
+
+    x = RealBatches(REAL, 16, 0).batch(0)[0].requires_grad_()
+    (grad,) = torch.autograd.grad(one.discriminator(x).sum(), x)
+    assert found[1]["loss"] - found[0]["loss"] == pytest.approx(2.0 * float(grad.square().sum(1).mean()), rel=1e-3)
