@@ -19,7 +19,8 @@ from benchmarks.baselines import CompiledLoop, ExpertLoop, PeersLoop
 from benchmarks.measure import Race, Run
 from benchmarks.workloads import WORKLOADS, Workload
 
-K, ROUNDS = 20, 3
+K, ROUNDS = 20, 5
+ENOUGH = 256  # samples of a round: shorter ones measure what else the machine does
 FEW = 2  # steps of the runs that choose a batch
 
 
@@ -86,7 +87,7 @@ def bench_fixed_steps(race: Race, quick: bool, cut: str, precision: str) -> None
     """DCGAN-32, K steps for all: B0 in float32, B1 and B2 at the row's precision."""
     entry = Entry("dcgan32", cut, precision)
     b0_batches, b1_batches, num_slots = entry.sizes(race)
-    z = entry.latents(max(*b0_batches, *b1_batches, num_slots))
+    z = entry.latents(max(*b0_batches, *b1_batches, num_slots, ENOUGH))
     refiner = entry.refiner(num_slots)
     b2, missing = compiled(entry, b1_batches, quick)
     rivals: dict[str, dict[int, Any]] = {

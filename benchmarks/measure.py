@@ -38,7 +38,7 @@ class Race:
         return [size for size in sorted(best, key=best.__getitem__) if best[size] <= 1.1 * min(best.values())]
 
     def run(self, ours: Run, rivals: Mapping[str, Mapping[int, Run]], rounds: int) -> dict[str, Any]:
-        """For each rival the median over rounds of its time / our time in the same round, at its best batch, and which.
+        """For each rival the median over rounds of its time / our time in the same round, at its best batch; which; all times.
 
         rivals: by name, then by batch. All have run before: the caller has compared their results. {} where benchmarks
         are disabled.
@@ -59,6 +59,7 @@ class Race:
         return {
             **{name: ratios[name, batch] for name, batch in best.items()},
             **{f"{name}_batch": batch for name, batch in best.items()},
+            "rival_seconds": {f"{name} {batch}": seconds for (name, batch), seconds in times.items()},
         }
 
     def record(self, result: fr.Result, max_steps: int, **facts: Any) -> None:
