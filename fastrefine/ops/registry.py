@@ -33,6 +33,8 @@ def _load(backend: str) -> ModuleType | str:
     except Absent as reason:
         return str(reason)
     except ModuleNotFoundError as reason:
+        if reason.name == _MODULES["cuda"]:
+            return "this version holds no kernels in CUDA; 'triton' serves GPUs"
         if reason.name in (_MODULES[backend], "triton"):
             return f"{reason.name} is not installed"
         raise
