@@ -15,6 +15,9 @@ from benchmarks.measure import Race, cpu_model
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="batches of 64 and 256 only, fewer images, no torch.compile")
+    parser.addoption(
+        "--batches", default="64,256,1024", help="batch sizes to choose from, with torch.compile (default 64,256,1024)"
+    )
     parser.addoption("--threads", type=int, default=1, help="threads of torch, ours and the baselines' (default 1)")
 
 
@@ -33,10 +36,12 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest, benchmark: Any, quick: bool) -> Race:
-    command = "pytest benchmarks" + " --quick" * quick
+    given = request.config.getoption("--batches")
+    batches = (64, 256) if quick else tuple(int(size) for size in given.split(","))
+    command = "pytest benchmarks" + " --quick" * quick + f" --batches {given}" * (not quick)
     timer = pydoc.locate(request.config.getoption("benchmark_timer"))
     assert callable(timer)
-    return Race(benchmark, timer, (64, 256) if quick else (64, 256, 1024), command)
+    return Race(benchmark, timer, batches, command)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -12,6 +12,9 @@ from fastrefine.priors import Prior
 from fastrefine.stopping import RealLogits, StopRule
 
 
+DRAWN_TOGETHER = 16  # blocks
+
+
 @dataclass(frozen=True)
 class Block:
     """The block that covers ids [index * size, (index + 1) * size), of which [start, stop) were asked for."""
@@ -75,24 +78,39 @@ class Proposals:
         end = source.first + source.count
         self.indices = range(source.first // size, -(-end // size)) if source.count else range(0)
         self.first_id = self.indices.start * size if whole_blocks else source.first
+        self._drawn_from = -1  # first block of the group below
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _labels(self, ids: Tensor) -> Tensor | None:
+        """Labels of ids; outside the source those of the nearest id."""
+        source = self.source
+        return None if source.labels is None else source.labels[(ids - source.first).clamp(0, source.count - 1)]
+
+    def _draws(self, index: int) -> tuple[Tensor, ...]:
+        """(threshold, last step, reference logit) of a block; drawn for many blocks at once, for a draw is many small ops."""
+        group = index - (index - self.indices.start) % DRAWN_TOGETHER
+        if group != self._drawn_from or self._drawn is None:
+            ids = torch.arange(group * self.size, min(group + DRAWN_TOGETHER, self.indices.stop) * self.size)
+            labels, seed = self._labels(ids), self.source.seed
+            classes = labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
+            threshold, last_step = self.stop.draw(ids, seed, self.max_steps, classes)
+            unknown = torch.full((len(ids),), torch.nan)
+            reference = unknown if self.real is None else self.real.reference(ids, seed, classes)
+            self._drawn_from, self._drawn = group, (threshold, last_step, reference)
+        rows = slice((index - group) * self.size, (index - group + 1) * self.size)
+        return tuple(drawn[rows] for drawn in self._drawn)
 
     def block(self, index: int) -> Block:
         """Run the prefix for one block; the rows outside the source are neighbours that nobody reads."""
         source, base = self.source, index * self.size
         ids = torch.arange(base, base + self.size)
-        position = (ids - source.first).clamp(0, source.count - 1)
-        labels = None if source.labels is None else source.labels[position]
+        labels = self._labels(ids)
         if source.latents is None:
             assert source.prior is not None
             latents = source.prior.sample(ids, source.seed, self.dtype)
         else:
-            latents = source.latents[position].to(self.dtype)
-        classes = labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
-        threshold, last_step = self.stop.draw(ids, source.seed, self.max_steps, classes)
-        if self.real is None:
-            reference = torch.full((self.size,), torch.nan)
-        else:
-            reference = self.real.reference(ids, source.seed, classes)
+            latents = source.latents[(ids - source.first).clamp(0, source.count - 1)].to(self.dtype)
+        threshold, last_step, reference = self._draws(index)
         latents = latents.to(self.device)
         labels = None if labels is None else labels.to(self.device)
         a, context = self.generator.prefix(latents, labels)
