@@ -11,7 +11,6 @@ from fastrefine.pair import GeneratorSide
 from fastrefine.priors import Prior
 from fastrefine.stopping import RealLogits, StopRule
 
-
 DRAWN_TOGETHER = 16  # blocks
 
 
