@@ -48,7 +48,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     flags = machine_info.get("cpu", {}).get("flags", [])
     machine_info["cpu_model"] = cpu_model()
     machine_info["torch"] = torch.__version__
-    machine_info["torch_build"] = torch.__config__.show()
     machine_info["threads"] = config.getoption("--threads")
     machine_info["matrix_units"] = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile") if f in flags]
 
