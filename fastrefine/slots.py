@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastrefine.samplers.base import Sample, Sampler, State
 
-# Entries of Counters.values
-NEXT, END, LIVE, FINISHED, EVALUATIONS, ITERATIONS = range(6)
+# Entries of Pool.counters
+NEXT, END, LIVE, FINISHED, EVALUATIONS, ITERATIONS, SHORTEST, LONGEST = range(8)
 
 PENDING, REACHED, EXHAUSTED, NONFINITE, STALLED = -1, 0, 1, 2, 3
 
@@ -37,6 +37,8 @@ class Slots:
     best: Tensor | None = None  # (S, F) real, with keep="best"
     best_logit: Tensor | None = None  # (S,)
     label: Tensor | None = None  # (S, ...) where labels were given; kept by the reference step, for a sampler's init
+    view: Tensor | None = None  # (S, F) the activation as the networks read it: their dtype, and the order below
+    view_channels: int = 0  # 0: elements in the order of the activation; C: (C, F / C) is stored as (F / C, C)
     cache: dict[str, object] = field(default_factory=dict)  # a backend's own view of these tensors
 
 
@@ -48,7 +50,8 @@ class Pool:
     last_step: Tensor  # (P,) int32
     threshold: Tensor  # (P,) real
     reference_logit: Tensor  # (P,) real
-    counters: Tensor  # (6,) int64: next id to admit, end of the pool's ids, live, finished, evaluations, iterations
+    counters: Tensor  # (8,) int64: next id to admit, end of the pool's ids, live, finished, evaluations, iterations,
+    # least and most updates (last_step - step) that any live slot has left, 0 where none is live
     label: Tensor | None = None  # (P, ...)
 
 
@@ -108,7 +111,7 @@ def allocate(
         integer(pool_rows),
         real(pool_rows),
         real(pool_rows),
-        integer(6, dtype=torch.int64),
+        integer(8, dtype=torch.int64),
         pool_label,
     )
     outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), integer(w, fill=PENDING))
