@@ -1,34 +1,45 @@
 """The engine: a fixed batch of slots kept full, from proposals by sample id to outputs in order of sample id.
 
-What happens to one latent: the prefix turns it into an activation (``fill``), a slot takes it, every ``step`` evaluates
-and moves it until it retires to its output row, and once its whole block has retired the tail renders it (``harvest``).
+What happens to one latent: the prefix turns it into an activation (``fill``), a slot takes it, every step evaluates and
+moves it (``launch``) until it retires to its output row; once the host has seen that its whole block has retired
+(``read``), the tail renders it (``harvest``) and it leaves for the output device while further steps run (``deliver``).
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrefine import drivers, ops, slots
+from fastrefine import drivers, slots
+from fastrefine.machine import Machine, key_of
 from fastrefine.pool import Block, Proposals
 from fastrefine.result import Result
 from fastrefine.slots import Rule
 from fastrefine.target import Target
+from fastrefine.transfer import Transfer
 
-WINDOW_BYTES = 2**28  # output window: how far admitted ids may run ahead of the oldest unfinished one
+WINDOW_BYTES = {"cpu": 2**28, "cuda": 2**30}  # output window: how far admitted ids may run ahead of the oldest unfinished
+WINDOW_DEFAULT = 2**28  # on other devices
+POOL_BYTES = 2**28
+POOL_BLOCKS = 32  # at most, of proposals ready for a driver that reads counters late
+FIRST_CHUNK = 8  # steps before it is known how fast samples finish
+DRAIN_CHUNK = 8  # steps between reads when the end may come at any step
 
 
 @dataclass
 class Progress:
-    """Counts of a run, updated after every step; survives a restart with fewer slots."""
+    """Counts of a run, updated whenever the counters are read; survives a restart with fewer slots."""
 
     evaluations: int = 0
     slot_steps: int = 0
+    iterations: int = 0
+    host_syncs: int = 0  # reads of the counters, and images that had to be waited for
     finished: int = 0
     delivered: int = 0
     seconds: float = 0.0
@@ -40,147 +51,241 @@ class Progress:
             "evaluations": self.evaluations,
             "slot_steps": self.slot_steps,
             "slot_efficiency": self.evaluations / self.slot_steps if self.slot_steps else 1.0,
+            "iterations": self.iterations,
+            "host_syncs_per_step": self.host_syncs / self.iterations if self.iterations else 0.0,
             "seconds": self.seconds,
             "images_per_second": self.delivered / self.seconds if self.seconds > 0 else 0.0,
             **self.facts,
         }
 
 
+class Waiting(NamedTuple):
+    """A block in the pool or in the slots."""
+
+    block: Block
+    since: int  # reads requested before it was admitted say nothing about its rows
+
+
+class Reading(NamedTuple):
+    """Counters and status on their way to the host."""
+
+    number: int
+    steps: int  # launched since the reading before
+    values: Transfer
+
+
+class Delivery(NamedTuple):
+    """A rendered block on its way to the output device."""
+
+    number: int  # readings requested before it
+    result: Result  # its tensors are those of ``values``
+    values: Transfer
+
+
 class Run:
     """One pass over the proposals with one target; ``parts`` yields a Result for each block of ids, in order."""
 
     def __init__(
-        self, proposals: Proposals, target: Target, rule: Rule, backend: str, driver: drivers.HostLoop,
-        progress: Progress, on_step: Callable[[int, int], None] | None = None,
+        self, proposals: Proposals, target: Target, rule: Rule, backend: str, driver: drivers.Driver, progress: Progress,
+        output_device: torch.device, on_step: Callable[[int, int], None] | None = None, may_fall_back: bool = False,
     ):  # fmt: skip
-        self.proposals, self.target, self.rule = proposals, target, rule
-        self.backend, self.driver, self.progress, self.on_step = backend, driver, progress, on_step
-        size, features = target.num_slots, max(1, _numel(target.generator.shape))
-        window = size * (proposals.max_steps + 2)
-        affordable = WINDOW_BYTES // (features * proposals.dtype.itemsize + target.generator.row_bytes)
-        blocks = max(4, min(len(proposals.indices) + 1, -(-min(window, affordable) // size)))
-        self.window = blocks * size
-        self.slots, self.pool, self.outputs = slots.allocate(
-            size, features, 2 * size, self.window, rule, proposals.dtype, proposals.device, proposals.source.labels
-        )
-        self.waiting: dict[int, Block] = {}  # blocks admitted to the pool and not yet harvested
+        self.proposals, self.target, self.rule, self.backend = proposals, target, rule, backend
+        self.driver, self.progress, self.on_step, self.may_fall_back = driver, progress, on_step, may_fall_back
+        self.output_device, self.size = output_device, target.num_slots
+        self.stops_early = proposals.stop.early
+        self.waiting: dict[int, Waiting] = {}  # blocks that were admitted and are not yet harvested
+        self.unread: deque[Reading] = deque()
+        self.deliveries: deque[Delivery] = deque()
+        self.requested = 0
         self.unfilled = iter(proposals.indices)
         self.next_block = next(self.unfilled, None)
-        self.pool.counters[slots.NEXT] = self.pool.counters[slots.END] = proposals.first_id
-        self.counters = self.pool.counters.tolist()
-        self.pool_context: tuple[Tensor, ...] = ()
-        self.context: tuple[Tensor, ...] = ()
+        self.end = proposals.first_id  # of the ids in the pool
+        self.known = [self.end, self.end, 0, 0, 0, 0, 0, 0]  # counters as last read
+        self.side = torch.cuda.Stream(proposals.device) if proposals.device.type == "cuda" else None
 
     def parts(self) -> Iterator[Result]:
         """Step until drained; time spent by the consumer between parts is not counted."""
+        assert self.next_block is not None
+        first = self.proposals.block(self.next_block)
+        self.machine = self._machine(first)
         started, before = time.perf_counter(), self.progress.seconds
-        for index in self.proposals.indices:
-            while not self._complete(index):
+        try:
+            self._admit(first)
+            while self.waiting or self.next_block is not None or self.deliveries:
                 self.fill()
-                self.step()
-            part = self.harvest(index)
-            self.progress.delivered += len(part)
-            self.progress.seconds = before + time.perf_counter() - started
-            yield replace(part, report=self.progress.report())
-            started, before = time.perf_counter(), self.progress.seconds
+                self.launch()
+                self.read()
+                for part in self.deliver():
+                    self.progress.delivered += len(part)
+                    self.progress.seconds = before + time.perf_counter() - started
+                    yield replace(part, report=self.progress.report())
+                    started, before = time.perf_counter(), self.progress.seconds
+        except GeneratorExit:
+            self.target.keep(self.machine)
+            raise
+        self.target.keep(self.machine)
+
+    def _machine(self, first: Block) -> Machine:
+        """An idle machine with a captured step that fits, or a new one; ready for its first block."""
+        driver, count = self.driver, len(self.proposals.indices)
+        if driver.lag:
+            count = 1 << count.bit_length()  # runs of about this length share a captured step
+        block_bytes = first.activation.nbytes + self.size * self.target.generator.row_bytes
+        longest = self.proposals.max_steps + 2 + (driver.lag + 1) * (driver.chunk - 1)  # blocks begun before one is seen to end
+        window = max(4, min(count + 1, longest, WINDOW_BYTES.get(self.proposals.device.type, WINDOW_DEFAULT) // block_bytes)) * self.size
+        pool = max(2, min(count, POOL_BLOCKS if driver.lag else 2, POOL_BYTES // block_bytes)) * self.size
+        machine = self.target.idle(key_of(self.rule, self.backend, first), window, pool)
+        if machine is None:
+            machine = Machine(self.target, self.rule, self.backend, window, pool, first)
+        machine.reset(self.rule, self.proposals.first_id)
+        self.forward = not self.stops_early and self.target.route == "flat"
+        self.driver = drivers.prepare(driver, machine, self.forward, self.may_fall_back)
+        self.progress.facts["driver"] = self.driver.name
+        machine.reset(self.rule, self.proposals.first_id)  # a capture runs steps on the empty slots
+        return machine
+
+    def _admit(self, block: Block) -> None:
+        self.machine.admit(block)
+        self.waiting[block.index] = Waiting(block, self.requested)
+        self.end = block.base + block.admitted.stop
+        self.next_block = next(self.unfilled, None)
 
     def fill(self) -> None:
-        """Keep at least one proposal ready for every slot, within the window of the oldest unfinished block."""
-        size = self.target.num_slots
-        while self.next_block is not None and self.counters[slots.END] - self.counters[slots.NEXT] < size:
-            if self.waiting and (self.next_block - next(iter(self.waiting)) + 1) * size > self.window:
+        """Fill the pool, within the window of the oldest unfinished block. Rows freed since the last read stay unused."""
+        size, driver = self.size, self.driver
+        enough = 2 * size + int((driver.lag + 1) * driver.chunk * self._rate) if driver.lag else self.machine.pool_rows
+        enough = min(enough, self.machine.pool_rows)
+        while self.next_block is not None and self.end - self.known[slots.NEXT] + size <= enough:
+            if self.waiting and (self.next_block - next(iter(self.waiting)) + 1) * size > self.machine.window:
                 return
-            block = self.proposals.block(self.next_block)
-            self.waiting[block.index] = block
-            ids = torch.arange(size, device=self.proposals.device)[block.admitted] + block.base
-            rows = ids % len(self.pool.threshold)
-            for name in ("activation", "threshold", "last_step", "reference_logit"):
-                getattr(self.pool, name)[rows] = getattr(block, name)[block.admitted]
-            if self.pool.label is not None and block.labels is not None:
-                self.pool.label[rows] = block.labels[block.admitted]
-            self._fill_context(rows, block)
-            self.pool.counters[slots.END] = self.counters[slots.END] = block.base + block.admitted.stop
-            self.next_block = next(self.unfilled, None)
+            self._admit(self.proposals.block(self.next_block))
 
-    def _step_context(self, block: Block) -> tuple[Tensor, ...]:
-        """The tail's context, then the labels where the discriminator takes them."""
-        if not self.target.discriminator.takes_labels:
-            return block.context
-        assert block.labels is not None
-        return (*block.context, block.labels)
-
-    def _fill_context(self, rows: Tensor, block: Block) -> None:
-        given = self._step_context(block)
-        if not self.pool_context:
-            self.pool_context = tuple(c.repeat(2, *[1] * (c.dim() - 1)) for c in given)
-            self.context = tuple(c.clone() for c in given)
-        for own, new in zip(self.pool_context, given, strict=True):
-            own[rows] = new[block.admitted]
-
-    def step(self) -> None:
-        """Evaluate every slot, then observe, retire or propose, refill; empty slots compute along harmlessly."""
-        if self.counters[slots.LIVE] == 0:
-            ops.refine_step(self.slots, None, self.pool, self.outputs, self.rule, backend=self.backend)
-            self._follow()
-            self.counters = self.pool.counters.tolist()
+    def launch(self) -> None:
+        """Start as many steps as the known counters allow, and a reading of what they lead to."""
+        if not self.unread and self.known[slots.LIVE] == 0:
+            if self.end > self.known[slots.NEXT]:
+                self.machine.refill()
+                self._request(0)
             return
-        self.counters = self.driver.advance(self._advance, self.pool)
-        self.progress.slot_steps += self.target.num_slots
-        self.progress.evaluations += self.counters[slots.EVALUATIONS] - self._seen[0]
-        self.progress.finished += self.counters[slots.FINISHED] - self._seen[1]
-        self._seen = (self.counters[slots.EVALUATIONS], self.counters[slots.FINISHED])
-        if self.on_step is not None:
-            self.on_step(self.counters[slots.ITERATIONS], self.progress.finished)
+        steps = self._steps()
+        if steps > 0:
+            more = self.next_block is not None
+            self.driver.launch(self.machine, self._schedule(steps), self.size if more else 0)
+            self._request(steps)
 
-    _seen = (0, 0)
+    @property
+    def _in_flight(self) -> int:
+        """Steps launched since the counters were read."""
+        return sum(reading.steps for reading in self.unread)
 
-    def _advance(self) -> None:
-        own = self.slots
-        at_end = bool((own.step >= own.last_step).logical_or_(own.sample_id < 0).all())
-        evaluate = self.target.forward if at_end else self.target.evaluate
-        evaluation = evaluate(own.activation, self.context)
-        ops.refine_step(own, evaluation, self.pool, self.outputs, self.rule, backend=self.backend)
-        self._follow()
+    def _steps(self) -> int:
+        """How many steps to launch: as long as the pool lasts, and not past the end."""
+        known, longest = self.known, self.proposals.max_steps + 1
+        ready = self.end - known[slots.NEXT]
+        bound = self.driver.chunk
+        if self.next_block is None:
+            left = known[slots.LONGEST] + 1 if known[slots.LIVE] else 0
+            bound = min(bound, -(-ready // self.size) * longest + left - self._in_flight)
+            if not self.stops_early:
+                return bound
+        if known[slots.ITERATIONS] == 0:
+            return min(FIRST_CHUNK, bound)
+        reserve = 0 if self.next_block is None else self.size  # all slots may be refilled at once
+        return min(max(int((self._expected - reserve) / self._rate), DRAIN_CHUNK if self._draining else 1), bound)
 
-    def _follow(self) -> None:
-        """Contexts follow the proposals that slots took."""
-        if self.context:
-            taken = (self.slots.source >= 0).nonzero()[:, 0]
-            for own, pool in zip(self.context, self.pool_context, strict=True):
-                own[taken] = pool[self.slots.source[taken]]
+    @property
+    def _rate(self) -> float:
+        """Samples that retire in a step, from what was seen; at least one for each slot in its longest life."""
+        known = self.known
+        return max(known[slots.FINISHED] / max(1, known[slots.ITERATIONS]), self.size / (self.proposals.max_steps + 1))
 
-    def _complete(self, index: int) -> bool:
-        block = self.waiting.get(index)
-        return block is not None and bool((self.outputs.status[self._rows(block, block.admitted)] >= 0).all())
+    @property
+    def _expected(self) -> float:
+        """Proposals that will still wait after the steps in flight."""
+        return self.end - self.known[slots.NEXT] - self._rate * self._in_flight
+
+    @property
+    def _draining(self) -> bool:
+        """Whether the last samples are in the slots, and may all be finished at any step."""
+        return self.stops_early and self.next_block is None and self._expected <= 0
+
+    def _schedule(self, steps: int) -> list[bool]:
+        """Which of the next steps are the last of every sample in a slot, and need no gradient."""
+        known = self.known
+        together = known[slots.LIVE] > 0 and known[slots.SHORTEST] == known[slots.LONGEST]
+        certain = steps == 1 and not self.unread
+        if not together or not (self.forward or (certain and not self.driver.lag)):
+            return [False] * steps
+        first = known[slots.LONGEST] - self._in_flight
+        return [step >= first and (step - first) % (self.proposals.max_steps + 1) == 0 for step in range(steps)]
+
+    def _request(self, steps: int) -> None:
+        """Read counters and status as they are after what was launched so far."""
+        self.requested += 1
+        seen = [self.machine.pool.counters, self.machine.outputs.status]
+        self.unread.append(Reading(self.requested, steps, Transfer(seen, torch.device("cpu"))))
+
+    def read(self) -> None:
+        """Take in the readings that are old enough, and harvest what they show to be complete."""
+        waste = self._draining or not self._in_flight or (len(self.unread) == 1 and self._steps() <= 0)
+        keep = 0 if waste else self.driver.lag
+        while len(self.unread) > keep:
+            reading = self.unread.popleft()
+            counters, status = reading.values.wait()
+            self._account(counters.tolist())
+            while self.waiting and self._complete(next(iter(self.waiting)), reading.number, status):
+                self.deliveries.append(self.harvest(next(iter(self.waiting))))
+
+    def _account(self, counters: list[int]) -> None:
+        progress, before = self.progress, self.known
+        iterations = counters[slots.ITERATIONS] - before[slots.ITERATIONS]
+        progress.evaluations += counters[slots.EVALUATIONS] - before[slots.EVALUATIONS]
+        progress.finished += counters[slots.FINISHED] - before[slots.FINISHED]
+        progress.iterations += iterations
+        progress.slot_steps += iterations * self.size
+        progress.host_syncs += 1
+        self.known = counters
+        if self.on_step is not None and iterations:
+            self.on_step(counters[slots.ITERATIONS], progress.finished)
+
+    def _complete(self, index: int, number: int, status: Tensor) -> bool:
+        block, since = self.waiting[index]
+        return number > since and bool((status[self._rows(block, block.admitted)] >= 0).all())
 
     def _rows(self, block: Block, part: slice) -> slice:
         """Output rows of a part of a block; the window is a whole number of blocks, so they are consecutive."""
-        base = block.base % self.window
+        base = block.base % self.machine.window
         return slice(base + part.start, base + part.stop)
 
-    def harvest(self, index: int) -> Result:
+    def harvest(self, index: int) -> Delivery:
         """Render a finished block and free its rows."""
-        block, generator, out = self.waiting.pop(index), self.target.generator, self.outputs
+        block, generator, out = self.waiting.pop(index).block, self.target.generator, self.machine.outputs
         asked, rows = block.asked, self._rows(block, block.asked)
         a = block.activation.clone()
         a[block.admitted] = out.activation[self._rows(block, block.admitted)]  # lock-step neighbours matter too
         shaped = a.view(len(a), *generator.shape)
         images = generator.render(shaped, block.context)[asked]
         latents = shaped if generator.cut.at == "input" else block.latents
-        status = out.status[rows].to(torch.int8)
-        out.status[self._rows(block, block.admitted)] = slots.PENDING
-        return Result(
-            images=images, logits=out.logit[rows].clone(), initial_logits=out.initial_logit[rows].clone(),
-            steps=out.steps[rows].clone(), status=status, ids=torch.arange(block.start, block.stop),
-            latents=latents[asked].clone(), activations=shaped[asked].clone(),
-            logit_falls=out.logit_falls[rows].clone(), labels=None if block.labels is None else block.labels[asked],
-            acceptance=None, scale="critic" if self.target.discriminator.scale == "critic" else "logit",
-            report={},
+        result = Result(
+            images=images, logits=out.logit[rows], initial_logits=out.initial_logit[rows], steps=out.steps[rows],
+            status=out.status[rows].to(torch.int8), ids=torch.arange(block.start, block.stop), latents=latents[asked],
+            activations=shaped[asked], logit_falls=out.logit_falls[rows],
+            labels=None if block.labels is None else block.labels[asked], acceptance=None,
+            scale="critic" if self.target.discriminator.scale == "critic" else "logit", report={},
         )  # fmt: skip
+        tensors = [t for t in vars(result).values() if isinstance(t, Tensor)]
+        values = Transfer([t.contiguous() for t in tensors], self.output_device, self.side)
+        out.status[self._rows(block, block.admitted)] = slots.PENDING
+        return Delivery(self.requested, result, values)
 
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
+    def deliver(self) -> Iterator[Result]:
+        """The blocks that have arrived, in order; with further steps on the device while their consumer works."""
+        while self.deliveries:
+            number, result, values = self.deliveries[0]
+            if self.driver.lag and number == self.requested and (self.waiting or self.next_block is not None):
+                return
+            self.deliveries.popleft()
+            names = [name for name, value in vars(result).items() if isinstance(value, Tensor)]
+            arrived = dict(zip(names, values.wait(), strict=True))
+            self.progress.host_syncs += values.blocked
+            yield replace(result, **arrived)

@@ -29,6 +29,10 @@ _EXACT = {
     "logical_and", "logical_or", "logical_not", "bitwise_and", "round", "floor", "ceil", "sign", "clone", "_to_copy", "fill",
     "square", "reciprocal", "hardtanh", "hardtanh_backward", "masked_fill", "copy", "copy_", "fill_",
 }  # fmt: skip
+# Pointwise operations whose tags do not say so.
+_UNTAGGED = {
+    "softplus_backward", "elu_backward", "mish_backward", "hardswish", "hardswish_backward", "hardsigmoid_backward",
+}  # fmt: skip
 
 
 def trace(function: Callable[..., Any], args: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -147,8 +151,8 @@ def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stat
         return product, (None, *args)
     if target is aten.addmm.default and not kwargs:
         return product, args
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-        name = target.overloadpacket.__name__
+    name = target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
+    if name and (torch.Tag.pointwise in target.tags or name in _UNTAGGED):
         is_sum = name in ("add", "add_", "sub", "sub_") and not kwargs and len(args) == 2
         if name not in _EXACT and not is_sum:  # a scaled sum may be fused into one rounding by scalar code
             return _aligned, (target, *args)

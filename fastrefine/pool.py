@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrefine.pair import GeneratorSide
 from fastrefine.priors import Prior
 from fastrefine.stopping import RealLogits, StopRule
+from fastrefine.transfer import send
 
 DRAWN_TOGETHER = 16  # blocks
 
@@ -110,11 +111,11 @@ class Proposals:
         else:
             latents = source.latents[(ids - source.first).clamp(0, source.count - 1)].to(self.dtype)
         threshold, last_step, reference = self._draws(index)
-        latents = latents.to(self.device)
-        labels = None if labels is None else labels.to(self.device)
+        latents = send(latents, self.device)
+        labels = None if labels is None else send(labels, self.device)
         a, context = self.generator.prefix(latents, labels)
         start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
         return Block(
             index, start, stop, self.whole, latents, labels, a.reshape(self.size, -1), context,
-            threshold.to(self.device, self.dtype), last_step.to(self.device), reference.to(self.device, self.dtype),
+            send(threshold.to(self.dtype), self.device), send(last_step, self.device), send(reference.to(self.dtype), self.device),
         )  # fmt: skip

@@ -41,7 +41,10 @@ class Refiner:
     num_slots: samples advanced together; equal num_slots give equal bits on one machine. device: the generator's by default.
     precision: "float64" | "float32" | "tf32" | "bfloat16" | "float16" of the networks; the refined state is float32
         (float64 under "float64"), and the first and last pass of G run in it.
-    keep: "last" | "best" (the iterate with the highest logit). driver: "auto" | "host".
+    keep: "last" | "best" (the iterate with the highest logit).
+    driver: how a step repeats: "host" (launched from Python) | "graph" (a CUDA graph, replayed) | "loop" (a loop on the
+        device, where csrc was built with nvcc) | "auto": "graph" on CUDA where the step can be captured, else "host".
+    compile: pass the step through torch.compile first (once, minutes); rounding differs, and may differ between slots.
     coupling: "refuse" batch-coupled networks | "lockstep": groups of num_slots consecutive ids stay together.
     on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
     output_device: where results go. deterministic: torch's deterministic algorithms, and no retry with fewer slots.
@@ -75,6 +78,7 @@ class Refiner:
         discriminator_kwargs: dict[str, Any] | None = None,
         output_key: readout.OutputKey = None,
         driver: str = "auto",
+        compile: bool = False,
         coupling: str = "refuse",
         on_nonfinite: str = "contain",
         max_grad_norm: float | None = None,
@@ -124,7 +128,7 @@ class Refiner:
         )
         self.on_nonfinite, self.max_grad_norm, self.deterministic = on_nonfinite, max_grad_norm, deterministic
         self.generator_kwargs, self.discriminator_kwargs = generator_kwargs or {}, discriminator_kwargs or {}
-        self.output_key, self.driver = output_key, driver
+        self.output_key, self.driver, self.compile = output_key, driver, bool(compile)
         self.output_device = checks.device("output_device", output_device)
         self.progress, self.callback = progress, callback
         self.dtype = torch.float64 if precision == "float64" else torch.float32
@@ -250,7 +254,9 @@ class Refiner:
             self._bind(critic)
             assert self._bound is not None
             self._check_labels(labels)
-            target = Target(side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep")
+            target = Target(
+                side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep", self.compile
+            )
             target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
         self._target, self._key, self._generator_key = target, key, key
         return target

@@ -55,7 +55,7 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     target = refiner._prepare(source)
                     target.resize(size)
                 if source.count == 0:
-                    yield _to_output(_empty(target, source, refiner, progress), refiner.output_device)
+                    yield _empty(target, source, refiner, progress)
                     return
                 with _modes(refiner, target, size):
                     blocks = _run(refiner, target, source, progress, bar).parts()
@@ -65,8 +65,7 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                         part = next(blocks, None)
                     if part is None:
                         break
-                    source = source.after(int(part.ids[-1]) + 1)
-                    part = _to_output(part, refiner.output_device)
+                    source = source.after(source.first + len(part))
                     watch.see(part)
                     yield part
                 break
@@ -120,12 +119,8 @@ def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, b
         if refiner.callback is not None:
             refiner.callback({"step": step, "finished": min(finished, total), "total": total})
 
-    return Run(proposals, target, rule, backend, driver, progress, on_step)
-
-
-def _to_output(part: Result, device: torch.device) -> Result:
-    moved: dict[str, Any] = {k: v.to(device) for k, v in vars(part).items() if isinstance(v, Tensor)}
-    return replace(part, **moved)
+    output, may_fall_back = refiner.output_device, refiner.driver == "auto"
+    return Run(proposals, target, rule, backend, driver, progress, output, on_step, may_fall_back)
 
 
 def _empty(target: Target, source: Source, refiner: Refiner, progress: Progress) -> Result:
@@ -133,10 +128,12 @@ def _empty(target: Target, source: Source, refiner: Refiner, progress: Progress)
     side = target.generator
     none, whole = torch.zeros(0, dtype=refiner.dtype), torch.zeros(0, dtype=torch.int32)
     latents = source.latents if source.latents is not None else none.view(0, *refiner.prior.shape)  # type: ignore[union-attr]
-    return Result(
+    empty = Result(
         none.view(0, *side.image_shape), none, none, whole, whole.to(torch.int8), whole.long(), latents,
         none.view(0, *side.shape), whole, source.labels, None, refiner.scale, progress.report(),
     )  # fmt: skip
+    moved: dict[str, Any] = {k: v.to(refiner.output_device) for k, v in vars(empty).items() if isinstance(v, Tensor)}
+    return replace(empty, **moved)
 
 
 class _Watch:

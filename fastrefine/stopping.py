@@ -62,6 +62,7 @@ class StopRule:
     """Base of the stop rules: a sample retires when its logit reaches its threshold, or after its last step."""
 
     needs_real = False
+    early = True  # whether samples may retire before ``max_steps``
 
     def bind(self, real: RealLogits | None) -> StopRule:
         """The rule with the real logits of the present discriminator filled in."""
@@ -79,6 +80,8 @@ def _always(ids: Tensor, max_steps: int) -> Tensor:
 @dataclass(frozen=True)
 class FixedSteps(StopRule):
     """stop=None: every sample has ``max_steps`` updates."""
+
+    early = False
 
     def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
         return torch.full((len(ids),), math.inf, dtype=torch.float64), _always(ids, max_steps)

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import logging
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +15,9 @@ from torch import Tensor, fx
 from fastrefine import flatten, freeze, probe
 from fastrefine.pair import DiscriminatorSide, GeneratorSide
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
+
+if TYPE_CHECKING:
+    from fastrefine.machine import Machine
 
 log = logging.getLogger("fastrefine")
 
@@ -50,12 +55,14 @@ class Target:
         precision: str,
         num_slots: int,
         coupled: bool = False,
+        compiled: bool = False,
     ):
-        self.generator, self.discriminator, self.coupled = generator, discriminator, coupled
+        self.generator, self.discriminator, self.coupled, self.compiled = generator, discriminator, coupled, compiled
         self.num_slots, self._precision = num_slots, DTYPES[precision]
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
-        self._flat: fx.GraphModule | None = None
-        self._flat_forward: fx.GraphModule | None = None
+        self._graphs: dict[tuple[bool, bool], fx.GraphModule] = {}  # by (with gradient, reads a view)
+        self._calls: dict[tuple[bool, bool], Callable[..., Any]] = {}  # the same, compiled where that was asked for
+        self._idle: list[Machine] = []
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
     def prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
@@ -90,7 +97,7 @@ class Target:
         return reference
 
     def _loss_of(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        return self._loss(self._patches(a, context)).sum()
+        return self._loss(self._patches(a, context, None)).sum()
 
     def _agrees(self, reference: Evaluation, dtype: torch.dtype) -> bool:
         flat_a, context = self._reference
@@ -118,7 +125,7 @@ class Target:
     def _trace_if_faithful(self) -> None:
         """Use the flat graph where a small one equals plain autograd; its route is "flat", else "autograd"."""
         a, context = self._reference
-        self._flat = self._flat_forward = None
+        self.forget()
         self.route = "autograd"
         plain = self._autograd(a, *context)
         try:
@@ -144,21 +151,36 @@ class Target:
         a, _ = self._reference
         self._block = self.num_slots if self.coupled else flatten.block_rows(self._small, len(a), self.num_slots)
 
-    def _trace(self, a: Tensor, context: tuple[Tensor, ...]) -> fx.GraphModule:
-        return flatten.trace(self._step, (a, *context))
-
     def _step(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self._autograd(*given)
         return found.logit, found.loss, found.grad
 
-    def _patches(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """(n, P) logits of flattened activations; the clone shields the slots from in-place layers."""
+    def _step_on_view(self, view: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``_step``, with the gradient in the dtype and element order of the view."""
+        with torch.enable_grad():
+            leaf = view.detach().requires_grad_()
+            logit, loss = self._values(*given, view=leaf)
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        return logit.detach(), loss.detach(), grad.detach()
+
+    def view_of(self, state: torch.dtype) -> dict[str, Any]:
+        """Arguments ``view`` and ``view_channels`` of ``slots.allocate`` that spare the step all conversions of ``a``."""
+        channels = self.generator.shape[0] if self.channels_last and len(self.generator.shape) == 3 else 0
+        if self.route != "flat" or (self.compute == state and not channels):
+            return {}
+        return {"view": self.compute, "view_channels": channels}
+
+    def _patches(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None) -> Tensor:
+        """(n, P) logits of flattened activations, or of their view; the clone shields the slots from in-place layers."""
         own, labels = self._divide(context)
-        x = a.view(len(a), *self.generator.shape).to(self.compute)
-        if self.channels_last and x.dim() == 4:
-            x = x.clone(memory_format=torch.channels_last)
+        shape = self.generator.shape
+        if view is None:
+            x = a.view(len(a), *shape).to(self.compute)
+            x = x.clone(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x.clone()
+        elif self.channels_last and len(shape) == 3:
+            x = view.view(len(a), *shape[1:], shape[0]).permute(0, 3, 1, 2).clone()
         else:
-            x = x.clone()
+            x = view.view(len(a), *shape).clone()
         images = self.tail(x, *(c.to(self.compute, copy=True) if c.is_floating_point() else c for c in own))
         if labels is not None and labels.is_floating_point():
             labels = labels.to(self.compute)
@@ -174,47 +196,70 @@ class Target:
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         return Evaluation(logit.detach(), loss.detach(), grad.detach())
 
-    def evaluate(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
-        """Logit, loss and gradient at ``a`` (S, F)."""
+    def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
+        """Logit, loss and gradient at ``a`` (S, F); with a view of it, the gradient is in the form of the view."""
         if self.route == "autograd":
             with flatten.EqualRows(a.dtype) if a.device.type == "cpu" else contextlib.nullcontext():
                 return self._autograd(a, *context)
-        if self._flat is None:
-            self._flat = self._trace(*self._first_block(a, context))
-        return Evaluation(*self._by_blocks(self._flat, a, context))
+        return Evaluation(*self._call(True, a, context, view))
 
-    def forward(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
+    def forward(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
         """Logit and loss only, for a last evaluation, whose gradient nobody reads."""
         if self.route == "autograd":
             return self.evaluate(a, context)  # without grad a network may take kernels that round differently
-        if self._flat_forward is None:
-            first, own = self._first_block(a, context)
-            self._flat_forward = flatten.trace(self._values, (first, *own))
-        return Evaluation(*self._by_blocks(self._flat_forward, a, context), None)  # type: ignore[call-arg]
+        return Evaluation(*self._call(False, a, context, view), None)  # type: ignore[call-arg]
 
-    def _first_block(self, a: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return a[: self._block], tuple(c[: self._block] for c in context)
+    def _call(self, with_grad: bool, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None) -> tuple[Tensor, ...]:
+        given = (a, *context) if view is None else (view, a, *context)
+        kind = with_grad, view is not None
+        if kind not in self._calls:
+            functions = {
+                (True, False): self._step, (True, True): self._step_on_view,
+                (False, False): self._values, (False, True): lambda v, *rest: self._values(*rest, view=v),
+            }  # fmt: skip
+            record = flatten.record if self.compiled else flatten.trace  # a compiler rounds as it likes
+            graph = self._graphs[kind] = record(functions[kind], tuple(t[: self._block] for t in given))
+            mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
+            self._calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
+        return self._by_blocks(self._calls[kind], given)
 
-    def _by_blocks(self, graph: fx.GraphModule, a: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _by_blocks(self, graph: Callable[..., Any], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The results of ``graph``, which was traced for a block of rows, for all rows."""
-        if self._block == len(a):
-            return graph(a, *context)
-        parts = [graph(*block) for block in zip(*(t.split(self._block) for t in (a, *context)), strict=True)]
+        if self._block == len(given[0]):
+            return graph(*given)
+        parts = [graph(*block) for block in zip(*(t.split(self._block) for t in given), strict=True)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _values(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+    def _values(self, a: Tensor, *context: Tensor, view: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit.
 
         An activation that overflowed has no logit, even where a squashing discriminator gives it one.
         """
-        patches = self._patches(a, context)
+        patches = self._patches(a, context, view)
         loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches)
         return torch.where(a.isfinite().all(1), patches.mean(1), torch.nan), loss.mean(1)
+
+    def idle(self, key: tuple[Any, ...], window: int, pool_rows: int) -> Machine | None:
+        """A machine of an earlier run that serves this one, taken out; None where there is none."""
+        for index, machine in enumerate(self._idle):
+            if machine.key == key and machine.window >= window and machine.pool_rows >= pool_rows:
+                return self._idle.pop(index)
+        return None
+
+    def keep(self, machine: Machine) -> None:
+        """Take back the machine of a run that ended: a step that was captured need not be captured again."""
+        if machine.captured and machine.target is self:
+            self._idle = [machine]
+
+    def forget(self) -> None:
+        """Drop what was traced, compiled or captured."""
+        self._graphs, self._calls, self._idle = {}, {}, []
 
     def resize(self, num_slots: int) -> None:
         """Evaluate batches of another size from now on."""
         if num_slots != self.num_slots:
-            self.num_slots, self._flat, self._flat_forward = num_slots, None, None
+            self.num_slots = num_slots
+            self.forget()
             if self.route == "flat":
                 self._choose_block()
 
@@ -223,6 +268,5 @@ class Target:
         fresh = self._fold(discriminator.module).to(dtype=self.compute)
         freeze.copy_weights(fresh, self.d)
         self.discriminator = discriminator
-        graphs = [g for g in (self._flat, self._flat_forward) if g is not None]
-        if any(flatten.has_derived_constants(g, (self.tail, self.d)) for g in graphs):
-            self._flat = self._flat_forward = None
+        if any(flatten.has_derived_constants(g, (self.tail, self.d)) for g in self._graphs.values()):
+            self.forget()

@@ -109,14 +109,15 @@ def test_one_slow_sample_does_not_leave_the_other_slots_idle():
 
 def test_ids_run_at_most_a_window_ahead_so_memory_is_bounded(monkeypatch):
     seen = []
-    original = engine.Run.step
+    original = engine.Run.launch
 
-    def step(self):
+    def launch(self):
         original(self)
-        seen.append((len(self.waiting), self.window // self.target.num_slots))
+        seen.append((len(self.waiting), self.machine.window // self.size))
 
-    monkeypatch.setattr(engine.Run, "step", step)
-    monkeypatch.setattr(engine, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(engine.Run, "launch", launch)
+    monkeypatch.setattr(engine, "WINDOW_BYTES", {})
+    monkeypatch.setattr(engine, "WINDOW_DEFAULT", 1)
     one = refiner(max_steps=50, num_slots=4)
     out = one.sample(400)
     assert max(w for w, _ in seen) <= 4 == seen[0][1]

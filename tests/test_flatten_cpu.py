@@ -49,3 +49,22 @@ def test_block_is_a_divisor_that_fits(rows, wanted, monkeypatch):
     graph = flatten.trace(lambda a: a * 2, (torch.ones(4, 16),))  # 64 bytes a row
     monkeypatch.setattr(flatten, "BLOCK_BYTES", 8 * 64)
     assert flatten.block_rows(graph, 4, rows) == wanted
+
+
+@pytest.mark.parametrize("function", [F.softplus, F.elu, F.mish, F.hardswish, F.silu, F.gelu, torch.tanh, torch.sigmoid], ids=str)
+def test_functions_and_their_gradients_round_alike_in_every_row(function):
+    """33 rows: the last one is what scalar code computes of a vectorised loop."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 33, generator=generator) * 2
+
+    def step(a):
+        leaf = a.detach().requires_grad_()
+        y = function(leaf)
+        return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
+
+    with torch.enable_grad():
+        graph = flatten.trace(step, (x[0],))
+    with torch.no_grad():
+        for row in x:
+            for found, wanted in zip(graph(row.roll(1)), graph(row), strict=True):
+                assert torch.equal(found, wanted.roll(1))

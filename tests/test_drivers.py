@@ -1,0 +1,251 @@
+"""Every driver gives what the host loop gives, bit for bit; captures are few; the host seldom waits."""
+
+import pytest
+import torch
+
+import fastrefine as fr
+from fastrefine import drivers, engine
+from fastrefine.errors import BackendError
+from tests.stand_in import CaptureError, Runtime
+from tests.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
+
+KINDS = {"graph": drivers.GraphReplay, "loop": drivers.DeviceLoop}
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""
+    stand_in = Runtime()
+    original = drivers.choose
+
+    def choose(name, device):
+        return KINDS[name](stand_in) if name in KINDS else original(name, device)
+
+    monkeypatch.setattr(drivers, "choose", choose)
+    return stand_in
+
+
+def conditional(**options):
+    torch.manual_seed(0)
+    g = fr.models.SNGANGenerator(num_classes=3, channels=8, latent=8) if hasattr(fr.models, "SNGANGenerator") else None
+    d = fr.models.SNGANDiscriminator(num_classes=3, channels=8)
+    return refiner((g.eval(), d.eval()), prior=fr.Normal(8), at="blocks.0", max_steps=4, **options)
+
+
+RUNS = {
+    "uniform": (dict(), dict(n=100)),
+    "fixed": (dict(stop=None), dict(n=100)),
+    "fixed, whole blocks": (dict(stop=None), dict(n=64)),
+    "hazard": (dict(stop=fr.stopping.Hazard(0.4), max_steps=40), dict(n=300, seed=2**63)),
+    "threshold": (dict(stop=0.1, max_steps=30), dict(n=150, first_id=13)),
+    "all pass at once": (dict(stop=-1e9), dict(n=200)),
+    "no steps": (dict(max_steps=0, stop=None), dict(n=50)),
+    "one sample": (dict(), dict(n=1)),
+    "fewer than slots": (dict(stop=None), dict(n=5, first_id=6)),
+    "best": (dict(keep="best", sampler=fr.DGflow(0.1, gamma=1.0)), dict(n=60)),
+    "noise": (dict(sampler=fr.DGflow(0.1, gamma=0.1), stop=None), dict(n=60)),
+    "adam": (dict(sampler=fr.Collaborative(0.1, optimizer="adam"), max_grad_norm=0.1), dict(n=60)),
+    "float64": (dict(precision="float64"), dict(n=60)),
+    "bfloat16": (dict(precision="bfloat16"), dict(n=60)),
+    "lockstep": (dict(coupling="lockstep"), dict(n=61, first_id=3)),
+    "many slots": (dict(num_slots=33), dict(n=400)),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("driver", KINDS)
+def test_drivers_give_the_bits_of_the_host_loop(runtime, driver, backend, run):
+    options, call = RUNS[run]
+    with fr.use_backend(backend):
+        wanted = refiner(driver="host", **options).sample(**call)
+        found = refiner(driver=driver, **options).sample(**call)
+    same(found, wanted)
+    assert found.report["driver"] == driver and found.report["evaluations"] == wanted.report["evaluations"]
+    assert any(graph.replays for graph in runtime.graphs)
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_convolutions_labels_and_contexts_too(runtime, driver):
+    labels = torch.arange(40) % 3
+    same(conditional(driver=driver).sample(40, labels=labels), conditional(driver="host").sample(40, labels=labels))
+    options = dict(prior=fr.Normal(8), at="2")
+    networks = convolutional_pair()
+    same(refiner(networks, driver=driver, **options).sample(40), refiner(networks, driver="host", **options).sample(40))
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_without_a_flat_step_plain_autograd_is_captured(runtime, driver, monkeypatch):
+    from fastrefine import flatten
+
+    def refuse(*args):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(flatten, "record", refuse)
+    with fr.use_backend("reference"):
+        wanted = refiner(driver="host", stop=None).sample(30)
+        found = refiner(driver=driver, stop=None).sample(30)
+    assert found.report["route"] == "autograd"
+    same(found, wanted)
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_nonfinite_samples_leave_early_and_disturb_nobody(runtime, driver):
+    """They break the common rhythm from which forward-only steps are predicted."""
+
+    class Fragile(torch.nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.d = d
+
+        def forward(self, x):
+            y = self.d(x)
+            return torch.where(x[:, :1] > 0.2, torch.nan, y)
+
+    g, d = pair()
+    with pytest.warns(fr.FastrefineWarning, match="non-finite"):
+        wanted = refiner((g, Fragile(d)), driver="host", stop=None).sample(200)
+    with pytest.warns(fr.FastrefineWarning, match="non-finite"):
+        found = refiner((g, Fragile(d)), driver=driver, stop=None).sample(200)
+    bad = (wanted.status == fr.Status.NONFINITE).double().mean()
+    assert 0.01 < bad < 0.9
+    for name in ("images", "logits"):
+        a, b = (getattr(out, name).nan_to_num(7.0) for out in (found, wanted))
+        assert torch.equal(a, b), name
+    assert torch.equal(found.steps, wanted.steps) and torch.equal(found.status, wanted.status)
+
+
+def test_last_evaluations_are_predicted_and_need_no_gradient(runtime):
+    out = refiner(driver="graph", stop=None, max_steps=9).sample(8 * 40)
+    step, forward = runtime.graphs
+    assert forward.replays == 40 and step.replays == 40 * 9
+    assert out.report["slot_efficiency"] == 1.0
+
+
+@pytest.mark.parametrize("driver", KINDS)
+@pytest.mark.parametrize("stop", [fr.stopping.UniformStep(), fr.stopping.Hazard(0.3), None], ids=repr)
+def test_slots_stay_full_and_the_host_seldom_reads(runtime, driver, stop):
+    out = refiner(driver=driver, stop=stop, max_steps=20, num_slots=16).sample(16 * 200)
+    evaluations = (out.steps + 1).tolist()
+    bound = sum(evaluations) / greedy_slot_steps(evaluations, 16)
+    assert out.report["slot_efficiency"] >= 0.97 * bound
+    assert out.report["host_syncs_per_step"] <= 1 / 16
+
+
+def test_a_second_run_captures_nothing(runtime):
+    one = refiner(driver="graph")
+    first = one.sample(40)
+    assert len(runtime.graphs) == 1
+    same(one.sample(40), first)
+    assert len(runtime.graphs) == 1
+    same(one.sample(7, first_id=9), first.select(slice(9, 16)))
+    assert len(runtime.graphs) == 1
+
+
+def test_runs_that_overlap_have_machines_of_their_own(runtime):
+    one = refiner(driver="graph")
+    wanted = one.sample(100)
+    streams = [one.stream(100, chunk=10) for _ in range(2)]
+    parts = [[next(s) for s in streams] for _ in range(10)]
+    for column in zip(*parts, strict=True):
+        same(fr.Result.concatenate(list(column)), wanted)
+    assert len(runtime.graphs) == 2
+
+
+def test_a_stream_that_is_closed_leaves_a_machine_that_serves(runtime):
+    one = refiner(driver="graph")
+    wanted = one.sample(100)
+    stream = one.stream(100, chunk=10)
+    next(stream)
+    stream.close()
+    same(one.sample(100), wanted)
+    assert len(runtime.graphs) == 1
+
+
+def test_a_run_that_failed_leaves_no_machine_behind(runtime):
+    one = refiner(driver="graph")
+    one.sample(20)
+
+    def fail(progress):
+        raise KeyError("mine")
+
+    one.callback = fail
+    with pytest.raises(KeyError, match="mine"):
+        one.sample(20)
+    one.callback = None
+    one.sample(20)
+    assert len(runtime.graphs) == 2
+
+
+def test_an_updated_discriminator_needs_no_new_capture(runtime):
+    g, d = pair()
+    one = refiner((g, d), driver="graph")
+    one.sample(40)
+    updated = pair()[1]
+    with torch.no_grad():
+        for p in updated.parameters():
+            p.mul_(1.3)
+    one._refresh(updated)
+    same(one.sample(40), refiner((g, updated), driver="host").sample(40))
+    assert len(runtime.graphs) == 1
+
+
+class Reads(torch.nn.Module):
+    """A discriminator whose own autograd function reads a value on the host."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, x):
+        return self.d(x) * (1.0 if float(x.abs().max()) < 1e9 else 2.0)
+
+
+def test_a_step_that_cannot_be_captured_is_refused_with_the_reason_or_launched_from_python(runtime, monkeypatch, caplog):
+    g, d = pair()
+    with pytest.raises(BackendError, match=r"driver='graph' cannot repeat this step: .*host.*use driver='host'"):
+        refiner((g, Reads(d)), driver="graph").sample(10)
+    monkeypatch.setitem(KINDS, "auto", drivers.GraphReplay)
+    out = refiner((g, Reads(d)), driver="auto").sample(10)
+    assert out.report["driver"] == "host"
+    assert "launched from Python" in caplog.text
+    same(out, refiner((g, Reads(d)), driver="host").sample(10))
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_without_a_gpu_the_device_drivers_say_so(driver):
+    with pytest.raises(fr.InputError, match="needs a CUDA device"):
+        refiner(driver=driver).sample(1)
+
+
+def test_a_late_reading_never_takes_old_rows_for_new_ones(runtime, monkeypatch):
+    """A tiny window: rows are reused while readings that show their former samples complete are still unread."""
+    monkeypatch.setattr(engine, "WINDOW_BYTES", {})
+    monkeypatch.setattr(engine, "WINDOW_DEFAULT", 1)
+    monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
+    options = dict(stop=fr.stopping.Hazard(0.5), max_steps=6, num_slots=4)
+    same(refiner(driver="graph", **options).sample(300), refiner(driver="host", **options).sample(300))
+
+
+def test_compiled_steps_agree(runtime):
+    """torch.compile rounds otherwise: a single step is compared."""
+    pytest.importorskip("torch._inductor")
+    options = dict(stop=None, max_steps=1)
+    try:
+        found = refiner(compile=True, driver="graph", **options).sample(16)
+    except Exception as error:
+        if "compiler" in str(error).lower():
+            pytest.skip(f"no compiler for torch.compile: {error}")
+        raise
+    wanted = refiner(driver="host", **options).sample(16)
+    torch.testing.assert_close(found.images, wanted.images, rtol=1e-5, atol=1e-5)
+
+
+def test_the_stand_in_refuses_what_cuda_refuses():
+    runtime = Runtime()
+    x = torch.ones(3)
+    for step in (lambda: float(x.sum()), lambda: x.nonzero(), lambda: torch.rand(3)):
+        with pytest.raises(CaptureError):
+            runtime.capture(step)
+
+
