@@ -12,8 +12,8 @@
 namespace fastrefine {
 namespace {
 
-constexpr std::int64_t kBlock = 2048;     // features per task: what a task touches stays in the core's cache
-constexpr int kPartial = 16;              // lanes of the fixed-order sums
+constexpr std::int64_t kBlock = 2048;  // features per task: what a task touches stays in the core's cache
+constexpr int kPartial = 16;           // lanes of the fixed-order sums
 static_assert(kBlock % (4 * kLanes) == 0, "a block of features is whole batches of noise");
 
 struct Plan {  // what `apply` does to one slot
@@ -36,7 +36,7 @@ class Step {
     if (trial_logit) {
       reduce();
       for (std::int64_t s = 0; s < p.num_slots; ++s)
-        if (sample_id[s] >= 0) observe(s);
+        if (sample_id[s] >= 0 && (grad || last(s))) observe(s);  // the others wait for a gradient
       ++counters[kIterations];
     }
     refill();
@@ -134,7 +134,7 @@ class Step {
     if (p.lockstep)
       for (std::int64_t s = 0; s < p.num_slots; ++s) may = may && empty(s);
     std::int64_t* source = at<std::int64_t>(p.source);
-    std::int64_t live = 0;
+    std::int64_t live = 0, shortest = 0, longest = 0;
     for (std::int64_t s = 0; s < p.num_slots; ++s) {
       const bool free = empty(s), take = free && may && counters[kNext] < counters[kEnd];
       source[s] = -1;
@@ -145,9 +145,15 @@ class Step {
       } else if (free) {
         sample_id[s] = -1;
       }
-      live += sample_id[s] >= 0;
+      if (sample_id[s] < 0) continue;
+      const std::int64_t left = std::int64_t{at<std::int32_t>(p.last_step)[s]} - step[s];
+      shortest = live ? std::min(shortest, left) : left;
+      longest = live ? std::max(longest, left) : left;
+      ++live;
     }
     counters[kLive] = live;
+    counters[kShortest] = shortest;
+    counters[kLongest] = longest;
   }
 
   void admit(std::int64_t s, std::int64_t row) {
@@ -203,10 +209,9 @@ class Step {
   }
 
   void propose(std::int64_t s, std::int64_t begin, std::int64_t size, T* __restrict a, const T* __restrict position) {
-    static constexpr T kZeros[kBlock] = {};
     const Plan& plan = plans[s];
     const std::int64_t own = s * p.features + begin;
-    const T* __restrict g = grad ? grad + own : kZeros;
+    const T* __restrict g = grad + own;  // without one, all that were served are done
     T* __restrict v = R::vectors > 0 ? at<T>(p.vectors[0]) + own : nullptr;
     T* __restrict w = R::vectors > 1 ? at<T>(p.vectors[1]) + own : nullptr;
     const R rule(p.hyper.data(), scalars(s), logit[s], plan.step);

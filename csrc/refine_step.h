@@ -8,7 +8,7 @@ namespace fastrefine {
 
 using Address = std::uintptr_t;  // of a contiguous tensor; 0: none
 
-enum Counter { kNext, kEnd, kLive, kFinished, kEvaluations, kIterations };
+enum Counter { kNext, kEnd, kLive, kFinished, kEvaluations, kIterations, kShortest, kLongest };
 enum Status : std::int32_t { kReached = 0, kExhausted = 1, kNonFinite = 2, kStalled = 3 };
 
 // All of a run but its evaluations; "real" is float or double. Filled once from Python, names as in fastrefine/slots.py.
@@ -36,7 +36,8 @@ struct Params {
   std::uint64_t seed = 0;
 };
 
-// logit, loss (S,) and grad (S, F) of the evaluation at the activations; logit 0: refill only; grad 0: zero.
+// logit, loss (S,) and grad (S, F) of the evaluation at the activations; logit 0: refill only; grad 0: only the
+// slots at their last step are served.
 // Throws std::invalid_argument for a rule that does not exist. Equal for any number of threads.
 void refine_step(const Params& params, Address logit, Address loss, Address grad, int threads);
 

@@ -87,8 +87,15 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     labels: Tensor | None = None,
+    view: torch.dtype | None = None,
+    view_channels: int = 0,
 ) -> tuple[Slots, Pool, Outputs]:
-    """All tensors of a run, empty; labels: some (n, ...), for their shape and dtype."""
+    """All tensors of a run, empty; labels: some (n, ...), for their shape and dtype.
+
+    view, view_channels: dtype and order of the networks' own copy of the activation (see Slots), if they want one.
+    """
+    assert view is not None or not view_channels, view_channels
+    assert not view_channels or features % view_channels == 0, (features, view_channels)
 
     def real(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -104,7 +111,8 @@ def allocate(
     slots = Slots(
         a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
         best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
-        label=label,
+        label=label, view=None if view is None else torch.zeros(s, features, dtype=view, device=device),
+        view_channels=view_channels,
     )  # fmt: skip
     pool = Pool(
         real(pool_rows, features),

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fastrefine.ops.refine_step import baked
 from fastrefine.samplers.base import Evaluation, Kernel
 from fastrefine.slots import Outputs, Pool, Rule, Slots
 
 from .philox import real_type, seed_bits
 from .refine_step import refine_apply, refine_decide, refine_reduce
 from .rules import RULES
-
-BLOCK = 1024  # features per program
+from .variants import BLOCK, VIEWS, Variant, channel_tile, lanes, warps
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class _Scratch:
 
     rule: Rule
     kernel: Kernel
+    baked: Hashable
     hyper: Tensor  # (4 + n,) float64: noise scale, clamp low, clamp high, max_grad_norm, the rule's own
     seed: Tensor  # () int64
     plan: Tensor  # (5, S) int64
@@ -35,7 +36,10 @@ class _Scratch:
     def load(self, rule: Rule) -> None:
         """Take another rule of the same kind: new numbers and seed, the same kernels."""
         self.rule, self.kernel = rule, _kernel(rule)
-        self.hyper.copy_(_hyper(rule, self.kernel))
+        hyper = _hyper(rule, self.kernel)
+        if self.hyper.is_cuda:
+            hyper = hyper.pin_memory()  # from pageable memory the copy would wait for the device
+        self.hyper.copy_(hyper, non_blocking=True)
         self.seed.fill_(seed_bits(rule.seed))
 
 
@@ -53,13 +57,15 @@ def _hyper(rule: Rule, kernel: Kernel) -> Tensor:
 def _scratch(slots: Slots, rule: Rule) -> _Scratch:
     known = slots.cache.get("triton")
     if isinstance(known, _Scratch):
-        if known.rule != rule:
+        if known.rule == rule:
+            return known
+        if known.baked == baked(rule, "triton"):
             known.load(rule)
-        return known
+            return known
     a, s = slots.activation, len(slots.activation)
     kernel = _kernel(rule)
     new = _Scratch(
-        rule, kernel,
+        rule, kernel, baked(rule, "triton"),
         hyper=_hyper(rule, kernel).to(a.device),
         seed=torch.tensor(seed_bits(rule.seed), device=a.device),
         plan=torch.zeros(5, s, dtype=torch.int64, device=a.device),
@@ -74,39 +80,49 @@ def _check(slots: Slots) -> None:
     for name, tensor in [*vars(slots).items(), *slots.state.items()]:
         if isinstance(tensor, Tensor):
             assert tensor.is_contiguous() and tensor.device == slots.activation.device, name
+    assert slots.view is None or slots.view.dtype in VIEWS[slots.activation.dtype], slots.view.dtype
 
 
 def _plain(tensor: Tensor, like: Tensor) -> Tensor:
     assert tensor.device == like.device and tensor.dtype == like.dtype, (tensor.device, tensor.dtype, like.dtype)
+    assert tensor.shape == like.shape, (tensor.shape, like.shape)
     return tensor.contiguous()
+
+
+def _variant(slots: Slots, rule: Rule, kernel: Kernel, evaluation: Evaluation | None) -> Variant:
+    channels = slots.view_channels
+    return Variant(
+        kernel.rule, kernel.noise_scale > 0, kernel.clamp is not None, rule.max_grad_norm is not None,
+        slots.best is not None, rule.lockstep, evaluation is not None,
+        evaluation is not None and evaluation.grad is not None, slots.view is not None,
+        channel_tile(channels, slots.activation.shape[1] // channels) if channels else 0,
+    )  # fmt: skip
 
 
 def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs: Outputs, rule: Rule) -> None:
     """As ``ops.refine_step``, on GPU tensors (CPU tensors under TRITON_INTERPRET=1), for the rules in ``RULES``."""
     own, a = _scratch(slots, rule), slots.activation
-    fused, state, unused = RULES[own.kernel.rule], slots.state, own.peak
+    state, unused, view = slots.state, own.peak, a if slots.view is None else slots.view
+    variant = _variant(slots, rule, own.kernel, evaluation)
     (s, f), real = a.shape, real_type(a.dtype)
     scalars = ([state[name] for name in own.kernel.scalars] + [unused, unused])[:2]
     vectors = ([state[name] for name in own.kernel.vectors] + [unused, unused])[:2]
-    grad = None if evaluation is None or evaluation.grad is None else _plain(evaluation.grad, a)
-    logit = unused if evaluation is None else _plain(evaluation.logit, a)
-    loss = unused if evaluation is None else _plain(evaluation.loss, a)
+    grad = logit = loss = unused
+    if evaluation is not None:
+        logit, loss = _plain(evaluation.logit, state["logit"]), _plain(evaluation.loss, state["logit"])
+        if evaluation.grad is not None:
+            grad = _plain(evaluation.grad, view)
     best, best_logit = (unused, unused) if slots.best is None else (slots.best, slots.best_logit)
-    flags: dict[str, Any] = {
-        "SCALARS": fused.scalars,
-        "NOISE": own.kernel.noise_scale > 0,
-        "CLIP": rule.max_grad_norm is not None and grad is not None,
-        "KEEP_BEST": slots.best is not None,
-        "DTYPE": real,
-        "enable_fp_fusion": False,  # the same roundings as the PyTorch formulas
-    }
+    tile = variant.channel_tile
+    channels, pixels = (slots.view_channels, f // slots.view_channels) if tile else (0, 0)
+    blocks = triton.cdiv(channels, tile) * triton.cdiv(pixels, BLOCK // tile) if tile else triton.cdiv(f, BLOCK)
+    width = lanes(s)
+    exact = {"enable_fp_fusion": False}  # the same roundings as the PyTorch formulas
     with torch.cuda.device_of(a):
-        if grad is None:
-            own.peak.zero_()
-        else:
+        if variant.grad:
             refine_reduce[(s,)](
                 grad, slots.sample_id, slots.step, slots.last_step, own.peak, own.norm, f,
-                CLIP=flags["CLIP"], DTYPE=real, BLOCK=BLOCK, enable_fp_fusion=False,
+                DTYPE=real, **variant.reduce, **exact,
             )  # fmt: skip
         refine_decide[(1,)](
             logit, loss, own.peak, own.norm,
@@ -115,12 +131,10 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
             pool.last_step, pool.threshold, pool.reference_logit, pool.counters,
             outputs.logit, outputs.initial_logit, outputs.steps, outputs.logit_falls, outputs.status,
             own.plan, own.clip, own.hyper, s, len(pool.threshold), len(outputs.status) - 1,
-            OBSERVE=fused.observe, START=fused.start, REJECTS=fused.rejects, LOCKSTEP=rule.lockstep,
-            EVALUATED=evaluation is not None, LANES=triton.next_power_of_2(s), **flags,
+            DTYPE=real, LANES=width, num_warps=warps(width), **variant.decide, **exact,
         )  # fmt: skip
-        refine_apply[(s, triton.cdiv(f, BLOCK))](
-            a, state["position"], unused if grad is None else grad, best, *vectors, *scalars, state["logit"],
-            pool.activation, outputs.activation, own.plan, own.clip, own.hyper, own.seed, s, f,
-            PROPOSE=fused.propose, VECTORS=fused.vectors, CLAMP=own.kernel.clamp is not None, GRAD=grad is not None,
-            BLOCK=BLOCK, **flags,
+        refine_apply[(s, blocks)](
+            a, view, state["position"], grad, best, *vectors, *scalars, state["logit"],
+            pool.activation, outputs.activation, own.plan, own.clip, own.hyper, own.seed, s, f, channels, pixels,
+            DTYPE=real, **variant.apply, **exact,
         )  # fmt: skip

@@ -31,6 +31,8 @@ class Options:
     max_grad_norm: float | None = None
     seed: int = 2**63 + 12345
     pool_rows: int = 7
+    view: torch.dtype | None = None
+    view_channels: int = 0
 
 
 def device_of(backend):
@@ -49,14 +51,17 @@ def special(x: Tensor, generator: torch.Generator, share: float) -> Tensor:
 
 def coarse(count: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """(S,) normals rounded to quarters, so that equal values meet."""
-    return (torch.randn(count, dtype=dtype, generator=generator) * 4).round() / 4
+    return ((torch.randn(count, generator=generator) * 4).round() / 4).to(dtype)
 
 
 def random_evaluation(count: int, features: int, dtype: torch.dtype, generator: torch.Generator) -> Evaluation:
-    """Logits, losses and gradients, ties and non-finite ones among them; slot 0 has no gradient, at times none has."""
+    """Logits, losses and gradients, ties and non-finite ones among them; slot 0 has no gradient, at times none has.
+
+    All numbers are float32 ones, so that machines of both types can be given the same script.
+    """
     logit = special(coarse(count, dtype, generator), generator, 0.08)
     loss = special(coarse(count, dtype, generator), generator, 0.08)
-    grad = torch.randn(count, features, dtype=dtype, generator=generator)
+    grad = torch.randn(count, features, generator=generator).to(dtype)
     where = torch.randint(features, (count, 1), generator=generator)
     grad.scatter_(1, where, special(grad.gather(1, where)[:, 0], generator, 0.08)[:, None])
     grad[0] = 0
@@ -70,20 +75,20 @@ def fill(pool: slots.Pool, dtype: torch.dtype, generator: torch.Generator) -> No
     rows = len(pool.threshold)
     more = int(torch.randint(-rows, rows - (end - begin) + 1, (), generator=generator).clamp(min=0))
     for row in ((end + k) % rows for k in range(more)):
-        pool.activation[row] = torch.randn(pool.activation.shape[1], dtype=dtype, generator=generator)
+        pool.activation[row] = torch.randn(pool.activation.shape[1], generator=generator).to(dtype)
         pool.threshold[row] = 1.25 + coarse(1, dtype, generator)[0]
         pool.last_step[row] = torch.randint(6, (), generator=generator)
-        pool.reference_logit[row] = torch.randn((), dtype=dtype, generator=generator)
+        pool.reference_logit[row] = torch.randn((), generator=generator).to(dtype)
     pool.counters[slots.END] += more
 
 
 def record(own: slots.Slots, pool: slots.Pool, outputs: slots.Outputs) -> dict[str, Tensor]:
     """Copies of all that has a meaning: not the sink row, not the sampler's state of empty slots."""
-    seen = {f"slots.{f.name}": getattr(own, f.name) for f in fields(own) if f.name not in ("state", "cache")}
+    seen = {f"slots.{f.name}": getattr(own, f.name) for f in fields(own)}
     seen |= {f"pool.{f.name}": getattr(pool, f.name) for f in fields(pool)}
     seen |= {f"outputs.{f.name}": getattr(outputs, f.name)[:-1] for f in fields(outputs)}
     seen |= {f"state.{name}": tensor[own.sample_id >= 0] for name, tensor in own.state.items()}
-    return {name: tensor.detach().cpu().clone() for name, tensor in seen.items() if tensor is not None}
+    return {name: tensor.detach().cpu().clone() for name, tensor in seen.items() if isinstance(tensor, Tensor)}
 
 
 def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
@@ -91,7 +96,9 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
     options, device = options or Options(), device_of(backend)
     rule = slots.Rule(sampler, options.seed, options.keep_best, options.lockstep, options.max_grad_norm)
     rows = max(options.pool_rows, shape[0]), 7 * shape[0] + 1  # a sample lives at most 6 evaluations: no row is shared
-    own, pool, outputs = slots.allocate(*shape, *rows, rule, dtype, torch.device(device))
+    own, pool, outputs = slots.allocate(
+        *shape, *rows, rule, dtype, torch.device(device), None, options.view, options.view_channels
+    )
     pool.counters[: slots.END + 1] = FIRST_ID
     generator = torch.Generator().manual_seed(7)
     records = []
@@ -99,6 +106,8 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
         fill(pool, dtype, generator)
         evaluation = random_evaluation(*shape, dtype, generator)
         evaluation = evaluation._replace(**{k: v.to(device) for k, v in evaluation._asdict().items() if v is not None})
+        if evaluation.grad is not None and options.view is not None:
+            evaluation = evaluation._replace(grad=evaluation.grad.to(options.view))
         if mutate is not None:
             evaluation = mutate(evaluation)
         ops.refine_step(own, evaluation if index else None, pool, outputs, rule, backend=backend)
@@ -106,14 +115,19 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
     return records
 
 
+# A rounded view may fall to the other side; the interpreter of Triton truncates to bfloat16
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-13), torch.float32: (3e-6, 1e-6), torch.float16: (2**-10, 2**-20),
+    torch.bfloat16: (2**-7, 2**-20),
+}  # fmt: skip
+
+
 def compare(records, expected):
     """Integers equal, numbers to rounding; NaN equals NaN. Names the step and the tensor that differ."""
     for index, (ours, theirs) in enumerate(zip(records, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         for name, wanted in theirs.items():
-            rtol, atol = (3e-6, 1e-6) if wanted.dtype == torch.float32 else (1e-12, 1e-13)
-            if not wanted.is_floating_point():
-                rtol = atol = 0
+            rtol, atol = TOLERANCES.get(wanted.dtype, (0, 0))
             message = f"step {index}, {name}: "
             torch.testing.assert_close(
                 ours[name], wanted, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, m=message: m + text

@@ -1,7 +1,7 @@
 """The step: every backend against the reference, the reference against one sample at a time in plain Python."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -48,6 +48,11 @@ def test_a_clamp_bound_of_zero_is_a_bound(backend, rule, clamp):
     assert len(moved) and moved.min() >= clamp[0] and moved.max() <= clamp[1]
 
 
+def served(before, after):
+    """Slots that the step between two records served; fewer than live where the others waited."""
+    return after["pool.counters"][slots.EVALUATIONS] - before["pool.counters"][slots.EVALUATIONS]
+
+
 def test_the_script_meets_every_case():
     """What the parity tests compare is worth comparing: every status, refills, falls, rejected and idle slots."""
     records = drive("reference", SAMPLERS["backtracking"], (5, 7), torch.float64, steps=60)
@@ -56,6 +61,8 @@ def test_the_script_meets_every_case():
     assert any((r["slots.sample_id"] < 0).any() for r in records[1:])
     assert records[-1]["outputs.logit_falls"].max() > 0
     assert any((r["state.step_size"] < 0.3).any() for r in records)
+    assert any(r["pool.counters"][slots.SHORTEST] < r["pool.counters"][slots.LONGEST] for r in records)
+    assert any(0 < served(a, b) < a["pool.counters"][slots.LIVE] for a, b in zip(records, records[1:], strict=False))
     assert records[-1]["pool.counters"][slots.FINISHED] > 40
 
 
@@ -181,7 +188,7 @@ def machine(sampler, backend, num_slots=2, features=3, count=6, last_step=4, **o
     rule = slots.Rule(sampler, 0, **options)
     own, pool, outputs = slots.allocate(num_slots, features, count, count, rule, torch.float64, torch.device(device))
     pool.activation.copy_(torch.arange(count, dtype=torch.float64)[:, None] + 1)
-    pool.last_step.fill_(last_step)
+    pool.last_step.copy_(torch.tensor(last_step))
     pool.threshold.fill_(torch.inf)
     pool.counters[slots.END] = count
 
@@ -236,14 +243,47 @@ def test_the_gradient_of_a_last_evaluation_is_never_read(backend, grad):
 
 
 @every_backend
+def test_counters_tell_the_least_and_most_updates_that_live_slots_have_left(backend):
+    own, pool, _, step = machine(SAMPLERS["sgd"], backend, num_slots=3, count=4, last_step=[1, 5, 7, 9])
+    seen = [pool.counters[slots.SHORTEST :].tolist()]
+    for _ in range(3):
+        step()
+        seen.append(pool.counters[slots.SHORTEST :].tolist())
+    assert seen == [[1, 7], [0, 6], [3, 9], [2, 8]]
+    assert own.sample_id.tolist() == [3, 1, 2]
+
+
+@every_backend
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "backtracking", "noise"])
+def test_a_slot_that_waits_goes_the_same_way_as_without_the_extra_evaluation(backend, rule):
+    """Slot 0 gets its last evaluation without a gradient, in a step of its own, or together with slot 1."""
+
+    def run(wait):
+        own, pool, outputs, step = machine(SAMPLERS[rule], backend, count=2, last_step=[1, 4], keep_best=True)
+        step(logit=0.5)
+        if wait:
+            step(logit=7.0, loss=-3.0, grad=None)  # would be the best of slot 1
+            assert own.sample_id.tolist() == [-1, 1] and pool.counters.tolist() == [2, 2, 1, 1, 3, 2, 3, 3]
+        for logit in (0.25, 1.0, 0.75, 0.5):
+            step(logit=logit, loss=-logit)
+        counters = pool.counters.tolist()
+        assert counters == [2, 2, 0, 2, 7, 5 + wait, 0, 0]
+        return {f.name: getattr(outputs, f.name)[1] for f in fields(outputs)}
+
+    straight = run(False)
+    for name, tensor in run(True).items():
+        assert torch.equal(tensor, straight[name]), name
+
+
+@every_backend
 def test_slots_without_a_sample_stay_empty_and_keep_their_activation(backend):
     own, pool, outputs, step = machine(SAMPLERS["sgd"], backend, num_slots=4, count=3, last_step=0)
     assert own.sample_id.tolist() == [0, 1, 2, -1]
     step()
-    assert own.sample_id.tolist() == [-1] * 4 and pool.counters.tolist() == [3, 3, 0, 3, 3, 1]
+    assert own.sample_id.tolist() == [-1] * 4 and pool.counters.tolist() == [3, 3, 0, 3, 3, 1, 0, 0]
     assert own.activation[:3, 0].tolist() == [1.0, 2.0, 3.0]
     step()
-    assert pool.counters.tolist() == [3, 3, 0, 3, 3, 2] and outputs.status[:3].tolist() == [slots.EXHAUSTED] * 3
+    assert pool.counters.tolist() == [3, 3, 0, 3, 3, 2, 0, 0] and outputs.status[:3].tolist() == [slots.EXHAUSTED] * 3
 
 
 @every_backend

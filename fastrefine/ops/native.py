@@ -89,6 +89,7 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
 
 
 def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> Any:
+    assert slots.view is None, "the networks read the activation itself on a CPU"
     kernel = rule.sampler.kernel()
     assert kernel is not None and kernel.rule in RULES, kernel
     real, long, integer = slots.activation.dtype, torch.int64, torch.int32
@@ -112,7 +113,7 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> Any:
         "clamp": kernel.clamp is not None,
         "lockstep": rule.lockstep,
         "seed": rule.seed & (2**64 - 1),
-        "counters": _address(pool.counters, long, 6),
+        "counters": _address(pool.counters, long, 8),
     }
     if kernel.clamp is not None:
         fields["low"], fields["high"] = kernel.clamp

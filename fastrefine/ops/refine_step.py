@@ -1,5 +1,7 @@
 """One step of the engine after the networks were evaluated (DESIGN: evaluate -> observe -> retire or propose)."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,11 @@ def _merge(mask: Tensor, new: State, old: State) -> None:
 def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs: Outputs, rule: Rule) -> None:
     """Observe the evaluation, retire what is done, propose for the rest, refill the empty slots; all in place.
 
-    evaluation: at ``slots.activation``; None (all slots empty) only refills. Its grad may be None where every live slot
-    is at its last step: the gradient of a last evaluation is never read.
+    evaluation: at ``slots.activation``; None only refills. Its grad is in the dtype and order of ``slots.view`` where
+    that exists (see below). Without a gradient it serves the slots at their last step only, for the gradient of a last
+    evaluation is never read; all other live slots wait one step, untouched and uncounted.
 
-    Per live slot, with first = (step == 0) and last = (step >= last_step):
+    Per live slot that does not wait, with first = (step == 0) and last = (step >= last_step):
       finite     logit, loss and (unless last) gradient are finite
       falls      += 1 when not first and the logit is below the standing one
       observe    sampler.observe where finite, or where the sampler rejects (then with logit -inf, loss inf, grad 0)
@@ -39,18 +42,59 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
     slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
     A slot that stays empty keeps the retired position as its activation; its sampler state means nothing.
+
+    ``slots.view``, where it is given, is what the networks read: the activation rounded to their dtype, and with C =
+    ``view_channels`` > 0 with element (c, p) of the flattened (C, P) activation at p C + c. It is written whenever the
+    activation is, and the gradient comes back in its dtype and order. Nothing is computed from the view.
     """
     live, done = slots.sample_id >= 0, torch.zeros_like(slots.sample_id, dtype=torch.bool)
     if evaluation is not None:
+        if evaluation.grad is None:
+            live = live & (slots.step >= slots.last_step)
+        else:
+            evaluation = evaluation._replace(grad=_of_view(slots, evaluation.grad))
         done = _observe_and_retire(slots, evaluation, outputs, rule, live)
         pool.counters[S.EVALUATIONS] += live.sum()
         pool.counters[S.ITERATIONS] += 1
     _refill(slots, pool, rule, done)
+    _write_view(slots)
+    left, occupied = slots.last_step - slots.step, slots.sample_id >= 0
+    least, most = torch.where(occupied, left, 2**31 - 1).amin(), torch.where(occupied, left, -(2**31)).amax()
     pool.counters[S.FINISHED] += done.sum()
-    pool.counters[S.LIVE] = (slots.sample_id >= 0).sum()
+    pool.counters[S.LIVE] = occupied.sum()
+    pool.counters[S.SHORTEST] = torch.where(occupied.any(), least, 0)
+    pool.counters[S.LONGEST] = torch.where(occupied.any(), most, 0)
+
+
+def baked(rule: Rule, backend: str) -> Hashable:
+    """What a captured step has baked in: it serves another rule that has the same.
+
+    The Triton kernels read hyper-parameters and the seed from device memory, which any later call with the other rule
+    loads, so only what selects their code counts.
+    """
+    kernel = rule.sampler.kernel()
+    if backend != "triton" or kernel is None:
+        return rule
+    options = kernel.noise_scale > 0, kernel.clamp is not None, rule.max_grad_norm is not None
+    return kernel.rule, kernel.scalars, kernel.vectors, *options, rule.keep_best, rule.lockstep
+
+
+def _of_view(slots: Slots, grad: Tensor) -> Tensor:
+    """A gradient in the dtype and order of the view -> in those of the activation."""
+    if slots.view_channels:
+        grad = grad.unflatten(1, (-1, slots.view_channels)).transpose(1, 2).flatten(1)
+    return grad.to(slots.activation.dtype)
+
+
+def _write_view(slots: Slots) -> None:
+    if slots.view is not None:
+        c = slots.view_channels
+        a = slots.activation
+        slots.view.copy_(a.unflatten(1, (c, -1)).transpose(1, 2).flatten(1) if c else a)
 
 
 def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, rule: Rule, live: Tensor) -> Tensor:
+    """``live``: the slots that this evaluation serves; returns those that retired."""
     sampler, state, a = rule.sampler, slots.state, slots.activation
     first, last = slots.step == 0, slots.step >= slots.last_step
     grad = torch.zeros_like(a) if evaluation.grad is None else evaluation.grad
@@ -95,11 +139,14 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
     outputs.logit_falls[rows] = slots.logit_falls
     outputs.status[rows] = status.int()
 
-    proposed, after = sampler.propose({**observed, **state}, slots.step, noise)
-    update = live & ~done
-    _merge(update, after, state)
-    slots.activation.copy_(_where(update, proposed, _where(done, kept, a)))
-    slots.step += update.int()
+    moved = a
+    if evaluation.grad is not None:  # without, all that were served are done
+        proposed, after = sampler.propose({**observed, **state}, slots.step, noise)
+        update = live & ~done
+        _merge(update, after, state)
+        moved = _where(update, proposed, a)
+        slots.step += update.int()
+    slots.activation.copy_(_where(done, kept, moved))
     return done
 
 
