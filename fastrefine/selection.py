@@ -60,24 +60,17 @@ def metropolis_hastings(
     if chains == 0:
         raise InputError(f"{len(proposals)} logits do not make one chain of {chain_length}")
     table = proposals[: chains * chain_length].view(chains, chain_length)
-    table = torch.where(torch.isfinite(table), table, -torch.inf)
+    table = torch.where(torch.isfinite(table), table, -torch.inf)  # a chain that starts there leaves at once
     ids = torch.arange(chains, device=table.device)
-    position = torch.zeros_like(ids)
-    moved = torch.zeros(chains, dtype=torch.bool, device=table.device)
-    accepted, first = 0, 1
-    current = table[:, 0]
+    current, first = table[:, 0], 1
     if initial_logits is not None:
         start = logits_of(initial_logits, "metropolis_hastings")
         if len(start) == 0 or not bool(torch.isfinite(start).all()):
             raise InputError("initial_logits must hold one or more finite logits of real images")
         u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.REFERENCE)[:, 0]
         current, first = start.to(table.device)[(u * len(start)).long().clamp(max=len(start) - 1)], 0
-    for k in range(first, chain_length):
-        u = ops.uniform(seed, ids, torch.full_like(ids, k), 1, Stream.SELECTION)[:, 0]
-        accept = (torch.log(u) < table[:, k] - current) & torch.isfinite(table[:, k])
-        current = torch.where(accept, table[:, k], current)
-        position = torch.where(accept, k, position)
-        moved |= accept
-        accepted += int(accept.sum())
+    backend = ops.serving(table.device, "metropolis")
+    position, accepted = ops.metropolis(table, current, seed, first, Stream.SELECTION, backend=backend)
     tests = chains * (chain_length - first)
-    return MHResult(ids * chain_length + position, accepted / tests if tests else 0.0, moved)
+    rate = int(accepted.sum()) / tests if tests else 0.0
+    return MHResult(ids * chain_length + position, rate, accepted > 0)

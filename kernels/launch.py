@@ -25,7 +25,6 @@ class _Scratch:
 
     rule: Rule
     kernel: Kernel
-    baked: Hashable
     hyper: Tensor  # (4 + n,) float64: noise scale, clamp low, clamp high, max_grad_norm, the rule's own
     seed: Tensor  # () int64
     plan: Tensor  # (5, S) int64
@@ -55,24 +54,24 @@ def _hyper(rule: Rule, kernel: Kernel) -> Tensor:
 
 
 def _scratch(slots: Slots, rule: Rule) -> _Scratch:
-    known = slots.cache.get("triton")
-    if isinstance(known, _Scratch):
-        if known.rule == rule:
-            return known
-        if known.baked == baked(rule, "triton"):
+    """Of each kind of rule its own, and all are kept: a captured graph may still read an older one."""
+    kinds: dict[Hashable, _Scratch] = slots.cache.setdefault("triton", {})  # type: ignore[assignment]
+    kind = baked(rule, "triton")
+    if (known := kinds.get(kind)) is not None:
+        if known.rule != rule:
             known.load(rule)
-            return known
+        return known
     a, s = slots.activation, len(slots.activation)
     kernel = _kernel(rule)
     new = _Scratch(
-        rule, kernel, baked(rule, "triton"),
+        rule, kernel,
         hyper=_hyper(rule, kernel).to(a.device),
         seed=torch.tensor(seed_bits(rule.seed), device=a.device),
         plan=torch.zeros(5, s, dtype=torch.int64, device=a.device),
         peak=a.new_zeros(s), norm=a.new_zeros(s, dtype=torch.float64), clip=a.new_ones(s),
     )  # fmt: skip
-    slots.cache["triton"] = new
     _check(slots)
+    kinds[kind] = new
     return new
 
 

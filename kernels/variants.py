@@ -48,7 +48,7 @@ class Variant:
         """The constants of refine_apply; without a gradient nothing is proposed."""
         fused, grad = RULES[self.rule], self.evaluated and self.grad
         propose = {"PROPOSE": (fused if grad else RULES["sgd"]).propose, "SCALARS": fused.scalars if grad else 0}
-        options = {"NOISE": self.noise and grad, "CLAMP": self.clamp and grad, "CLIP": self.clip and grad}
+        options: dict[str, Any] = {"NOISE": self.noise and grad, "CLAMP": self.clamp and grad, "CLIP": self.clip and grad}
         options |= {"KEEP_BEST": self.keep_best and self.evaluated, "VIEW": self.view, "CHANNEL_TILE": self.channel_tile}
         return {"VECTORS": fused.vectors, "GRAD": grad, "BLOCK": BLOCK, **propose, **options}
 

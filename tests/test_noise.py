@@ -8,7 +8,7 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import Stream, philox, registry
 
-SEEDS = (0, 1, 1234567890123, 2**63 + 5, 2**64 - 1)
+SEEDS = (0, 1, 2**31 + 5, 1234567890123, 2**63 + 5, 2**64 - 1)
 # Random123 kat_vectors, philox4x32 10: counter, key, answer
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -20,13 +20,13 @@ KNOWN = [
 ]  # fmt: skip
 
 
-def draw(backend, *args):
-    """The op ``normal`` of a backend, on the device where it runs; the result on the CPU."""
+def draw(backend, *args, op=ops.normal):
+    """An op of a backend, on the device where it runs; the result on the CPU."""
     if registry.available()[backend] != "ok":
         pytest.skip(registry.available()[backend])
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    return ops.normal(*moved, backend=backend).cpu()
+    return op(*moved, backend=backend).cpu()
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
@@ -52,6 +52,14 @@ def test_backends_draw_the_same_normals(backend, seed, dtype, numel):
     args = (*args, numel, Stream.LATENT, dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     torch.testing.assert_close(draw(backend, *args), draw("reference", *args), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("numel", [1, 7, 1025])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_backends_draw_the_same_uniforms(backend, seed, numel):
+    args = seed, torch.tensor([0, 2**32 - 1, 2**31]), torch.tensor([0, 7, 1000], dtype=torch.int32), numel, Stream.LATENT
+    assert torch.equal(draw(backend, *args, op=ops.uniform), draw("reference", *args, op=ops.uniform))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])

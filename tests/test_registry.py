@@ -84,6 +84,14 @@ def test_a_rule_without_kernel_runs_on_the_reference_and_is_an_error_when_forced
         registry.choose(CPU, "mala")
 
 
+def test_an_op_without_rules_is_served_by_a_backend_that_has_it(module):
+    module("cpu", frozenset())
+    assert registry.serving(CPU, "RULES") == "cpu"
+    assert registry.serving(CPU, "metropolis") == "reference"
+    with registry.use_backend("cpu"), pytest.raises(BackendError, match="no kernel for 'metropolis'"):
+        registry.serving(CPU, "metropolis")
+
+
 def test_use_backend_holds_inside_the_block_only(module):
     module("cpu", frozenset({"sgd"}))
     with registry.use_backend("reference"):

@@ -69,6 +69,7 @@ def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, 
     return torch.stack(lanes, -1).flatten(1)[:, :numel].to(dtype).contiguous()
 
 
+@op
 def uniform(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int) -> Tensor:
     """Uniforms (S, numel) float64 in the open interval (0, 1), 32 bits each."""
     words = torch.stack(_words(seed, sample_id, step, -(-numel // 4), stream), -1).flatten(1)[:, :numel]

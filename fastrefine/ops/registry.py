@@ -75,17 +75,26 @@ def available() -> dict[str, str]:
 
 def choose(device: torch.device, rule: str | None) -> str:
     """The backend for this device and fused rule (None: the sampler has no fused rule, only PyTorch formulas)."""
+    return _choose(device, lambda module: rule in module.RULES, f"the rule {rule!r}")
+
+
+def serving(device: torch.device, name: str) -> str:
+    """The backend for this device that has the op of this name; for ops that know no rules."""
+    return _choose(device, lambda module: hasattr(module, name), f"{name!r}")
+
+
+def _choose(device: torch.device, has: Callable[[ModuleType], bool], what: str) -> str:
     forced = _FORCED.get() or os.environ.get("FASTREFINE_BACKEND")
     if forced is not None:
         _require(forced)
         home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(forced, device.type)
         if device.type != home and not (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise BackendError(f"backend {forced!r} runs on {home} tensors, these are on {device.type}")
-        if forced != "reference" and rule not in _load(forced).RULES:  # type: ignore[union-attr]
-            raise BackendError(f"backend {forced!r} has no kernel for the rule {rule!r}; use backend 'reference'")
+        if forced != "reference" and not has(_load(forced)):  # type: ignore[arg-type]
+            raise BackendError(f"backend {forced!r} has no kernel for {what}; use backend 'reference'")
         return forced
     for name in _PREFERRED.get(device.type, ("reference",)):
-        if name == "reference" or (not isinstance(module := _load(name), str) and rule in module.RULES):
+        if name == "reference" or (not isinstance(module := _load(name), str) and has(module)):
             return name
     return "reference"
 

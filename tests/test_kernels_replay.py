@@ -1,0 +1,132 @@
+"""What a captured step has baked in: recorded launches, repeated as a CUDA graph repeats them, serve another rule."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastrefine import ops, slots
+from fastrefine.samplers import DGflow, Evaluation
+from tests.step_machine import SAMPLERS, device_of, random_evaluation, record
+
+S, F, P = 3, 5, 6
+
+
+class Tape:
+    """Launches with their kernels, addresses and numbers, all as they were when recorded."""
+
+    def __init__(self, monkeypatch):
+        self.launches = []
+        launch = pytest.importorskip("fastrefine.kernels.launch")
+        for name in ("refine_reduce", "refine_decide", "refine_apply"):
+            monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), self.launches))
+
+    def replay(self):
+        for kernel, args, constants in self.launches:
+            kernel(*args, **constants)
+
+
+class Recorder:
+    """A kernel that is launched as ever, and remembered."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append((self.kernel[grid], args, constants))
+            self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+def filled(own, pool, outputs):
+    """As new: every slot empty, the pool full."""
+    generator = torch.Generator().manual_seed(3)
+    pool.activation.copy_(torch.randn(P, F, generator=generator))
+    pool.reference_logit.copy_(torch.randn(P, generator=generator))
+    pool.last_step.fill_(3)
+    pool.threshold.fill_(torch.inf)
+    pool.counters.copy_(torch.tensor([0, P, 0, 0, 0, 0, 0, 0]))
+    own.sample_id.fill_(-1)
+    outputs.status.fill_(slots.PENDING)
+
+
+@pytest.mark.parametrize("rule", SAMPLERS)
+def test_recorded_launches_serve_another_rule_of_the_same_kind(rule, monkeypatch):
+    device = device_of("triton")
+    options = {} if rule == "noise" else {"clamp": (-2.0, 2.0)}
+    old = slots.Rule(replace(SAMPLERS[rule], **options), 1, keep_best=True, max_grad_norm=9.0)
+    changed = {"gamma": 0.1} if rule == "noise" else {"clamp": (-1.0, 0.75)}
+    new = slots.Rule(replace(old.sampler, step_size=0.07, **changed), 2**63 + 7, keep_best=True, max_grad_norm=1.5)
+    assert ops.baked(old, "triton") == ops.baked(new, "triton")
+
+    def machine(rule):
+        return slots.allocate(S, F, P, P, rule, torch.float32, torch.device(device))
+
+    generator = torch.Generator().manual_seed(4)
+    script = [random_evaluation(S, F, torch.float32, generator) for _ in range(8)]
+    script = [e._replace(grad=torch.ones(S, F) if e.grad is None else e.grad) for e in script]
+    expected = []
+    eager = machine(new)
+    filled(*eager)
+    ops.refine_step(eager[0], None, *eager[1:], new, backend="triton")
+    for evaluation in script:
+        given = Evaluation(*(t.to(device) for t in evaluation[:3]))
+        ops.refine_step(eager[0], given, *eager[1:], new, backend="triton")
+        expected.append(record(*eager))
+
+    own = machine(old)
+    filled(*own)
+    ops.refine_step(own[0], None, *own[1:], old, backend="triton")
+    given = Evaluation(*(torch.zeros_like(t, device=device) for t in script[0][:3]))
+    with monkeypatch.context() as patch:
+        tape = Tape(patch)
+        ops.refine_step(own[0], given, *own[1:], old, backend="triton")
+    filled(*own)
+    ops.refine_step(own[0], None, *own[1:], new, backend="triton")
+    for index, evaluation in enumerate(script):
+        for buffer, numbers in zip(given[:3], evaluation[:3], strict=True):
+            buffer.copy_(numbers)
+        tape.replay()
+        for name, tensor in record(*own).items():
+            assert torch.equal(tensor.nan_to_num(9), expected[index][name].nan_to_num(9)), (index, name)
+
+
+RULE = slots.Rule(SAMPLERS["momentum"], 0)
+OTHER_KINDS = [
+    replace(RULE, keep_best=True),
+    replace(RULE, lockstep=True),
+    replace(RULE, max_grad_norm=1.0),
+    replace(RULE, sampler=replace(SAMPLERS["momentum"], clamp=(0.0, 1.0))),
+    replace(RULE, sampler=SAMPLERS["sgd"]),
+    replace(RULE, sampler=SAMPLERS["noise"]),
+    replace(RULE, sampler=DGflow(0.3, gamma=0.0)),
+]
+
+
+def test_only_what_selects_the_code_is_baked_into_triton_kernels():
+    kinds = [RULE, *OTHER_KINDS[:-1]]
+    assert len({ops.baked(rule, "triton") for rule in kinds}) == len(kinds)
+    assert ops.baked(OTHER_KINDS[-1], "triton") == ops.baked(OTHER_KINDS[4], "triton")  # flow without noise is sgd
+    numbers = replace(RULE, seed=5, sampler=replace(SAMPLERS["momentum"], step_size=0.1, momentum=0.5))
+    assert ops.baked(numbers, "triton") == ops.baked(RULE, "triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_other_backends_bake_in_the_whole_rule(backend):
+    assert ops.baked(RULE, backend) == RULE != ops.baked(replace(RULE, seed=1), backend)
+
+
+def test_each_kind_of_rule_keeps_its_own_scratch():
+    device = device_of("triton")
+    own, pool, outputs = slots.allocate(S, F, P, P, RULE, torch.float32, torch.device(device))
+    ops.refine_step(own, None, pool, outputs, RULE, backend="triton")
+    kinds = own.cache["triton"]
+    (first,) = kinds.values()
+    ops.refine_step(own, None, pool, outputs, replace(RULE, seed=9), backend="triton")
+    assert list(kinds.values()) == [first] and first.seed.item() == 9
+    ops.refine_step(own, None, pool, outputs, OTHER_KINDS[2], backend="triton")
+    assert len(kinds) == 2
+    ops.refine_step(own, None, pool, outputs, RULE, backend="triton")
+    assert len(kinds) == 2 and first.seed.item() == 0
