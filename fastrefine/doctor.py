@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from fastrefine import __version__, ops
+from fastrefine import __version__, ops, while_graph
 
 
 def report() -> dict[str, str]:
@@ -32,6 +32,7 @@ def report() -> dict[str, str]:
         "gpus": ", ".join(devices) or "none",
     }
     facts |= {f"backend {name}": state for name, state in ops.available().items()}
+    facts["device loop"] = while_graph.available()
     for device in ("cpu", *(["cuda"] if devices else [])):
         facts[f"used on {device}"] = ops.choose(torch.device(device), "sgd")
     return facts
