@@ -1,20 +1,31 @@
-# One command each, from a fresh clone: every target makes its own virtual environment first.
+# One command each, from a fresh clone: every target makes its own virtual environment first, but for the gpu ones.
 PYTHON ?= python3
 # The version the figures were measured with. Any torch >= 2.10 serves: make test TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
+# Empty: what pip chooses. A pair of versions that belong together: make test TORCH=torch==2.11.0 TRITON=triton==3.6.0
+TRITON ?=
 MODE := $(or $(FASTREFINE_BUILD),auto)
-VENV := .venv-$(MODE)
+# An environment for each mode and each pair of versions: .venv-auto-torch-2.13.0
+plain = $(subst >,,$(subst <,,$(subst =,-,$(subst ==,-,$(firstword $(1))))))
+VENV := .venv-$(MODE)-$(call plain,$(TORCH))$(if $(TRITON),-$(call plain,$(TRITON)))
 BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench doctor clean
+.PHONY: demo test kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
 
-test: $(VENV)/test.stamp  ## the whole test suite
+test: kernels-check  ## the whole test suite, after all kernels compiled
 	$(BIN)/python -m pytest
+
+kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
+	$(BIN)/python .ci/kernels_check.py 80 90
+
+test-matrix:  ## make test with each pair of torch and triton that is supported, in environments of their own
+	$(MAKE) test TORCH=torch==2.11.0 TRITON=triton==3.6.0
+	$(MAKE) test TORCH=torch==2.13.0 TRITON=triton==3.8.0
 
 lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -23,6 +34,17 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 
 bench: $(VENV)/test.stamp  ## the benchmark table of README
 	$(BIN)/python -m benchmarks.table --run
+
+# A machine with a GPU often has its own torch and no network: these use $(PYTHON) as it is and install nothing.
+gpu-check: gpu-build  ## every driver and kernel on this GPU against the reference; options in ARGS
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+gpu-bench: gpu-build  ## the benchmarks of this GPU; options in ARGS
+	$(PYTHON) -m benchmarks.gpu_bench $(ARGS)
+
+.PHONY: gpu-build
+gpu-build:
+	FASTREFINE_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
 
 doctor: $(VENV)/demo.stamp
 	$(BIN)/fastrefine doctor
@@ -37,9 +59,9 @@ $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test]" $(TRITON)
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	$(PIP) --editable ".[test,lint]"
+	$(PIP) --editable ".[test,lint]" $(TRITON)
 	touch $@

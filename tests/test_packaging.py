@@ -22,7 +22,7 @@ LAYERS = (
     {"engine"},
     {"drivers"},
     {"kernels"},
-    {"ops"},
+    {"ops", "while_graph"},
     {"slots"},
     {"samplers"},
     {"errors"},
@@ -92,6 +92,10 @@ def test_only_ops_touch_the_kernels_and_the_native_module(path):
     assert not wrong, wrong
 
 
+def test_only_its_owner_touches_the_device_loop():
+    assert [module_name(path) for path in FILES if "_device_loop" in path.read_text()] == ["fastrefine.while_graph"]
+
+
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=module_name)
 def test_kernels_import_torch_triton_and_the_op_table_only(path):
     allowed = (
@@ -142,13 +146,13 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_imports_load_nothing_that_is_not_used():
-    slow = "{'torch', 'triton', 'matplotlib', 'sklearn', 'scipy', 'numpy', 'fastrefine._native'}"
-    assert python(f"import sys, fastrefine; print({slow} & set(sys.modules))").strip() == "set()"
-    heavy = "{'fastrefine.kernels', 'fastrefine._native', 'triton', 'matplotlib', 'sklearn'}"
-    code = f"import sys, fastrefine as fr; fr.ops, fr.samplers, fr.use_backend; print({heavy} & set(sys.modules))"
-    assert python(code).strip() == "set()"
-    own = "{'fastrefine.kernels', 'fastrefine._native', 'matplotlib', 'sklearn'}"
-    assert python(f"import sys, fastrefine as fr; fr.Refiner; print({own} & set(sys.modules))").strip() == "set()"
+    own = "{'fastrefine.kernels', 'fastrefine._native', 'fastrefine._device_loop', 'matplotlib', 'sklearn'}"
+    for code, unused in (
+        ("import fastrefine", "{'torch', 'triton', 'scipy', 'numpy'}"),
+        ("import fastrefine as fr; fr.ops, fr.samplers, fr.use_backend", "{'triton'}"),
+        ("import fastrefine as fr; fr.Refiner", "set()"),
+    ):
+        assert python(f"import sys; {code}; print(({own} | {unused}) & set(sys.modules))").strip() == "set()"
 
 
 def test_kernels_are_found_in_this_installation():
@@ -163,15 +167,6 @@ def test_pyproject_names_every_package():
     folders = {module_name(path) for path in PACKAGE.rglob("__init__.py")} | {"fastrefine.kernels"}
     folders |= {module_name(path).rpartition(".")[0] for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert not [name for name in folders if f'"{name}"' not in text]
-
-
-def test_build_modes_are_checked():
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--version"], cwd=ROOT, env={**os.environ, "FASTREFINE_BUILD": "fast"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "FASTREFINE_BUILD is 'fast'; wanted auto, none, cpu or cuda" in done.stderr
 
 
 @pytest.mark.slow
