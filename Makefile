@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TRITON ?=
 MODE := $(or $(FASTREFINE_BUILD),auto)
 # An environment for each mode and each pair of versions: .venv-auto-torch-2.13.0
-plain = $(subst >,,$(subst <,,$(subst =,-,$(subst ==,-,$(firstword $(1))))))
+plain = $(subst ==,-,$(firstword $(1)))
 VENV := .venv-$(MODE)-$(call plain,$(TORCH))$(if $(TRITON),-$(call plain,$(TRITON)))
 BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
