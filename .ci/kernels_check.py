@@ -1,8 +1,10 @@
 """Compile every kernel for GPUs without one: ``python .ci/kernels_check.py 80 90``; the last line counts them.
 
-Triton's by ``fastrefine.kernels.aot``, those in CUDA by nvcc where it is. Ends with an error at the first that fails.
+Triton's by ``fastrefine.kernels.aot``, those in CUDA by nvcc; which of the two is not installed is skipped, and said.
+Ends with an error at the first that fails.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,8 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def triton_kernels(architectures: list[str]) -> dict[str, int]:
-    """Architecture -> how many compiled, as the last line of the ahead-of-time compiler says."""
+def triton_kernels(architectures: list[str]) -> dict[str, int] | None:
+    """Architecture -> how many compiled, as the last line of the ahead-of-time compiler says; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastrefine.kernels.aot", *architectures]
     last = ""
@@ -52,11 +56,14 @@ def main(architectures: list[str]) -> None:
     """Compile all, print a line for each and one of counts."""
     kernels = triton_kernels(architectures)
     sources = cuda_sources(architectures)
-    if sources is None:
-        said = "CUDA sources skipped, nvcc is not on PATH"
-    else:
-        said = f"{sources} CUDA source{'' if sources == 1 else 's'}"
-    print("kernels-check: " + "; ".join(f"sm_{name}: {kernels[name]} Triton kernels, {said}" for name in architectures))
+    cuda = "CUDA sources skipped (nvcc is not on PATH)"
+    if sources is not None:
+        cuda = f"{sources} CUDA source{'' if sources == 1 else 's'}"
+    parts = []
+    for name in architectures:
+        triton = "Triton kernels skipped (triton is not installed)" if kernels is None else f"{kernels[name]} Triton kernels"
+        parts.append(f"sm_{name}: {triton}, {cuda}")
+    print("kernels-check: " + "; ".join(parts))
 
 
 if __name__ == "__main__":

@@ -259,6 +259,8 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   return error;
 }
 
+int fake_version() { return CUDART_VERSION; }
+
 // For the tests. A graph made here is the caller's: it is not counted as a leak.
 void fake_reset(int driver, void (*step)()) {
   state = State();

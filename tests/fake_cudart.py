@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,8 +32,6 @@ def build(folder: Path) -> "FakeRuntime":
     include = pybind_include()
     if missing or include is None:
         pytest.skip(f"the fake CUDA runtime needs {', '.join(missing) or 'the headers of pybind11'}")
-    import sysconfig
-
     target = folder / "_device_loop.so"
     includes = [f"-I{path}" for path in (ROOT / "csrc", include, sysconfig.get_paths()["include"])]
     # No real runtime is linked, and -Bsymbolic binds to the fake even if another library brings the real one.
@@ -60,10 +59,10 @@ class FakeRuntime:
         self.device = self.library.fake_device
         self.reset()
 
-    def reset(self, driver: int = 13000, step: Callable[[], None] = lambda: None) -> None:
-        """Forget everything; ``step`` is what a kernel of the captured step does."""
+    def reset(self, driver: int | None = None, step: Callable[[], None] = lambda: None) -> None:
+        """Forget everything; ``driver``: of the headers' version, ``step``: what a kernel of the captured step does."""
         self.callback = ctypes.CFUNCTYPE(None)(step)  # kept: the fake holds its address
-        self.library.fake_reset(driver, self.callback)
+        self.library.fake_reset(self.library.fake_version() if driver is None else driver, self.callback)
 
     def graph(self, *types: int, children: tuple[int, ...] = (), cooperative: bool = False) -> int:
         """A captured graph of nodes of these types and of child graphs."""

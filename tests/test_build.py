@@ -93,6 +93,7 @@ def kernels_check(monkeypatch, tmp_path):
     module.tool = tool
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(module.shutil, "which", lambda name: str(path) if (path := tmp_path / name).exists() else None)
     return module
 
@@ -103,13 +104,20 @@ COUNTS = "echo one; echo 'sm_80: 152 kernels, sm_90: 151 kernels'"
 def test_kernels_check_ends_with_the_counts(kernels_check, capfd):
     kernels_check.tool("python", COUNTS)
     kernels_check.main(["80", "90"])
-    skipped = "CUDA sources skipped, nvcc is not on PATH"
+    skipped = "CUDA sources skipped (nvcc is not on PATH)"
     last = f"kernels-check: sm_80: 152 Triton kernels, {skipped}; sm_90: 151 Triton kernels, {skipped}"
     assert capfd.readouterr().out.splitlines()[-1] == last
     kernels_check.tool("nvcc", 'while [ "$1" != -o ]; do shift; done; echo cubin > "$2"')
     kernels_check.main(["80", "90"])
     last = "kernels-check: sm_80: 152 Triton kernels, 1 CUDA source; sm_90: 151 Triton kernels, 1 CUDA source"
     assert capfd.readouterr().out.splitlines()[-1] == last
+
+
+def test_kernels_check_without_triton_says_so(kernels_check, monkeypatch, capfd):
+    monkeypatch.setattr(kernels_check.importlib.util, "find_spec", lambda name: None)
+    kernels_check.main(["90"])
+    said = "sm_90: Triton kernels skipped (triton is not installed), CUDA sources skipped (nvcc is not on PATH)"
+    assert capfd.readouterr().out.splitlines() == [f"kernels-check: {said}"]
 
 
 @pytest.mark.parametrize(
