@@ -20,26 +20,27 @@ WARM_UPS = 3  # calls before a capture: compilers, algorithm choices and library
 
 
 class Driver(Protocol):
-    """chunk: steps at most between two reads of the counters. lag: reads that may be outstanding while steps go on."""
+    """chunk: steps at most between two reads of the counters. lag: reads that may be outstanding while steps go on.
+
+    stops_itself: ends a chunk where no slot is live or, with low > 0, where fewer than ``low`` proposals wait.
+    """
 
     name: str
     chunk: int
     lag: int
+    stops_itself: bool
 
     def prepare(self, machine: Machine, forward: bool) -> None:
         """Make the machine, whose slots are empty, ready; forward: forward-only steps will be asked for."""
 
     def launch(self, machine: Machine, schedule: Sequence[bool], low: int) -> None:
-        """Start one step for each entry (True: forward only), in stream order, without waiting for any.
-
-        A driver may stop early where no slot is live or, with low > 0, where fewer than ``low`` proposals wait.
-        """
+        """Start one step for each entry (True: forward only), in stream order, without waiting for any."""
 
 
 class HostLoop:
     """Every step is launched from Python, and the counters are read after each."""
 
-    name, chunk, lag = "host", 1, 0
+    name, chunk, lag, stops_itself = "host", 1, 0, False
 
     def prepare(self, machine: Machine, forward: bool) -> None:
         pass
@@ -81,7 +82,7 @@ class CudaRuntime:
 class GraphReplay:
     """The step is captured once and replayed; counters are read one chunk late, so the device never waits for the host."""
 
-    name, chunk, lag = "graph", 64, 1
+    name, chunk, lag, stops_itself = "graph", 64, 1, False
 
     def __init__(self, runtime: Any):
         self.runtime = runtime
@@ -101,7 +102,7 @@ class GraphReplay:
 class DeviceLoop:
     """The captured step is the body of a WHILE node: it ends exactly when no slot is live or proposals run out."""
 
-    name, chunk, lag = "loop", 256, 1
+    name, chunk, lag, stops_itself = "loop", 256, 1, True
 
     def __init__(self, runtime: Any):
         self.runtime = runtime

@@ -152,25 +152,30 @@ class Run:
 
     def fill(self) -> None:
         """Fill the pool, within the window of the oldest unfinished block. Rows freed since the last read stay unused."""
-        size, driver = self.size, self.driver
-        enough = 2 * size + int((driver.lag + 1) * driver.chunk * self._rate) if driver.lag else self.machine.pool_rows
-        enough = min(enough, self.machine.pool_rows)
-        while self.next_block is not None and self.end - self.known[slots.NEXT] + size <= enough:
-            if self.waiting and (self.next_block - next(iter(self.waiting)) + 1) * size > self.machine.window:
-                return
+        # two blocks are enough to begin with: the rest comes while the first steps run
+        enough = self.machine.pool_rows if self.requested else 2 * self.size
+        while self._has_room and self.next_block is not None and self.end - self.known[slots.NEXT] + self.size <= enough:
             self._admit(self.proposals.block(self.next_block))
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether there is a next block, and it fits into the window of the oldest unfinished one."""
+        if self.next_block is None or not self.waiting:
+            return self.next_block is not None
+        return (self.next_block - next(iter(self.waiting)) + 1) * self.size <= self.machine.window
 
     def launch(self) -> None:
         """Start as many steps as the known counters allow, and a reading of what they lead to."""
-        if not self.unread and self.known[slots.LIVE] == 0:
+        if self._stands and not self.unread:
             if self.end > self.known[slots.NEXT]:
                 self.machine.refill()
                 self._request(0)
             return
+        if self._stands and self.driver.stops_itself:
+            return
         steps = self._steps()
         if steps > 0:
-            more = self.next_block is not None
-            self.driver.launch(self.machine, self._schedule(steps), self.size if more else 0)
+            self.driver.launch(self.machine, self._schedule(steps), self.size if self._has_room else 0)
             self._request(steps)
 
     @property
@@ -188,16 +193,23 @@ class Run:
             bound = min(bound, -(-ready // self.size) * longest + left - self._in_flight)
             if not self.stops_early:
                 return bound
+        if self.driver.stops_itself:
+            return bound
         if known[slots.ITERATIONS] == 0:
             return min(FIRST_CHUNK, bound)
         reserve = 0 if self.next_block is None else self.size  # all slots may be refilled at once
         return min(max(int((self._expected - reserve) / self._rate), DRAIN_CHUNK if self._draining else 1), bound)
 
     @property
+    def _stands(self) -> bool:
+        """Whether all slots were seen empty: a driver that stops itself does not go on by itself."""
+        return self.known[slots.LIVE] == 0
+
+    @property
     def _rate(self) -> float:
-        """Samples that retire in a step, from what was seen; at least one for each slot in its longest life."""
+        """Samples that retire in a step of full slots, from what was seen; at least one for each slot in its longest life."""
         known = self.known
-        return max(known[slots.FINISHED] / max(1, known[slots.ITERATIONS]), self.size / (self.proposals.max_steps + 1))
+        return self.size * max(known[slots.FINISHED] / max(1, known[slots.EVALUATIONS]), 1 / (self.proposals.max_steps + 1))
 
     @property
     def _expected(self) -> float:
@@ -227,8 +239,9 @@ class Run:
 
     def read(self) -> None:
         """Take in the readings that are old enough, and harvest what they show to be complete."""
-        waste = self._draining or not self._in_flight or (len(self.unread) == 1 and self._steps() <= 0)
-        keep = 0 if waste else self.driver.lag
+        stopped = self._stands and self.driver.stops_itself
+        idle = stopped or self._draining or not self._in_flight or (len(self.unread) == 1 and self._steps() <= 0)
+        keep = 0 if idle else self.driver.lag
         while len(self.unread) > keep:
             reading = self.unread.popleft()
             counters, status = reading.values.wait()

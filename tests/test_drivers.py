@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastrefine as fr
-from fastrefine import drivers, engine
+from fastrefine import drivers, engine, ops
 from fastrefine.errors import BackendError
+from fastrefine.machine import Machine
 from tests.stand_in import CaptureError, Runtime
 from tests.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
 
@@ -27,8 +28,7 @@ def runtime(monkeypatch):
 
 def conditional(**options):
     torch.manual_seed(0)
-    g = fr.models.SNGANGenerator(num_classes=3, channels=8, latent=8) if hasattr(fr.models, "SNGANGenerator") else None
-    d = fr.models.SNGANDiscriminator(num_classes=3, channels=8)
+    g, d = fr.models.SNGANGenerator(latent=8, features=8, num_classes=3), fr.models.SNGANDiscriminator(8, num_classes=3)
     return refiner((g.eval(), d.eval()), prior=fr.Normal(8), at="blocks.0", max_steps=4, **options)
 
 
@@ -218,13 +218,21 @@ def test_without_a_gpu_the_device_drivers_say_so(driver):
         refiner(driver=driver).sample(1)
 
 
-def test_a_late_reading_never_takes_old_rows_for_new_ones(runtime, monkeypatch):
-    """A tiny window: rows are reused while readings that show their former samples complete are still unread."""
+@pytest.mark.parametrize("driver", KINDS)
+def test_a_late_reading_never_takes_old_rows_for_new_ones(runtime, monkeypatch, driver):
+    """A tiny window: rows are reused while readings that show their former samples complete are still unread, and a slow
+    sample keeps all others waiting."""
     monkeypatch.setattr(engine, "WINDOW_BYTES", {})
     monkeypatch.setattr(engine, "WINDOW_DEFAULT", 1)
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
-    options = dict(stop=fr.stopping.Hazard(0.5), max_steps=6, num_slots=4)
-    same(refiner(driver="graph", **options).sample(300), refiner(driver="host", **options).sample(300))
+
+    class OneSlow(fr.stopping.Hazard):
+        def draw(self, ids, seed, max_steps, labels=None):
+            threshold, last = super().draw(ids, seed, max_steps, labels)
+            return threshold, torch.where(ids == 5, max_steps, last)
+
+    options = dict(stop=OneSlow(0.5), max_steps=60, num_slots=4)
+    same(refiner(driver=driver, **options).sample(300), refiner(driver="host", **options).sample(300))
 
 
 def test_compiled_steps_agree(runtime):
@@ -239,6 +247,38 @@ def test_compiled_steps_agree(runtime):
         raise
     wanted = refiner(driver="host", **options).sample(16)
     torch.testing.assert_close(found.images, wanted.images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("networks", ["layers", "convolutions"])
+def test_the_networks_view_changes_no_bit(networks, precision):
+    """Triton's step hands the networks their dtype and channel order; without it the step converts the activation."""
+    if ops.available()["triton"] != "ok" or torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter")
+    options = dict(num_slots=4, max_steps=3, precision=precision, sampler=fr.DGflow(0.05, gamma=0.1))
+    if networks == "convolutions":
+        options |= dict(networks=convolutional_pair(), prior=fr.Normal(8), at="2")
+    outs = []
+    for backend in ("triton", "reference"):
+        with fr.use_backend(backend):
+            outs.append(refiner(**options).sample(11))
+    for name in ("images", "logits", "activations"):  # the interpreter's noise differs by ulps
+        torch.testing.assert_close(getattr(outs[0], name), getattr(outs[1], name), rtol=2e-3, atol=2e-5)
+    assert torch.equal(outs[0].steps, outs[1].steps)
+
+
+def test_the_view_is_what_the_networks_read(monkeypatch):
+    seen = {}
+    original = Machine.__init__
+
+    def spy(self, *args):
+        original(self, *args)
+        seen["view"] = self.slots.view, self.slots.view_channels
+
+    monkeypatch.setattr(Machine, "__init__", spy)
+    with fr.use_backend("triton"):
+        refiner(convolutional_pair(), prior=fr.Normal(8), at="2", num_slots=4, max_steps=1, precision="bfloat16").sample(4)
+    assert seen["view"][0].dtype == torch.bfloat16 and seen["view"][1] == 16 and seen["view"][0].any()
 
 
 def test_the_stand_in_refuses_what_cuda_refuses():
