@@ -160,7 +160,10 @@ def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stat
 
 
 def _onednn_product(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """bias + x @ weight: oneDNN accumulates every row alike, wherever it stands."""
+    """bias + x @ weight: oneDNN accumulates every row alike, wherever it stands. It has no float16 on many CPUs."""
+    if x.dtype == torch.float16:
+        wide = _onednn_product(None if bias is None else bias.float(), x.float(), weight.float())
+        return wide.to(torch.float16)
     return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
 
 
