@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastrefine.slots import Slots
 
-BLOCK = 2048  # words per turn
+TURN = 2048  # words
+WORDS = {4: tl.int32, 1: tl.uint8}  # by bytes
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _table(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor
         assert own.dtype == pool.dtype and own.shape[1:] == pool.shape[1:] and len(own) == len(slots.source)
     size = 4 if all(number % 4 == 0 for entry in key for number in entry) else 1
     rows = torch.tensor([[own, pool, count // size] for own, pool, count in key], dtype=torch.int64, device=device)
-    table = _Table(key, (*context, *pool_context), tl.int32 if size == 4 else tl.uint8, rows)
+    table = _Table(key, (*context, *pool_context), WORDS[size], rows)
     slots.cache["triton.follow"] = table
     return table
 
@@ -66,4 +67,4 @@ def follow(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor
         return
     table = _table(slots, context, pool_context)
     with torch.cuda.device_of(slots.source):
-        follow_rows[(len(slots.source), len(context))](table.rows, slots.source, WORD=table.word, BLOCK=BLOCK)
+        follow_rows[(len(slots.source), len(context))](table.rows, slots.source, WORD=table.word, BLOCK=TURN)

@@ -106,7 +106,7 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     (s, f), real = a.shape, real_type(a.dtype)
     scalars = ([state[name] for name in own.kernel.scalars] + [unused, unused])[:2]
     vectors = ([state[name] for name in own.kernel.vectors] + [unused, unused])[:2]
-    grad = logit = loss = unused
+    logit, loss, grad = unused, unused, view  # of the types that they have when they are read
     if evaluation is not None:
         logit, loss = _plain(evaluation.logit, state["logit"]), _plain(evaluation.loss, state["logit"])
         if evaluation.grad is not None:

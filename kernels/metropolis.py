@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .philox import seed_bits, uniform_at
 
-BLOCK = 128  # chains per program
+CHAINS = 128  # per program
 
 
 @triton.jit(do_not_specialize=["seed", "chains", "length", "first", "stream"])
@@ -38,8 +38,8 @@ def metropolis(table: Tensor, current: Tensor, seed: int, first: int, stream: in
     assert table.dtype == current.dtype == torch.float64 and table.device == current.device
     position, accepted = (torch.zeros(chains, dtype=torch.int64, device=table.device) for _ in range(2))
     with torch.cuda.device_of(table):
-        metropolis_scan[(triton.cdiv(chains, BLOCK),)](
+        metropolis_scan[(triton.cdiv(chains, CHAINS),)](
             table.contiguous(), current.contiguous(), position, accepted, seed_bits(seed), chains, length, first, int(stream),
-            BLOCK=BLOCK, enable_fp_fusion=False,
+            BLOCK=CHAINS, enable_fp_fusion=False,
         )  # fmt: skip
     return position, accepted

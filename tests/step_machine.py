@@ -22,6 +22,12 @@ SAMPLERS = {
 }
 
 
+needs_gpu = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: compiled kernels and CUDA graphs"),
+]
+
+
 @dataclass(frozen=True)
 class Options:
     """What a run does besides its rule."""
@@ -115,10 +121,11 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
     return records
 
 
-# A rounded view may fall to the other side; the interpreter of Triton truncates to bfloat16
+# (rtol, atol). float32: a GPU approximates exp, sqrt and division. A rounded view may fall to the other side, and the
+# interpreter of Triton truncates to bfloat16.
 TOLERANCES = {
-    torch.float64: (1e-12, 1e-13), torch.float32: (3e-6, 1e-6), torch.float16: (2**-10, 2**-20),
-    torch.bfloat16: (2**-7, 2**-20),
+    torch.float64: (1e-12, 1e-13), torch.float32: (5e-6, 5e-6), torch.float16: (2**-10, 2**-16),
+    torch.bfloat16: (2**-7, 2**-16),
 }  # fmt: skip
 
 

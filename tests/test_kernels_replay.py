@@ -7,7 +7,7 @@ import torch
 
 from fastrefine import ops, slots
 from fastrefine.samplers import DGflow, Evaluation
-from tests.step_machine import SAMPLERS, device_of, random_evaluation, record
+from tests.step_machine import SAMPLERS, device_of, needs_gpu, random_evaluation, record
 
 S, F, P = 3, 5, 6
 
@@ -52,8 +52,24 @@ def filled(own, pool, outputs):
     outputs.status.fill_(slots.PENDING)
 
 
+def on_tape(step, monkeypatch):
+    with monkeypatch.context() as patch:
+        tape = Tape(patch)
+        step()
+    return tape.replay
+
+
+def in_a_graph(step, monkeypatch):
+    step()  # what a first call does cannot be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("recorded", [on_tape, pytest.param(in_a_graph, marks=needs_gpu)])
 @pytest.mark.parametrize("rule", SAMPLERS)
-def test_recorded_launches_serve_another_rule_of_the_same_kind(rule, monkeypatch):
+def test_recorded_launches_serve_another_rule_of_the_same_kind(rule, recorded, monkeypatch):
     device = device_of("triton")
     options = {} if rule == "noise" else {"clamp": (-2.0, 2.0)}
     old = slots.Rule(replace(SAMPLERS[rule], **options), 1, keep_best=True, max_grad_norm=9.0)
@@ -80,15 +96,13 @@ def test_recorded_launches_serve_another_rule_of_the_same_kind(rule, monkeypatch
     filled(*own)
     ops.refine_step(own[0], None, *own[1:], old, backend="triton")
     given = Evaluation(*(torch.zeros_like(t, device=device) for t in script[0][:3]))
-    with monkeypatch.context() as patch:
-        tape = Tape(patch)
-        ops.refine_step(own[0], given, *own[1:], old, backend="triton")
+    replay = recorded(lambda: ops.refine_step(own[0], given, *own[1:], old, backend="triton"), monkeypatch)
     filled(*own)
     ops.refine_step(own[0], None, *own[1:], new, backend="triton")
     for index, evaluation in enumerate(script):
         for buffer, numbers in zip(given[:3], evaluation[:3], strict=True):
             buffer.copy_(numbers)
-        tape.replay()
+        replay()
         for name, tensor in record(*own).items():
             assert torch.equal(tensor.nan_to_num(9), expected[index][name].nan_to_num(9)), (index, name)
 
