@@ -6,7 +6,10 @@ what they return, so their results equal those of ``Collaborative(step_size, con
   PeersLoop     B0: the loop of the public codes. Prefix once per batch, ``.backward()``, parameter gradients on, K for all.
   ExpertLoop    B1: parameters frozen, autograd.grad, BatchNorm folded, channels_last, own precision; a batch ends when all
                 its samples have stopped, and a sample that has stopped keeps its place.
-  CompiledLoop  B2: B1 with torch.compile.
+  CompiledLoop  B2: B1 with its whole step, gradient included, in torch.compile.
+
+All run where the networks are, without a wait for the device except where a batch may end early. TF32, cudnn.benchmark
+and threads are the caller's to set, the same for both sides.
 """
 
 from __future__ import annotations
@@ -58,11 +61,14 @@ class PeersLoop:
         with torch.no_grad():
             images = self.tail(a)
             logits = self.discriminator(images).flatten()
-        return Refined(images, logits, torch.full((len(z),), self.max_steps))
+        return Refined(images, logits, torch.full((len(z),), self.max_steps, device=z.device))
 
 
 class ExpertLoop:
-    """B1, in ``precision``; the refined activation stays float32 (float64 for float64 networks)."""
+    """B1, in ``precision``; the refined activation stays float32 (float64 for float64 networks).
+
+    Without a stop nothing is tested and nothing masked; with one, "have all stopped?" is asked once per step.
+    """
 
     def __init__(
         self, generator: nn.Module, discriminator: nn.Module, at: str, step_size: float, max_steps: int, batch: int,
@@ -76,56 +82,118 @@ class ExpertLoop:
         self.tail = self._quick(tail)
         self.discriminator = self._quick(copy.deepcopy(discriminator).requires_grad_(False))
         self.step_size, self.max_steps, self.batch = step_size, max_steps, batch
-        self.evaluate: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = self._evaluate
+        self.move: Callable[[Tensor], Tensor] = self._move
+        self.advance: Callable[..., tuple[Tensor, ...]] = self._advance
 
     def _quick(self, module: nn.Module) -> nn.Module:
-        module = fold(copy.deepcopy(module)).to(self.precision)
+        module = fold(bake(copy.deepcopy(module))).to(self.precision)
         return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, latents: Tensor, threshold: float = math.inf, last_step: Tensor | None = None) -> Refined:
         """Stop a sample when its logit reaches ``threshold`` or after its own ``last_step`` (N,) updates."""
-        last = torch.full((len(latents),), self.max_steps) if last_step is None else last_step.long()
-        with parametrize.cached():
-            parts = [
-                self._refine(z, threshold, own)
-                for z, own in zip(latents.split(self.batch), last.split(self.batch), strict=True)
-            ]
+        if threshold == math.inf and last_step is None:
+            parts = [self._refine(z) for z in latents.split(self.batch)]
+        else:
+            last = torch.full((len(latents),), self.max_steps) if last_step is None else last_step.long().cpu()
+            pieces = zip(latents.split(self.batch), last.split(self.batch), strict=True)
+            parts = [self._refine_until(z, threshold, own) for z, own in pieces]
         return Refined(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _refine(self, z: Tensor, threshold: float, last: Tensor) -> Refined:
+    def _start(self, z: Tensor) -> Tensor:
         with torch.no_grad():
             a = self.prefix(z)
-        if a.dim() == 4:
-            a = a.contiguous(memory_format=torch.channels_last)
-        last = last.to(a.device)
-        steps, longest = torch.zeros_like(last), int(last.max())
-        for step in range(longest):
-            a = a.detach().requires_grad_()
-            loss, logits, images = self.evaluate(a)
-            moving = (logits.detach() < threshold) & (step < last) & (steps == step)
-            if threshold < math.inf and not bool(moving.any()):
-                break
-            (grad,) = torch.autograd.grad(loss, a)
-            with torch.no_grad():
-                a = a - self.step_size * grad * moving.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
-            steps += moving
-        else:
-            with torch.no_grad():
-                _, logits, images = self._evaluate(a.detach())
-        return Refined(images.detach().to(self.state), logits.detach(), steps)
+        return a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a
 
-    def _evaluate(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _refine(self, z: Tensor) -> Refined:
+        a = self._start(z)
+        for _ in range(self.max_steps):
+            a = self.move(a)
+        images, logits = self._look(a)
+        return Refined(images, logits, torch.full((len(z),), self.max_steps, device=z.device))
+
+    def _refine_until(self, z: Tensor, threshold: float, last: Tensor) -> Refined:
+        a = self._start(z)
+        longest, last = int(last.max()), last.to(a.device)
+        steps, moving = torch.zeros_like(last), torch.ones_like(last, dtype=torch.bool)
+        limit = torch.full((), threshold, dtype=self.state, device=a.device)
+        for _ in range(longest):
+            a, steps, moving, images, logits = self.advance(a, steps, moving, last, limit)
+            if not bool(moving.any()):
+                return Refined(images.to(self.state), logits, steps)
+        images, logits = self._look(a)
+        return Refined(images, logits, steps)
+
+    def _move(self, a: Tensor) -> Tensor:
+        grad, _, _ = self._gradient(a)
+        return a.sub(grad, alpha=self.step_size)
+
+    def _advance(
+        self, a: Tensor, steps: Tensor, moving: Tensor, last: Tensor, threshold: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One evaluation, and an update of the samples that go on: (a, steps, moving, images and logits at the old a)."""
+        grad, logits, images = self._gradient(a)
+        moving = moving & (logits < threshold) & (steps < last)
+        a = a - self.step_size * grad * moving.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
+        return a, steps + moving, moving, images, logits
+
+    def _gradient(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient of the loss, logits, images)."""
+        a = a.detach().requires_grad_()
+        loss, (logits, images) = self._loss(a)
+        (grad,) = torch.autograd.grad(loss, a)
+        return grad, logits.detach(), images.detach()
+
+    def _loss(self, a: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         images = self.tail(a.to(self.precision))
         logits = self.discriminator(images).flatten().to(self.state)
-        return F.softplus(-logits).sum(), logits, images
+        return F.softplus(-logits).sum(), (logits, images)
+
+    def _look(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            _, (logits, images) = self._loss(a)
+        return images.to(self.state), logits
 
 
 class CompiledLoop(ExpertLoop):
-    """B2: the loss, and with it its gradient, compiled for the batch; ``mode`` as torch.compile takes it."""
+    """B2: the step of a batch as one compiled graph; ``mode`` as torch.compile takes it ("reduce-overhead" on a GPU)."""
 
     def __init__(self, *args: object, mode: str | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.evaluate = torch.compile(self._evaluate, mode=mode, dynamic=False, fullgraph=True)
+        self._compiled_move = torch.compile(self._move, mode=mode, dynamic=False, fullgraph=True)
+        self._compiled_advance = torch.compile(self._advance, mode=mode, dynamic=False, fullgraph=True)
+        self.move, self.advance = self._replay_move, self._replay_advance
+
+    def _gradient(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # torch.compile traces this form of the gradient into the same graph as the rest of the step
+        grad, (_, (logits, images)) = torch.func.grad_and_value(self._loss, has_aux=True)(a)
+        return grad, logits, images
+
+    @torch.no_grad()
+    def _replay_move(self, a: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled_move(a).clone()  # a CUDA graph's outputs are overwritten by its next replay
+
+    @torch.no_grad()
+    def _replay_advance(self, *given: Tensor) -> tuple[Tensor, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(t.clone() for t in self._compiled_advance(*given))
+
+
+def bake(module: nn.Module) -> nn.Module:
+    """``module``, whose parametrized tensors (spectral norm) have become plain parameters; not shared with a deepcopy.
+
+    Not torch's remove_parametrizations: it takes the parametrization from the class, which copies share.
+    """
+    module.eval()
+    for layer in list(module.modules()):
+        if parametrize.is_parametrized(layer):
+            names = list(layer.parametrizations)  # type: ignore[arg-type, union-attr]
+            values = {name: getattr(layer, name).detach().clone() for name in names}
+            layer.__class__ = type(layer).__bases__[0]
+            del layer.parametrizations
+            for name, value in values.items():
+                layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return module
 
 
 def fold(module: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """The table of results: ``python -m benchmarks.table [results.json ...] [--run] [--quick]`` prints Markdown.
 
-Without files it reads benchmarks/results/*.json. With --run it first runs ``pytest benchmarks`` and writes
+Without files it reads benchmarks/results/cpu-*.json. With --run it first runs ``pytest benchmarks`` and writes
 benchmarks/results/cpu-<model>.json, the raw pytest-benchmark JSON with machine, versions, commit and command.
 """
 
@@ -94,12 +94,12 @@ def run(quick: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("results", nargs="*", type=Path, help="raw pytest-benchmark JSON (default: benchmarks/results/*.json)")
+    parser.add_argument("results", nargs="*", type=Path, help="raw pytest-benchmark JSON (default: benchmarks/results/cpu-*.json)")
     parser.add_argument("--run", action="store_true", help="run the benchmarks first")
     parser.add_argument("--quick", action="store_true", help="with --run: smaller batches, fewer images, no torch.compile")
     given = parser.parse_args()
     files = given.results + ([run(given.quick)] if given.run else [])
-    for file in files or sorted(RESULTS.glob("*.json")):
+    for file in files or sorted(RESULTS.glob("cpu-*.json")):
         print(table(json.loads(file.read_text())))
 
 

@@ -1,15 +1,18 @@
 """The baselines compute what the engine computes, or their times could not be compared; and the bound is a bound."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastrefine as fr
-from benchmarks.baselines import ExpertLoop, PeersLoop, fold
+from benchmarks.baselines import CompiledLoop, ExpertLoop, PeersLoop, bake, fold
 from benchmarks.measure import greedy_bound
 from benchmarks.table import goals, table
 from benchmarks.workloads import WORKLOADS, halves
-from fastrefine.models import SAGANGenerator, SNGANGenerator, dcgan_discriminator, dcgan_generator
+from fastrefine.models import SAGANGenerator, SNGANDiscriminator, SNGANGenerator, dcgan_discriminator, dcgan_generator
 
 CUTS = {"input": "input", "first": "2", "middle": "5", "output": "output"}
 STEP, K, N, SLOTS = 0.1, 4, 7, 3
@@ -62,6 +65,29 @@ def test_expert_stops_each_sample_where_the_engine_does(pair, latents):
     stopped = refine(pair, latents, CUTS["first"], threshold)
     assert 0 < stopped.steps.sum() < N * K
     assert_same(expert(latents, threshold=threshold), stopped)
+
+
+def test_compiled_loop_equals_the_expert_whose_results_it_may_not_overwrite():
+    generator, discriminator = WORKLOADS["mlp2d"].pair()
+    given = (generator, discriminator, WORKLOADS["mlp2d"].cuts["first"], STEP, K, 4)
+    z = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+    # eager: what is tested are its form of the gradient and its copies; reduce-overhead itself needs a GPU
+    compiled = CompiledLoop(*given)
+    with torch.compiler.set_stance("force_eager"):
+        found = compiled(z)
+        threshold = float(found.logits.median())
+        stopped = compiled(z, threshold=threshold)
+    assert_same(found, ExpertLoop(*given)(z))
+    assert_same(stopped, ExpertLoop(*given)(z, threshold=threshold))
+    assert 0 < stopped.steps.sum() < len(z) * K
+
+
+def test_bake_keeps_the_function_and_the_original():
+    discriminator = SNGANDiscriminator(features=4).eval()
+    baked, x = bake(copy.deepcopy(discriminator)), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(baked(x), discriminator(x), rtol=0, atol=0)
+    assert not any(parametrize.is_parametrized(m) for m in baked.modules())
+    assert any(parametrize.is_parametrized(m) for m in discriminator.modules())
 
 
 def test_baselines_leave_the_pair_as_it_was(pair, latents):
