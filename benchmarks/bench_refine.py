@@ -59,8 +59,8 @@ class Entry:
         return race.best_sizes(few(PeersLoop)), race.best_sizes(few(ExpertLoop)), race.best_sizes(ours)[0]
 
 
-def compiled(entry: Entry, batches: list[int], quick: bool) -> tuple[dict[int, Any], str | None]:
-    """(B2 by batch, None), or ({}, the reason why it cannot run here)."""
+def compiled(entry: Entry, batches: list[int], quick: bool, **stop: Any) -> tuple[dict[int, Any], str | None]:
+    """(B2 by batch, each called once with ``stop``, None), or ({}, the reason why it cannot run here)."""
     if quick:
         return {}, "--quick"
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
@@ -68,7 +68,7 @@ def compiled(entry: Entry, batches: list[int], quick: bool) -> tuple[dict[int, A
     loops = {batch: entry.baseline(CompiledLoop, batch) for batch in batches}
     try:
         for batch, loop in loops.items():
-            loop(entry.latents(batch))
+            loop(entry.latents(batch), **stop)
     except Exception as error:  # torch.compile may fail in any way: the row says how
         return {}, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     return loops, None
@@ -128,7 +128,7 @@ def bench_random_stop_against_batches(race: Race, quick: bool, precision: str) -
     last_step = rule.draw(torch.arange(len(z)), 0, K)[1]
     refiner = entry.refiner(num_slots, stop=rule)
     b1 = entry.baseline(ExpertLoop, num_slots)
-    b2, missing = compiled(entry, [num_slots], quick)
+    b2, missing = compiled(entry, [num_slots], quick, last_step=last_step[:num_slots])
     result, wanted = refiner.refine(z), b1(z, last_step=last_step)
     assert torch.equal(result.steps.long(), wanted.steps)
     moved = wanted.images - entry.refiner(num_slots, 0).refine(z).images

@@ -94,7 +94,7 @@ def run(quick: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("results", nargs="*", type=Path, help="raw pytest-benchmark JSON (default: benchmarks/results/cpu-*.json)")
+    parser.add_argument("results", nargs="*", type=Path, help="raw pytest-benchmark JSON (default: results/cpu-*.json)")
     parser.add_argument("--run", action="store_true", help="run the benchmarks first")
     parser.add_argument("--quick", action="store_true", help="with --run: smaller batches, fewer images, no torch.compile")
     given = parser.parse_args()
