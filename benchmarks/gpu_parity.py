@@ -1,0 +1,185 @@
+"""Do all drivers give the same bits, and the reference's results? ``python -m benchmarks.gpu_parity [--output FILE.json]``.
+
+Same shapes, so bitwise equality is demanded between drivers and between two runs of one. Against float64 on the CPU a few
+steps must agree within a tolerance. Whether a sample's bits stay the same among other companions is reported, not demanded:
+on a GPU that is a property of cuDNN's and cuBLAS's kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastrefine as fr
+from benchmarks.workloads import WORKLOADS
+from fastrefine.models import SNGANDiscriminator, SNGANGenerator
+
+N, SLOTS, STEPS, CLASSES = 60, 16, 10, 4
+FEW = 3  # steps of the comparison with float64
+# Largest difference from float64 after FEW steps, as a part of the largest value.
+TOLERANCE = {"float32": 1e-3, "tf32": 3e-2, "bfloat16": 2e-1}
+
+
+def conditional() -> tuple[nn.Module, nn.Module]:
+    """A small class-conditional SNGAN: per-sample context travels with the slots."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        g, d = SNGANGenerator(features=16, num_classes=CLASSES), SNGANDiscriminator(features=16, num_classes=CLASSES)
+    return g.eval(), d.eval()
+
+
+# name -> (networks, shape of a latent, cut, labels?)
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], int, str, bool]] = {
+    "mlp2d": (WORKLOADS["mlp2d"].pair, 2, WORKLOADS["mlp2d"].cuts["first"], False),
+    "dcgan16": (WORKLOADS["dcgan16"].pair, 32, WORKLOADS["dcgan16"].cuts["first"], False),
+    "conditional sngan": (conditional, 128, "blocks.0", True),
+}
+
+
+class Case:
+    """A model on a device in a precision with a stop, to be run by any driver."""
+
+    def __init__(self, model: str, device: str, precision: str, stop: float | None, steps: int = STEPS):
+        make, latent, self.at, self.labelled = MODELS[model]
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        self.pair = tuple(network.to(device, dtype) for network in make())
+        self.latents = fr.Normal(latent).sample(torch.arange(N), 0, dtype)
+        self.labels = torch.arange(N) % CLASSES if self.labelled else None
+        self.device, self.precision, self.stop, self.steps = device, precision, stop, steps
+        self.refiners: dict[tuple[str, bool], fr.Refiner] = {}
+
+    def run(self, driver: str, ids: slice = slice(None), deterministic: bool = False) -> fr.Result:
+        """The samples ``ids`` of the case."""
+        key = driver, deterministic
+        if key not in self.refiners:  # to prepare one takes longer than to run it
+            self.refiners[key] = fr.Refiner(
+                *self.pair, fr.Collaborative(0.1, control="fixed"), at=self.at, max_steps=self.steps, stop=self.stop,
+                num_slots=SLOTS, precision=self.precision, driver=driver, deterministic=deterministic,
+            )  # fmt: skip
+        labels = None if self.labels is None else self.labels[ids]
+        return self.refiners[key].refine(self.latents[ids], labels=labels, first_id=ids.start or 0)
+
+
+def difference(found: fr.Result, wanted: fr.Result) -> dict[str, Any]:
+    """Largest differences of two results of the same samples."""
+
+    def largest(a: Tensor, b: Tensor) -> float:
+        return float((a.double().cpu() - b.double().cpu()).abs().max())
+
+    bitwise = all(torch.equal(getattr(found, k), getattr(wanted, k)) for k in ("images", "logits", "steps"))
+    return {
+        "bitwise": bitwise, "images": largest(found.images, wanted.images), "logits": largest(found.logits, wanted.logits),
+        "steps": int(largest(found.steps, wanted.steps)),
+    }  # fmt: skip
+
+
+def compare(
+    check: str, case: Case, label: str, found: Callable[[], fr.Result], wanted: fr.Result | Exception
+) -> dict[str, Any]:
+    """One line of the report: bitwise equality is demanded, but among other companions only told."""
+    line: dict[str, Any] = {"check": check, "case": label, "precision": case.precision, "stop": case.stop is not None}
+    try:
+        if isinstance(wanted, Exception):
+            raise wanted
+        line |= difference(found(), wanted)
+    except Exception as error:  # a driver that cannot run is a finding, and the others go on
+        return line | {"error": f"{type(error).__name__}: {str(error)[:300]}", "ok": False}
+    return line | {"ok": line["bitwise"] or check == "other companions"}
+
+
+def attempt(run: Callable[[], fr.Result]) -> fr.Result | Exception:
+    try:
+        return run()
+    except Exception as error:
+        return error
+
+
+def against_float64(model: str, device: str, precision: str, driver: str) -> dict[str, Any]:
+    """FEW steps on the device against float64 on the CPU, and against the CPU's float32 beside it."""
+    line: dict[str, Any] = {"check": "float64 on the CPU", "case": f"{model} {driver}", "precision": precision, "stop": False}
+    try:
+        with fr.use_backend("reference"):
+            exact = Case(model, "cpu", "float64", None, FEW).run("host")
+            cpu = Case(model, "cpu", "float32", None, FEW).run("host")
+        found = Case(model, device, precision, None, FEW).run(driver)
+    except Exception as error:
+        return line | {"error": f"{type(error).__name__}: {str(error)[:300]}", "ok": False}
+    line |= {**difference(found, exact), "cpu_float32_logits": difference(cpu, exact)["logits"]}
+    scale = max(float(exact.images.abs().max()), 1e-6), max(float(exact.logits.abs().max()), 1.0)
+    return line | {"ok": max(line["images"] / scale[0], line["logits"] / scale[1]) <= TOLERANCE[precision]}
+
+
+def check(device: str, models: list[str], drivers: list[str], precisions: list[str], deadline: float) -> list[dict[str, Any]]:
+    """All comparisons until the deadline (time.perf_counter); what was left out is a line that is not ok."""
+    lines: list[dict[str, Any]] = []
+    for model in models:
+        pilot = attempt(lambda: Case(model, device, "float32", None, STEPS // 2).run("host"))  # noqa: B023
+        threshold = float(pilot.logits.median()) if isinstance(pilot, fr.Result) else 0.0
+        for precision in precisions:
+            if time.perf_counter() > deadline:
+                lines.append({"check": "time", "case": model, "precision": precision, "error": "time is up", "ok": False})
+                continue
+            for stop in (None, threshold):
+                case = Case(model, device, precision, stop)
+                host = attempt(lambda: case.run("host"))  # noqa: B023
+                for driver in drivers:
+                    label = f"{model}: {driver} and host"
+                    lines.append(compare("drivers", case, label, lambda: case.run(driver), host))  # noqa: B023
+                last = drivers[-1]
+                again = attempt(lambda: case.run(last))  # noqa: B023
+                lines.append(compare("again", case, f"{model}: {last} twice", lambda: case.run(last), again))  # noqa: B023
+            for deterministic in (False, True):
+                label = f"{model}: {'deterministic' if deterministic else 'default'} algorithms"
+                whole = attempt(lambda: case.run(last, deterministic=deterministic))  # noqa: B023
+                part = whole.select(slice(21, None)) if isinstance(whole, fr.Result) else whole
+                rest = lambda: case.run(last, slice(21, None), deterministic)  # noqa: B023, E731
+                lines.append(compare("other companions", case, label, rest, part))
+            lines.append(against_float64(model, device, precision, last))
+    return lines
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines as Markdown."""
+    head = ("check", "case", "precision", "stop", "bitwise", "images", "logits", "steps", "ok")
+    rows = []
+    for line in lines:
+        cells = [f"{line[k]:.2g}" if isinstance(line.get(k), float) else str(line.get(k, "-")) for k in head[:-1]]
+        rows.append("| " + " | ".join([*cells, "ok" if line["ok"] else f"**{line.get('error', 'differs')}**"]) + " |")
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_parity", description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu: host against host in float32, to try the command")
+    parser.add_argument("--drivers", nargs="+", help="compared with host (default: graph loop)")
+    parser.add_argument("--precisions", nargs="+", help="default: float32 tf32 bfloat16")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
+    parser.add_argument("--limit", type=float, default=150, help="seconds after which no new case begins (default 150)")
+    parser.add_argument("--output", type=Path, help="JSON")
+    given = parser.parse_args()
+    on_cpu = given.device == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)  # small networks
+    drivers = given.drivers or (["host"] if on_cpu else ["loop", "graph"])
+    precisions = given.precisions or (["float32"] if on_cpu else list(TOLERANCE))
+    lines = check(given.device, given.models, drivers, precisions, time.perf_counter() + given.limit)
+    if given.output:
+        given.output.write_text(json.dumps(lines, indent=1) + "\n")
+    print(table(lines))
+    bad = [line for line in lines if not line["ok"]]
+    kept = [line for line in lines if line["check"] == "other companions" and line.get("bitwise")]
+    asked = [line for line in lines if line["check"] == "other companions"]
+    print(f"{len(lines)} comparisons, {len(bad)} not ok; bits kept among other companions in {len(kept)} of {len(asked)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
