@@ -151,7 +151,6 @@ def bench(given: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("no GPU here: --dry-run prints the plan, --device cpu tries the command on a small scale")
     torch.backends.cudnn.benchmark = True  # shapes never change; the choice is made while both sides warm up
     budget = Budget(given.budget, time.perf_counter)
-    faulthandler.dump_traceback_later(1.2 * given.budget + 30, exit=True)  # a hang ends, and says where it was
     given_scale = {"steps": given.steps, "repetitions": given.repetitions, "samples": given.samples}
     given_scale["num_slots"] = (given.num_slots,) if given.num_slots else None
     base = Scale.stand_in() if device.type == "cpu" else Scale()
@@ -176,8 +175,13 @@ def bench(given: argparse.Namespace) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    run_rows(planned(given), lambda row: measure(measuring, row, command, machine), budget, recorder, scale.repetitions, alive)
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(1.2 * budget.left + 30, exit=True)  # a hang ends, and says where it was
+    try:
+        run_rows(
+            planned(given), lambda row: measure(measuring, row, command, machine), budget, recorder, scale.repetitions, alive
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return results
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def planned(folder: Path, gpu: bool, probe: bool) -> list[Step]:
         return [*python, "-W", "ignore", "-m", f"benchmarks.{name}", "--device", device, *given]
 
     def tests(output: str, *given: str) -> list[str]:
-        return [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={folder / output}", *given]
+        # what takes time is Triton's compiler, for each specialisation
+        parallel = ["-n", "8"] if gpu and importlib.util.find_spec("xdist") else []
+        return [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={folder / output}", *parallel, *given]
 
     collect = [] if gpu else ["--collect-only"]
     parity = ["tests/test_refine_step.py", "tests/test_noise.py", *_existing("tests", "test_kernels_*.py")]
@@ -131,13 +134,13 @@ def planned(folder: Path, gpu: bool, probe: bool) -> list[Step]:
         Step("tests marked cuda", tests("cuda.xml", "-m", "cuda", *collect, "tests"), 150, compiled, "cuda.xml"),
         Step("drivers", module("gpu_parity", "--limit", "120", "--output", str(folder / "parity.json"),
                                *([] if gpu else ["--models", "mlp2d"])), 150, compiled, "parity.json"),
-        Step("compiled kernels", tests("kernels.xml", *collect, *parity), 150, compiled, "kernels.xml"),
+        Step("compiled kernels", tests("kernels.xml", *collect, *parity), 180, compiled, "kernels.xml"),
         Step("census", [*python, "-W", "ignore", "-m", "benchmarks.gpu_small", "--census"], 60, compiled),
     ]  # fmt: skip
     if probe:
         limit = ["--limit", "75", "--output", str(folder / "probe.json")]
         steps.append(Step("probe", module("gpu_probe", *limit), 110, compiled, "probe.json"))
-    for tool, driver in (("memcheck", "host"), ("memcheck", "graph"), ("racecheck", "host")):
+    for tool, driver in itertools.product(("memcheck", "racecheck"), ("host", "graph")):
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         small = module("gpu_small", "--driver", driver)
         # torch's allocator keeps freed memory: without it an access beyond a tensor's end is seen
@@ -150,8 +153,8 @@ def _existing(folder: str, pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
 
 
-def execute(steps: Sequence[Step], folder: Path, gpu: bool, total: float) -> None:
-    """Run the steps in order; what cannot run here, or has no time left, says so."""
+def execute(steps: Sequence[Step], folder: Path, gpu: bool, total: float, write: Callable[[], None]) -> None:
+    """Run the steps in order, ``write`` after each; what cannot run here, or has no time left, says so."""
     deadline = time.perf_counter() + total
     for step in steps:
         left = deadline - time.perf_counter()
@@ -168,6 +171,7 @@ def execute(steps: Sequence[Step], folder: Path, gpu: bool, total: float) -> Non
             print(f"{step.name} ...", end=" ", file=sys.stderr, flush=True)
             step.run(folder, left)
             print(f"{step.state}, {step.seconds:.0f} s", file=sys.stderr, flush=True)
+        write()
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -209,10 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = [step for step in steps if not given.only or any(word in step.name for word in given.only)]
     machine = facts(device, given.commit)
     name = f"gpu-check-{slug(device_name(device))}" if gpu else "gpu-check-dry-run"
-    execute(steps, folder, gpu, given.total)
-    report = {"kind": "fastrefine gpu_check", "dry_run": not gpu, "machine": machine, "steps": [asdict(s) for s in steps]}
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(markdown(report))
+
+    def write() -> None:  # after every step: what is cut short loses nothing
+        report = {"kind": "fastrefine gpu_check", "dry_run": not gpu, "machine": machine, "steps": [asdict(s) for s in steps]}
+        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / f"{name}.md").write_text(markdown(report))
+
+    execute(steps, folder, gpu, given.total, write)
     for step in steps:
         print(f"{step.state:8} {step.name}" + (f": {step.tail.strip().splitlines()[-1]}" if step.tail.strip() else ""))
     print(f"Written: {folder / name}.json and .md")

@@ -1,0 +1,255 @@
+"""The GPU commands without a GPU: plans, stand-ins, what they write when a row fails or time runs out, table and plot."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_bench, gpu_check, gpu_machine, gpu_parity, gpu_rows, gpu_sides, gpu_table
+from benchmarks.gpu_bench import Recorder, run_rows
+from benchmarks.gpu_check import Step
+from benchmarks.gpu_rows import Budget, Row
+
+# what DESIGN promises of a row
+KEYS = [
+    "workload",
+    "at",
+    "sampler",
+    "precision",
+    "driver",
+    "stop",
+    "num_slots",
+    "images_per_second",
+    "ratio_b0",
+    "ratio_b1",
+    "ratio_b2",
+    "floor_fraction",
+    "slot_efficiency",
+    "greedy_bound",
+    "mean_steps",
+    "host_syncs_per_step",
+    "peak_memory_mb",
+    "commit",
+    "torch",
+    "triton",
+    "cuda",
+    "gpu",
+    "command",
+]
+
+
+def row(workload="mlp2d", precision="float32", stop="none", driver="host"):
+    return Row(workload, "first", "collaborative", precision, driver, stop)
+
+
+def made_up(stop="none", **facts):
+    """A row of invented figures."""
+    own = {"workload": "dcgan64", "at": "first", "sampler": "collaborative", "precision": "bfloat16", "driver": "graph"}
+    own |= dict.fromkeys(("commit", "torch", "triton", "cuda", "gpu", "command"), "made up")
+    own |= {"stop": stop, "num_slots": 512, "images_per_second": 1e3, "ratio_b0": 12.0, "ratio_b1": 2.0, "ratio_b2": 1.0}
+    own |= {"floor_fraction": 0.4, "slot_efficiency": 0.9, "greedy_bound": 0.95, "mean_steps": 50.0, "K": 50}
+    return own | {"host_syncs_per_step": 0.02, "peak_memory_mb": 100.0, "missing": {}, **facts}
+
+
+def results_of(*rows):
+    machine = dict.fromkeys(("commit", "torch", "triton", "cuda", "gpu"), "made up")
+    return {
+        "machine": machine, "command": "made up", "datetime": "2000-01-01T00:00:00", "stand_in": False, "rows": list(rows),
+        "peaks": {"bfloat16": {"flops_per_second": 1e12, "size": 1}}, "failed": [], "not_run": [],
+    }  # fmt: skip
+
+
+class Clock:
+    """A clock that only moves when told."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """The command's own file of two rows, measured on a CPU."""
+    path = tmp_path_factory.mktemp("results") / "cpu.json"
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    given = ["--device", "cpu", "--workloads", "mlp2d", "--precisions", "float32", "--stops", "none", "median"]
+    code = gpu_bench.main([*given, "--output", str(path)])
+    torch.backends.cudnn.benchmark = benchmark
+    assert torch.get_num_threads() == threads
+    return code, json.loads(path.read_text())
+
+
+def test_stand_in_measures_every_row_with_all_keys(stand_in):
+    code, results = stand_in
+    assert code == 0 and results["failed"] == results["not_run"] == [] and results["stand_in"]
+    assert [r["stop"] for r in results["rows"]] == ["none", "median"]
+    for found in results["rows"]:
+        assert set(KEYS) <= set(found)
+        assert found["images_per_second"] > 0 and found["ratio_b1"] > 0 and found["ratio_b0"] > 0
+        assert found["ratio_b2"] is None and found["missing"]["b2"]
+        assert found["checks"]["b1"]["steps_equal"] == 1 and found["checks"]["b1"]["deviation_median"] < 1e-3
+
+
+def test_stop_is_reached_by_some_and_its_gain_comes_from_the_same_run(stand_in):
+    fixed, stopped = stand_in[1]["rows"]
+    assert fixed["mean_steps"] == fixed["K"] and 0 < stopped["mean_steps"] < stopped["K"]
+    assert stopped["gain"] == pytest.approx(stopped["images_per_second"] / fixed["images_per_second"])
+
+
+def test_table_of_a_stand_in_judges_nothing(stand_in):
+    text = gpu_table.table(stand_in[1])
+    assert "stand-in" in text and "met" not in text.partition("| workload")[2] and "missed" not in text
+
+
+def test_plan_lists_rows_in_order_without_a_gpu(capsys):
+    assert gpu_bench.main(["--dry-run", "--workloads", "mlp2d", "dcgan16", "--precisions", "bfloat16", "float32"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| first |" in line]
+    assert len(lines) == 8
+    ranks = [("bfloat16" in line, "none" in line) for line in lines if "mlp2d" in line]
+    assert ranks == [(True, True), (True, False), (False, True), (False, False)]
+
+
+def test_without_a_gpu_the_commands_say_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu_bench.main(["--workloads", "mlp2d"])
+    with pytest.raises(SystemExit):
+        gpu_check.main([])
+
+
+def test_rows_that_do_not_fit_the_budget_are_listed(tmp_path):
+    clock = Clock()
+    rows = [row(), row("dcgan16"), row(stop="median")]
+    budget = Budget(2.5 * gpu_rows.expected_seconds(rows[0], 3), clock)
+
+    def measure(one):
+        clock.now += 2 * gpu_rows.expected_seconds(one, 3)
+        return {**one.facts(), "images_per_second": 1.0, "floor_fraction": 0.0, "row_seconds": 1.0}
+
+    recorder = Recorder(tmp_path / "x.json", {"rows": [], "failed": []})
+    run_rows(rows, measure, budget, recorder, 3)
+    written = json.loads(recorder.path.read_text())
+    assert [r["workload"] for r in written["rows"]] == ["mlp2d"]
+    assert [(r["workload"], r["stop"]) for r in written["not_run"]] == [("dcgan16", "none"), ("mlp2d", "median")]
+    assert all("budget" in r["reason"] for r in written["not_run"])
+
+
+def test_a_failing_row_is_recorded_and_the_next_one_runs(tmp_path):
+    def measure(one):
+        if one.precision == "tf32":
+            raise RuntimeError("no such kernel")
+        return {**one.facts(), "images_per_second": 1.0, "floor_fraction": 0.0, "row_seconds": 1.0}
+
+    recorder = Recorder(tmp_path / "x.json", {"rows": [], "failed": []})
+    run_rows([row(precision="tf32"), row()], measure, Budget(1e6, Clock()), recorder, 3)
+    written = json.loads(recorder.path.read_text())
+    assert [r["error"] for r in written["failed"]] == ["RuntimeError: no such kernel"] and len(written["rows"]) == 1
+
+
+def test_a_lost_device_ends_the_run_with_the_rest_listed(tmp_path):
+    def fail(*_):
+        raise RuntimeError("illegal memory access")
+
+    recorder = Recorder(tmp_path / "x.json", {"rows": [], "failed": []})
+    run_rows([row(), row(stop="median")], fail, Budget(1e6, Clock()), recorder, 3, alive=fail)
+    written = json.loads(recorder.path.read_text())
+    assert len(written["failed"]) == 1 and "device" in written["not_run"][0]["reason"]
+
+
+def test_compilation_may_take_half_of_the_budget():
+    clock = Clock()
+    budget = Budget(200, clock)
+    assert budget.may_compile()
+    with budget.compilation():
+        clock.now += 60
+    assert not budget.may_compile()  # another 60 s would make 120
+
+
+def test_work_is_counted_from_the_networks():
+    own = gpu_rows.work("dcgan16", "first")
+    assert own.evaluation == 2 * own.forward and 2.9 * own.forward < own.peers < 3.1 * own.forward
+    assert gpu_rows.work("dcgan16", "output").forward < own.forward
+
+
+def test_wrong_results_are_noticed():
+    bench = gpu_sides.Bench(torch.device("cpu"), Budget(100, Clock()), gpu_sides.Scale.stand_in())
+    one = row()
+    ours, start = bench.refiner(one).refine(bench.latents(one, 8)), bench.start(one, 8)
+    theirs = bench.loop(gpu_sides.ExpertLoop, one, 8)(bench.latents(one, 8))
+    bench.compare(one, ours, theirs, start)
+    with pytest.raises(gpu_sides.WrongResults):
+        bench.compare(one, ours, theirs._replace(images=2 * theirs.images - start), start)
+
+
+def test_table_says_met_and_missed_and_what_is_missing():
+    failed = {**made_up(), "error": "it broke"}
+    results = results_of(made_up(), made_up("median", ideal_gain=2.0, gain=1.7, ratio_b2=None, missing={"b2": "budget"}))
+    results["failed"], results["not_run"] = [failed], [{**made_up("median"), "reason": "budget"}]
+    text = gpu_table.table(results)
+    for verdict in (
+        "B0 12 >= 10: met", "B2 1 >= 1.1: **missed**", "floor 0.4 >= 0.35: met", "slots 0.947 >= 0.98: **missed**",
+        "syncs 0.02 <= 0.0312: met", "gain 1.7 >= 1.8: **missed**", "failed: it broke", "not run: budget",
+    ):  # fmt: skip
+        assert verdict in text, verdict
+
+
+def test_plot_is_drawn_from_a_file(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source, target = tmp_path / "made-up.json", tmp_path / "plot.svg"
+    source.write_text(json.dumps(results_of(made_up(), made_up("median", ratio_b2=None))))
+    assert gpu_bench.main(["--table", str(source), "--plot", str(target)]) == 0
+    assert "<svg" in target.read_text() and "| dcgan64 |" in capsys.readouterr().out
+
+
+def test_check_goes_through_its_steps_without_a_gpu(tmp_path, capsys):
+    code = gpu_check.main(["--dry-run", "--only", "build", "census", "sanitizer", "--output", str(tmp_path)])
+    report = json.loads((tmp_path / "gpu-check-dry-run.json").read_text())
+    assert code == 0 and {step["state"] for step in report["steps"]} == {"skipped"}
+    assert "## census: skipped" in (tmp_path / "gpu-check-dry-run.md").read_text()
+
+
+def test_every_planned_command_exists():
+    for gpu in (True, False):
+        for step in gpu_check.planned(Path("/folder"), gpu, True):
+            if "-m" in step.command and "benchmarks." in step.command[step.command.index("-m") + 1]:
+                module = step.command[step.command.index("-m") + 1]
+                assert (gpu_machine.ROOT / (module.replace(".", "/") + ".py")).exists()
+            assert all((gpu_machine.ROOT / word).exists() for word in step.command if word.startswith("tests/"))
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_step_that_hangs_is_ended_and_failed(tmp_path):
+    step = Step("slow", python("import time; print('began', flush=True); time.sleep(60)"), 2)
+    step.run(tmp_path, 100)
+    assert step.state == "failed" and "began" in step.tail and "limit" in step.tail and step.seconds < 20
+
+
+def test_a_step_reports_how_it_ended_and_what_it_left(tmp_path):
+    junit = '<testsuite><testcase name="a"/><testcase name="b"><failure/></testcase></testsuite>'
+    write = f"open({str(tmp_path / 'x.xml')!r}, 'w').write('{junit}'); raise SystemExit(1)"
+    failed, skipped = Step("tests", python(write), 20, output="x.xml"), Step("cannot", python("raise SystemExit(77)"), 20)
+    for step in (failed, skipped):
+        step.run(tmp_path, 100)
+    assert (failed.state, skipped.state) == ("failed", "skipped")
+    assert failed.found == {"tests": 2, "failed": 1, "skipped": 0, "names": ["None::b"]}
+    refused = Step("compute-sanitizer memcheck, host", python("print('Device not supported'); raise SystemExit(1)"), 20)
+    refused.run(tmp_path, 100)
+    assert refused.state == "skipped" and list(tmp_path.iterdir()) == []
+
+
+def test_parity_demands_bits_of_drivers_and_only_reports_companions():
+    case = gpu_parity.Case("mlp2d", "cpu", "float32", None)
+    wanted = case.run("host")
+    assert gpu_parity.compare("drivers", case, "x", lambda: case.run("host"), wanted)["ok"]
+    moved = replace(wanted, logits=wanted.logits + 1e-6)
+    assert not gpu_parity.compare("drivers", case, "x", lambda: moved, wanted)["ok"]
+    assert gpu_parity.compare("other companions", case, "x", lambda: moved, wanted)["ok"]
+    broken = gpu_parity.compare("drivers", case, "x", lambda: wanted, RuntimeError("no loop"))
+    assert not broken["ok"] and broken["error"] == "RuntimeError: no loop"
