@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import faulthandler
+import functools
 import json
 import shlex
 import sys
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_rows, gpu_table
-from benchmarks.gpu_machine import DTYPES, copy_bandwidth, device_name, facts, slug, synchronize
+from benchmarks.gpu_machine import DTYPES, ROOT, copy_bandwidth, device_name, facts, slug, synchronize
 from benchmarks.gpu_measure import measure
 from benchmarks.gpu_rows import Budget, Row
 from benchmarks.gpu_sides import Bench, Scale
 from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
+BUILD = ROOT / "build"  # what is no result goes where git does not look
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +56,9 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-b2", action="store_true", help="without torch.compile; always so on a CPU")
     parser.add_argument("--compile", action="store_true", help="ours with compile=True")
     parser.add_argument("--commit", help="where the files are no git checkout")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<name>.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/gpu-<name>.json (stand-in: build/)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as Markdown and stop")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="with --table: draw the ratios too")
@@ -155,7 +159,8 @@ def bench(given: argparse.Namespace) -> dict[str, Any]:
     given_scale["num_slots"] = (given.num_slots,) if given.num_slots else None
     base = Scale.stand_in() if device.type == "cpu" else Scale()
     scale = Scale(**{**vars(base), **{k: v for k, v in given_scale.items() if v is not None}})
-    given.output = given.output or RESULTS / f"gpu-{slug(device_name(device))}.json"
+    named = RESULTS / f"gpu-{slug(device_name(device))}.json" if device.type == "cuda" else BUILD / "gpu-stand-in.json"
+    given.output = given.output or named
     command = shlex.join(["python", "-m", "benchmarks.gpu_bench", *given.arguments])
     machine = facts(device, given.commit)
     measuring = Bench(device, budget, scale, not given.no_b2 and device.type == "cuda", given.compile)
@@ -177,9 +182,8 @@ def bench(given: argparse.Namespace) -> dict[str, Any]:
 
     faulthandler.dump_traceback_later(1.2 * budget.left + 30, exit=True)  # a hang ends, and says where it was
     try:
-        run_rows(
-            planned(given), lambda row: measure(measuring, row, command, machine), budget, recorder, scale.repetitions, alive
-        )
+        one = functools.partial(measure, measuring, command=command, machine=machine)
+        run_rows(planned(given), one, budget, recorder, scale.repetitions, alive)
     finally:
         faulthandler.cancel_dump_traceback_later()
     return results

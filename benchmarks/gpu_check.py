@@ -201,14 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only steps whose name holds one of these words")
     parser.add_argument("--total", type=float, default=510, help="seconds for everything (default 510)")
     parser.add_argument("--commit", help="where the files are no git checkout")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the report (default benchmarks/results)")
+    parser.add_argument("--output", type=Path, help="folder of the report (default benchmarks/results; of a dry run build)")
     given = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and not given.dry_run
     if not gpu and not given.dry_run:
         parser.error("no GPU here; --dry-run goes through the steps on stand-ins")
     device = torch.device("cuda" if gpu else "cpu")
-    given.output.mkdir(parents=True, exist_ok=True)
-    folder = given.output.resolve()
+    folder = (given.output or (RESULTS if gpu else ROOT / "build")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     steps = planned(folder, gpu, not given.no_probe)
     steps = [step for step in steps if not given.only or any(word in step.name for word in given.only)]
     machine = facts(device, given.commit)

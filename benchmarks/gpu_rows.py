@@ -32,6 +32,7 @@ STEP_SECONDS, SETUP_SECONDS, COMPILE_SECONDS = 1e-3, 6.0, 40.0
 TARGET_SECONDS, MOST_SECONDS = 2.0, 4.0  # of one timed run of ours
 FEWEST_ROUNDS, STOP_ROUNDS = 8, 200  # samples per slot: at least with fixed steps, at most with a stop
 OUTPUT_BYTES = 6e9  # what the results of one run may occupy on the device
+MOST_SAMPLES = 400_000
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def samples(row: Row, num_slots: int, rate: float) -> int:
         wanted = min(max(FEWEST_ROUNDS, rate * TARGET_SECONDS / num_slots), max(in_time, 2))
     else:
         wanted = min(STOP_ROUNDS, max(in_time, 8))
-    fits = OUTPUT_BYTES / work(*row.pair_key).output_bytes / num_slots
+    fits = min(OUTPUT_BYTES / work(*row.pair_key).output_bytes, MOST_SAMPLES) / num_slots
     return num_slots * max(1, int(min(wanted, fits)))
 
 

@@ -160,7 +160,10 @@ class Bench:
             refiner.max_steps = self.scale.steps
 
     def best_batch(self, kind: type, row: Row, precision: str) -> int:
-        """The batch with the least time per sample: a few steps without a stop, the whole way with one."""
+        """The batch with the least time per sample: a few steps without a stop, the whole way with one.
+
+        Of batches that are within 2 % of the best the smallest, whose rounds are shortest.
+        """
 
         def few(batch: int) -> float:
             stop = self.stop(row, batch)
@@ -170,7 +173,7 @@ class Bench:
 
         def choose() -> int:
             seconds = self._try(few, self.scale.batches or gpu_rows.batches_to_try(row.workload))
-            return min(seconds, key=seconds.__getitem__)
+            return min(batch for batch, each in seconds.items() if each <= 1.02 * min(seconds.values()))
 
         return self.kept(("batch", kind, row.pair_key, precision, row.stop), choose)
 
