@@ -56,9 +56,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-b2", action="store_true", help="without torch.compile; always so on a CPU")
     parser.add_argument("--compile", action="store_true", help="ours with compile=True")
     parser.add_argument("--commit", help="where the files are no git checkout")
-    parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/gpu-<name>.json (stand-in: build/)"
-    )
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<name>.json (stand-in: build/)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as Markdown and stop")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="with --table: draw the ratios too")

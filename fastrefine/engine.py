@@ -131,8 +131,9 @@ class Run:
         if driver.lag:
             count = 1 << count.bit_length()  # runs of about this length share a captured step
         block_bytes = first.activation.nbytes + self.size * self.target.generator.row_bytes
-        longest = self.proposals.max_steps + 2 + (driver.lag + 1) * (driver.chunk - 1)  # blocks begun before one is seen to end
-        window = max(4, min(count + 1, longest, WINDOW_BYTES.get(self.proposals.device.type, WINDOW_DEFAULT) // block_bytes)) * self.size
+        memory = WINDOW_BYTES.get(self.proposals.device.type, WINDOW_DEFAULT)
+        longest = self.proposals.max_steps + 2 + (driver.lag + 1) * (driver.chunk - 1)  # steps until an end is seen
+        window = max(4, min(count + 1, longest, memory // block_bytes)) * self.size
         pool = max(2, min(count, POOL_BLOCKS if driver.lag else 2, POOL_BYTES // block_bytes)) * self.size
         machine = self.target.idle(key_of(self.rule, self.backend, first), window, pool)
         if machine is None:
@@ -299,6 +300,6 @@ class Run:
                 return
             self.deliveries.popleft()
             names = [name for name, value in vars(result).items() if isinstance(value, Tensor)]
-            arrived = dict(zip(names, values.wait(), strict=True))
+            arrived: dict[str, Any] = dict(zip(names, values.wait(), strict=True))
             self.progress.host_syncs += values.blocked
             yield replace(result, **arrived)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrefine import ops, slots
@@ -30,7 +31,8 @@ class Machine:
         self.context = tuple(c.clone() for c in given)
         self.pool_context = tuple(c.new_zeros(pool_rows, *c.shape[1:]) for c in given)
         self.captured: dict[str, Any] = {}  # a driver's recordings of the step
-        self.key = key_of(rule, backend, block)
+        self.key, self.era = key_of(rule, backend, block), target.era
+        self._rested: torch.cuda.Event | None = None
 
     def reset(self, rule: Rule, first_id: int) -> None:
         """Empty slots and pool; the next proposal will be ``first_id``."""
@@ -42,6 +44,17 @@ class Machine:
             self.slots.view.zero_()
         self.outputs.status.fill_(slots.PENDING)
         self.pool.counters[: slots.END + 1] = first_id
+
+    def rest(self) -> None:
+        """The run is over, as far as the host is concerned."""
+        if self.slots.activation.is_cuda:
+            self._rested = torch.cuda.Event()
+            self._rested.record()
+
+    def wake(self) -> None:
+        """Another run begins, on another stream perhaps: it waits for what was launched before."""
+        if self._rested is not None:
+            self._rested.wait()
 
     def admit(self, block: Block) -> None:
         """Put the block's proposals into the pool; its rows there must be free."""
@@ -69,7 +82,7 @@ class Machine:
         evaluate = self.target.forward if forward_only else self.target.evaluate
         evaluation = evaluate(own.activation, self.context, own.view)
         if forward_only:
-            evaluation = evaluation._replace(grad=None)
+            evaluation = evaluation._replace(grad=None)  # type: ignore[arg-type]
         ops.refine_step(own, evaluation, self.pool, self.outputs, self.rule, backend=self.backend)
         self._follow()
 

@@ -115,7 +115,5 @@ class Proposals:
         labels = None if labels is None else send(labels, self.device)
         a, context = self.generator.prefix(latents, labels)
         start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
-        return Block(
-            index, start, stop, self.whole, latents, labels, a.reshape(self.size, -1), context,
-            send(threshold.to(self.dtype), self.device), send(last_step, self.device), send(reference.to(self.dtype), self.device),
-        )  # fmt: skip
+        drawn = (send(t, self.device) for t in (threshold.to(self.dtype), last_step, reference.to(self.dtype)))
+        return Block(index, start, stop, self.whole, latents, labels, a.reshape(self.size, -1), context, *drawn)

@@ -47,21 +47,22 @@ def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
 def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
     """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
     progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
+    stream = torch.cuda.current_stream(refiner.device) if refiner.device.type == "cuda" else None
     lockstep = refiner.coupling == "lockstep"
     with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
         while True:
             try:
-                with _modes(refiner, None, size):
+                with _modes(refiner, None, size, stream):
                     target = refiner._prepare(source)
                     target.resize(size)
                 if source.count == 0:
                     yield _empty(target, source, refiner, progress)
                     return
-                with _modes(refiner, target, size):
+                with _modes(refiner, target, size, stream):
                     blocks = _run(refiner, target, source, progress, bar).parts()
                 while True:
                     # modes are entered around each block alone: between two parts the caller's are in force
-                    with _modes(refiner, target, size) as progress.facts["threads"]:
+                    with _modes(refiner, target, size, stream) as progress.facts["threads"]:
                         part = next(blocks, None)
                     if part is None:
                         break
@@ -83,8 +84,11 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
 
 
 @contextlib.contextmanager
-def _modes(refiner: Refiner, target: Target | None, size: int) -> Iterator[int]:
+def _modes(refiner: Refiner, target: Target | None, size: int, stream: torch.cuda.Stream | None) -> Iterator[int]:
+    """stream: the current one when the call began; a stream of parts may be continued under another."""
     with contextlib.ExitStack() as stack:
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))
         stack.enter_context(quiet_torch(refiner.device))
         stack.enter_context(drivers.arithmetic(refiner.precision, refiner.deterministic))
         flops = None

@@ -60,9 +60,10 @@ class Target:
         self.generator, self.discriminator, self.coupled, self.compiled = generator, discriminator, coupled, compiled
         self.num_slots, self._precision = num_slots, DTYPES[precision]
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
-        self._graphs: dict[tuple[bool, bool], fx.GraphModule] = {}  # by (with gradient, reads a view)
-        self._calls: dict[tuple[bool, bool], Callable[..., Any]] = {}  # the same, compiled where that was asked for
-        self._idle: list[Machine] = []
+        self._graphs: dict[tuple[bool, bool], fx.GraphModule]  # by (with gradient, reads a view)
+        self._calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
+        self._idle: list[Machine]
+        self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
     def prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
@@ -213,7 +214,7 @@ class Target:
         given = (a, *context) if view is None else (view, a, *context)
         kind = with_grad, view is not None
         if kind not in self._calls:
-            functions = {
+            functions: dict[tuple[bool, bool], Callable[..., Any]] = {
                 (True, False): self._step, (True, True): self._step_on_view,
                 (False, False): self._values, (False, True): lambda v, *rest: self._values(*rest, view=v),
             }  # fmt: skip
@@ -243,17 +244,21 @@ class Target:
         """A machine of an earlier run that serves this one, taken out; None where there is none."""
         for index, machine in enumerate(self._idle):
             if machine.key == key and machine.window >= window and machine.pool_rows >= pool_rows:
-                return self._idle.pop(index)
+                del self._idle[index]
+                machine.wake()
+                return machine
         return None
 
     def keep(self, machine: Machine) -> None:
         """Take back the machine of a run that ended: a step that was captured need not be captured again."""
-        if machine.captured and machine.target is self:
+        if machine.captured and machine.era is self.era:
+            machine.rest()
             self._idle = [machine]
 
     def forget(self) -> None:
         """Drop what was traced, compiled or captured."""
         self._graphs, self._calls, self._idle = {}, {}, []
+        self.era = object()  # what was captured before is of another one
 
     def resize(self, num_slots: int) -> None:
         """Evaluate batches of another size from now on."""

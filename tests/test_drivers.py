@@ -287,5 +287,3 @@ def test_the_stand_in_refuses_what_cuda_refuses():
     for step in (lambda: float(x.sum()), lambda: x.nonzero(), lambda: torch.rand(3)):
         with pytest.raises(CaptureError):
             runtime.capture(step)
-
-
