@@ -54,11 +54,11 @@ class CudaRuntime:
     """Captures on the current device; what is captured runs in order of the stream that replays it."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.stream = device, torch.cuda.Stream(device)
 
     def capture(self, step: Callable[[], None], beside: Any = None) -> torch.cuda.CUDAGraph:
         """``step`` as a graph; it shares the memory of ``beside``, a graph that never runs at the same time."""
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream, current = self.stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         # the backward thread would launch outside the capture (only networks without a flat step use autograd)
         with torch.autograd.set_multithreading_enabled(False):

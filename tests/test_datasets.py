@@ -79,6 +79,7 @@ def test_mnist_names_the_files_that_are_absent(folder):
         (gzip.compress(b"\x00\x00\x08\x03" + struct.pack(">3I", 3, 2, 2) + bytes(11)), "header says 3x2x2"),
         (gzip.compress(b"\x00\x00\x08\x01" + struct.pack(">I", 3) + bytes(3)), "wanted"),
     ],
+    ids=["html", "cut short", "empty", "another type", "half a header", "a pixel missing", "labels for images"],
 )
 def test_mnist_names_the_file_that_is_broken(folder, content, words):
     path = folder / MNIST_FILES["train"]

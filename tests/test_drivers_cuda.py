@@ -168,7 +168,7 @@ def test_compiled_and_captured():
 def test_shaping_on_the_gpu_captures_once():
     g, d = convolutional_pair()
     one = on_gpu((g, d), prior=fr.Normal(8), at="2", stop=None, max_steps=2)
-    real = torch.rand(64, 1, 32, 32, device="cuda") * 2 - 1
+    real = torch.rand(64, 3, 32, 32, device="cuda") * 2 - 1
     shaped = fr.shape_discriminator(one, real, iterations=3, batch_size=16, learning_rate=1e-4)
     assert all(p.is_cuda and bool(p.isfinite().all()) for p in shaped.parameters())
 

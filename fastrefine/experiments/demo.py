@@ -79,19 +79,24 @@ def run(
 
 def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool) -> tuple[nn.Sequential, nn.Sequential]:
     """The trained pair: embedded weights of the early-stopped one where they serve, else trained now."""
+    if not retrain and steps == recipe.early_steps:
+        return embedded(recipe)
     g, d = build(recipe.generator, seed), build(recipe.discriminator, seed + 100)
-    weights = Path(str(files("fastrefine"))) / "weights" / f"{recipe.name}.safetensors"
-    if not retrain and steps == recipe.early_steps and weights.exists():
-        state = load_file(weights)
-        for module, name in ((g, "generator."), (d, "discriminator.")):
-            module.load_state_dict({k[len(name) :]: v for k, v in state.items() if k.startswith(name)})
-        return g.eval(), d.eval()
     with tqdm(total=steps, desc=f"training the GAN, {steps} steps", disable=None) as bar:
         train_gan(
             g, d, data.train, latent_dim=recipe.latent, steps=steps, learning_rate=recipe.learning_rate, r1=recipe.r1,
             seed=seed, callback=lambda _: bar.update(),
         )  # fmt: skip
     return g, d
+
+
+def embedded(recipe: Recipe) -> tuple[nn.Sequential, nn.Sequential]:
+    """(generator, discriminator) of the early-stopped GAN that the package carries, in eval mode."""
+    state = load_file(Path(str(files("fastrefine"))) / "weights" / f"{recipe.name}.safetensors")
+    g, d = build(recipe.generator, 0), build(recipe.discriminator, 0)
+    for module, name in ((g, "generator."), (d, "discriminator.")):
+        module.load_state_dict({k[len(name) :]: v for k, v in state.items() if k.startswith(name)})
+    return g.eval(), d.eval()
 
 
 def _rows(
