@@ -26,10 +26,12 @@ def follow_rows(table_ptr, source_ptr, WORD: tl.constexpr, BLOCK: tl.constexpr):
         own = tl.load(entry).to(tl.pointer_type(WORD))
         pool = tl.load(entry + 1).to(tl.pointer_type(WORD))
         words = tl.load(entry + 2)
-        for start in range(0, words, BLOCK):
-            word = start + tl.arange(0, BLOCK)
+        block = 0
+        while block * BLOCK < words:  # as in refine_reduce
+            word = block * BLOCK + tl.arange(0, BLOCK)
             found = tl.load(pool + row * words + word, mask=word < words)
             tl.store(own + slot * words + word, found, mask=word < words)
+            block += 1
 
 
 @dataclass(eq=False)

@@ -21,13 +21,15 @@ def metropolis_scan(
     current = tl.load(current_ptr + chain, mask=inside, other=0.0)
     position = tl.zeros([BLOCK], tl.int64)
     accepted = tl.zeros([BLOCK], tl.int64)
-    for k in range(first, length):
+    k = first
+    while k < length:  # as in refine_reduce
         d = tl.load(table_ptr + chain * length + k, mask=inside, other=0.0)
         u = uniform_at(seed, element, element + k, chain, stream)
         accept = (tl.log(u) < d - current) & (tl.abs(d) < float("inf"))
         current = tl.where(accept, d, current)
         position = tl.where(accept, k, position)
         accepted += accept.to(tl.int64)
+        k += 1
     tl.store(position_ptr + chain, position, mask=inside)
     tl.store(accepted_ptr + chain, accepted, mask=inside)
 

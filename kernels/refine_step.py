@@ -28,13 +28,15 @@ def refine_reduce(
     peak = tl.zeros([BLOCK], DTYPE)
     square = tl.zeros([BLOCK], tl.float64)
     end = tl.where(read, features, 0)
-    for start in range(0, end, BLOCK):
-        offset = start + tl.arange(0, BLOCK)
+    block = 0
+    while block * BLOCK < end:  # NumPy 2.4 breaks range up to a tensor in the interpreter of Triton 3.6
+        offset = block * BLOCK + tl.arange(0, BLOCK)
         g = tl.load(grad_ptr + slot * features + offset, mask=offset < features, other=0.0).to(DTYPE)
         size = tl.abs(g)
         peak = tl.maximum(peak, tl.where(size < float("inf"), size, float("inf")))
         if CLIP:
             square += g.to(tl.float64) * g.to(tl.float64)
+        block += 1
     tl.store(peak_ptr + slot, tl.max(peak, 0))
     if CLIP:
         tl.store(norm_ptr + slot, tl.sqrt(tl.sum(square, 0)))
