@@ -48,6 +48,20 @@ def device_of(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
+class Recorder:
+    """A kernel that is launched as ever, and remembered."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append((self.kernel[grid], args, constants))
+            self.kernel[grid](*args, **constants)
+
+        return launch
+
+
 def special(x: Tensor, generator: torch.Generator, share: float) -> Tensor:
     """``x`` (S,) with some entries NaN, inf, -inf."""
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=x.dtype)

@@ -13,8 +13,7 @@ import torch
 
 from fastrefine import ops, slots
 from fastrefine.samplers import Evaluation
-from tests.step_machine import SAMPLERS, device_of
-from tests.test_kernels_replay import Recorder
+from tests.step_machine import SAMPLERS, Recorder, device_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +76,9 @@ def test_every_kernel_and_rule_is_compiled():
     for part in ("propose", "observe", "start"):
         compiled = {one.constants.get(part.upper()) for one in every}
         assert {getattr(rule, part) for rule in rules.values()} <= compiled
+    applied = [one.constants for one in every if one.kernel.__name__ == "refine_apply"]
+    for option in ("NOISE", "CLAMP", "CLIP", "KEEP_BEST"):
+        assert {(c["PROPOSE"], c[option]) for c in applied} >= {(r.propose, on) for r in rules.values() for on in (0, 1)}
 
 
 def code(name, constants, types):

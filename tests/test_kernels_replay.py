@@ -7,7 +7,7 @@ import torch
 
 from fastrefine import ops, slots
 from fastrefine.samplers import DGflow, Evaluation
-from tests.step_machine import SAMPLERS, device_of, needs_gpu, random_evaluation, record
+from tests.step_machine import SAMPLERS, Recorder, device_of, needs_gpu, random_evaluation, record
 
 S, F, P = 3, 5, 6
 
@@ -24,20 +24,6 @@ class Tape:
     def replay(self):
         for kernel, args, constants in self.launches:
             kernel(*args, **constants)
-
-
-class Recorder:
-    """A kernel that is launched as ever, and remembered."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            self.launches.append((self.kernel[grid], args, constants))
-            self.kernel[grid](*args, **constants)
-
-        return launch
 
 
 def filled(own, pool, outputs):
