@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -48,12 +49,15 @@ class Measurement:
         self._race()
 
     def _prepare_ours(self) -> None:
-        """Capture, compile and choose slots; then refine 2 x slots once, whose memory is what is recorded."""
+        """Choose slots; then prepare anew and refine 2 x slots once, whose memory, capture included, is what is recorded."""
         bench, row, device = self.bench, self.row, self.bench.device
         gpu = device.type == "cuda"
+        self.num_slots, step_seconds = bench.best_slots(row, bench.refiner(row))
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device) if gpu else 0
         self.refiner = bench.refiner(row)
-        self.num_slots, step_seconds = bench.best_slots(row, self.refiner)
         self.refiner.num_slots = self.num_slots
         latents = bench.latents(row, 2 * self.num_slots)
         if gpu:
@@ -71,8 +75,8 @@ class Measurement:
         few = min(self.scale.checked, len(self.checked))
         start, z = bench.start(row, few), bench.latents(row, few)
         with arithmetic(row.precision):
-            check = bench.loop(ExpertLoop, row, few)(z, **bench.stop(row, few))
-            self.checks["b1"] = bench.compare(row, self.checked, check, start)
+            loop = bench.loop(ExpertLoop, row, few)
+            self.checks["b1"] = bench.check(row, loop, self.checked, loop(z, **bench.stop(row, few)), start)
             batch = bench.best_batch(ExpertLoop, row, row.precision)
             self._add("b1", bench.loop(ExpertLoop, row, batch), batch, row.precision)
         if row.stop == "none":
@@ -80,8 +84,8 @@ class Measurement:
                 name = "b0" if precision == gpu_rows.b0_precisions(row)[0] else f"b0_{precision}"
                 with arithmetic(precision):
                     size = bench.best_batch(PeersLoop, row, precision)
-                    check = bench.loop(PeersLoop, row, few)(z)
-                    self.checks[name] = bench.compare(row, self.checked, check, start)
+                    loop = bench.loop(PeersLoop, row, few)
+                    self.checks[name] = bench.check(row, loop, self.checked, loop(z), start)
                     self._add(name, bench.loop(PeersLoop, row, size), size, precision)
         self._prepare_b2(batch, start)
 
@@ -107,7 +111,8 @@ class Measurement:
                     bench._kept[done] = True
                 part = loop(whole, **stop)
                 few = min(len(start), batch)
-                self.checks["b2"] = bench.compare(row, self.checked, Refined(*(t[:few] for t in part)), start)
+                part = Refined(*(t[:few] for t in part))
+                self.checks["b2"] = bench.check(row, loop, self.checked, part, start[:few])
                 self._add("b2", loop, batch, row.precision)
         except WrongResults as error:
             self.missing["b2"] = f"B2 computes something else: {error}"

@@ -175,14 +175,23 @@ def test_work_is_counted_from_the_networks():
     assert gpu_rows.work("dcgan16", "output").forward < own.forward
 
 
-def test_wrong_results_are_noticed():
+class Wrong(gpu_sides.ExpertLoop):
+    """Moves images twice as far from where they started."""
+
+    def __call__(self, latents, **stop):
+        found = super().__call__(latents, **stop)
+        return found._replace(images=2 * found.images - self.tail(self.prefix(latents)).detach())
+
+
+def test_wrong_results_are_noticed_and_chaos_is_not_called_wrong():
     bench = gpu_sides.Bench(torch.device("cpu"), Budget(100, Clock()), gpu_sides.Scale.stand_in())
     one = row()
-    ours, start = bench.refiner(one).refine(bench.latents(one, 8)), bench.start(one, 8)
-    theirs = bench.loop(gpu_sides.ExpertLoop, one, 8)(bench.latents(one, 8))
-    bench.compare(one, ours, theirs, start)
+    z, start = bench.latents(one, 8), bench.start(one, 8)
+    ours, right, wrong = bench.refiner(one).refine(z), bench.loop(gpu_sides.ExpertLoop, one, 8), bench.loop(Wrong, one, 8)
+    assert "chaotic" not in bench.check(one, right, ours, right(z), start)
+    assert bench.check(one, right, ours, wrong(z), start)["chaotic"]  # different at last, the same after a few steps
     with pytest.raises(gpu_sides.WrongResults):
-        bench.compare(one, ours, theirs._replace(images=2 * theirs.images - start), start)
+        bench.check(one, wrong, ours, wrong(z), start)
 
 
 def test_table_says_met_and_missed_and_what_is_missing():
