@@ -112,11 +112,11 @@ def memory(monkeypatch):
     state = {"limit": 10**9, "after": 0, "calls": 0}
     evaluate = Target.evaluate
 
-    def limited(self, a, context):
+    def limited(self, a, context, view=None):
         state["calls"] += 1
         if len(a) > state["limit"] and state["calls"] > state["after"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return evaluate(self, a, context)
+        return evaluate(self, a, context, view)
 
     monkeypatch.setattr(Target, "evaluate", limited)
     return state

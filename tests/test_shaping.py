@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.target import Target
+from fastrefine import flatten
 
 
 def pair(batch_norm=False):
@@ -48,13 +48,13 @@ def test_one_iteration_equals_algorithm_2_written_out():
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 def test_a_refreshed_refiner_equals_a_new_one_with_the_same_discriminator(batch_norm, monkeypatch):
     traces = []
-    original = Target._trace
-    monkeypatch.setattr(Target, "_trace", lambda self, a, c: traces.append(len(a)) or original(self, a, c))
+    original = flatten.trace
+    monkeypatch.setattr(flatten, "trace", lambda step, given: traces.append(len(given[0])) or original(step, given))
     networks = pair(batch_norm=True)
     one = refiner(networks)
     seen = []
     fr.shape_discriminator(one, REAL, 6, 16, 0.01, batch_norm=batch_norm, seed=2, callback=seen.append)
-    assert traces.count(16) == 1, "the step is traced once, and weights are copied in place afterwards"
+    assert traces.count(16) == 2, "step and forward are traced once each, and weights are copied in place afterwards"
     assert [s["iteration"] for s in seen] == list(range(6))
     twin = one.with_discriminator(copy.deepcopy(networks[1]))
     before = twin.sample(20)
