@@ -28,7 +28,7 @@ struct Params {
   Address output_steps = 0, output_logit_falls = 0, output_status = 0;
 
   std::string rule;
-  std::array<double, 4> hyper{};
+  std::array<double, 5> hyper{};
   double noise_scale = 0;
   double max_grad_norm = -1;  // negative: none
   bool clamp = false, lockstep = false;

@@ -43,7 +43,7 @@ struct Backtracking : Rule<T> {  // scalars: loss and step size of the best poin
   T size;
 
   static bool observe(T, T loss, bool first, Scalars<T>& own, const double* hyper) {
-    const bool accept = first || loss <= own.first;
+    const bool accept = first || loss <= own.first + static_cast<T>(hyper[4]);
     const T size = own.second, largest = static_cast<T>(hyper[3] * hyper[0]);
     if (!first) own.second = accept ? std::min(size * static_cast<T>(hyper[1]), largest) : size * static_cast<T>(hyper[2]);
     if (accept) own.first = loss;

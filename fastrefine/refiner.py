@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, drivers, ops, readout, session, stopping
+from fastrefine import checks, drivers, ops, readout, session, settings, stopping
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, attempt, check_labels, quiet_torch
 from fastrefine.pool import Source
@@ -204,7 +204,7 @@ class Refiner:
         self._notice_updates()
         if len(x) == 0:
             return torch.zeros(0, dtype=self.dtype, device=self.output_device)
-        with quiet_torch(self.device), drivers.arithmetic(self.precision, self.deterministic):
+        with quiet_torch(self.device), settings.arithmetic(self.precision, self.deterministic):
             return self._score(self._side_for(x, y), x, y).to(self.output_device)
 
     def real_logits(self, why: str) -> Tensor:
@@ -258,6 +258,7 @@ class Refiner:
                 side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep", self.compile
             )
             target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
+            self._bound = self._bound[0].told(target.loss_error()), self._bound[1]
         self._target, self._key, self._generator_key = target, key, key
         return target
 
@@ -325,6 +326,9 @@ class Refiner:
             self._scorer = self._real_logits = None
             if self._needs_real:
                 self._bind(side)
+            assert self._bound is not None
+            with settings.arithmetic(self.precision, self.deterministic), self._target.generator.evaluation_mode():
+                self._bound = self.sampler.bind(self).told(self._target.loss_error()), self._bound[1]
 
     def _side_for(self, x: Tensor, y: Tensor | None) -> DiscriminatorSide:
         """The prepared discriminator, or one prepared on these images (N, ...) where that one is labelled otherwise."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastrefine import drivers, ops
+from fastrefine import drivers, ops, settings
 from fastrefine.engine import Progress, Run
 from fastrefine.errors import FastrefineError, FastrefineWarning, NonFiniteError
 from fastrefine.pair import is_out_of_memory, quiet_torch
@@ -90,12 +90,12 @@ def _modes(refiner: Refiner, target: Target | None, size: int, stream: torch.cud
         if stream is not None:
             stack.enter_context(torch.cuda.stream(stream))
         stack.enter_context(quiet_torch(refiner.device))
-        stack.enter_context(drivers.arithmetic(refiner.precision, refiner.deterministic))
+        stack.enter_context(settings.arithmetic(refiner.precision, refiner.deterministic))
         flops = None
         if target is not None:
             stack.enter_context(target.generator.evaluation_mode())
             flops = None if target.flops is None else target.flops * size
-        yield stack.enter_context(drivers.threads_for(flops))
+        yield stack.enter_context(settings.threads_for(flops))
 
 
 def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, bar: tqdm) -> Run:

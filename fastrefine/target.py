@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fastrefine import flatten, freeze, probe
+from fastrefine import flatten, freeze, probe, settings
 from fastrefine.pair import DiscriminatorSide, GeneratorSide
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
 
@@ -58,7 +58,7 @@ class Target:
         compiled: bool = False,
     ):
         self.generator, self.discriminator, self.coupled, self.compiled = generator, discriminator, coupled, compiled
-        self.num_slots, self._precision = num_slots, DTYPES[precision]
+        self.num_slots, self.precision = num_slots, precision
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._graphs: dict[tuple[bool, bool], fx.GraphModule]  # by (with gradient, reads a view)
         self._calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
@@ -83,6 +83,28 @@ class Target:
                 break
         self._convert()
         self._trace_if_faithful()
+
+    def loss_error(self) -> float:
+        """Root mean square rounding error of a loss on the probe batch, in reduced precision; 0 in float32 and float64."""
+        if self.precision in ("float64", "float32"):
+            return 0.0
+        a, context = self._reference
+        rounded = self._values(a, *context)[1]
+        frozen = self.tail, self.d, self.channels_last, self.compute
+        self.tail, self.d, self.channels_last, self.compute = (
+            self.generator.cut.tail,
+            self.discriminator.module,
+            False,
+            a.dtype,
+        )
+        try:
+            with settings.arithmetic("float32", False):
+                exact = self._values(a, *context)[1]
+        finally:
+            self.tail, self.d, self.channels_last, self.compute = frozen
+        error = (rounded - exact).double()
+        error = error[error.isfinite()]
+        return float(error.square().mean().sqrt()) if len(error) else 0.0
 
     def _probe_gradient(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Plain autograd on the exact networks: the oracle, and the place where a broken gradient is found."""
@@ -115,7 +137,7 @@ class Target:
 
     def _convert(self) -> None:
         """Dtype and memory format of the frozen pair; the state keeps its own dtype."""
-        self.compute = self._precision
+        self.compute = DTYPES[self.precision]
         spatial = freeze.has_spatial_weights(self.tail) or freeze.has_spatial_weights(self.d)
         self.channels_last = spatial and self.compute is not torch.float64
         for module in (self.tail, self.d):

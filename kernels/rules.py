@@ -44,7 +44,7 @@ def sgd(a, g, accept, v, w, s0, s1, logit, step, hyper, DTYPE: tl.constexpr):
 @triton.jit
 def backtracking_observe(logit, loss, first, s0, s1, hyper, DTYPE: tl.constexpr):
     """s0: loss of the best point, s1: its step size."""
-    accept = first | (loss <= s0)
+    accept = first | (loss <= s0 + tl.load(hyper + 4).to(DTYPE))
     size = tl.load(hyper)
     grown = tl.minimum(s1 * tl.load(hyper + 1).to(DTYPE), (tl.load(hyper + 3) * size).to(DTYPE))
     other = tl.where(accept, grown, s1 * tl.load(hyper + 2).to(DTYPE))

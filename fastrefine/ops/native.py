@@ -109,7 +109,7 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> Any:
         "pool_rows": rows,
         "output_rows": window - 1,
         "rule": kernel.rule,
-        "hyper": _padded(kernel.hyper, 4),
+        "hyper": _padded(kernel.hyper, 5),
         "scalars": _padded(tuple(_address(state[name], real, s) for name in kernel.scalars), 2),
         "vectors": _padded(tuple(_address(state[name], real, s, f) for name in kernel.vectors), 2),
         "position": _address(state["position"], real, s, f),

@@ -79,6 +79,10 @@ class Sampler:
         """The sampler with what depends on the networks filled in; called once for each discriminator."""
         return self
 
+    def told(self: Self, loss_error: float) -> Self:
+        """The sampler, told the root mean square rounding error of a loss (0 in float32 and float64)."""
+        return self
+
     def init(self, a: Tensor, sample: Sample) -> State:
         """State of a sample that enters its slot with activation ``a``."""
         return {"position": a, "logit": a.new_full((len(a),), math.nan)}

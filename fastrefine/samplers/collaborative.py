@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastrefine.refiner import Refiner
 
 GROW, SHRINK, LARGEST = 1.2, 0.5, 1e6  # backtracking: factors of the step size, and its bound relative to the first
+ERRORS = 3.0  # rounding errors of the loss that a trial may be worse by
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam (Kingma & Ba 2015)
 
 
@@ -43,6 +44,9 @@ class Collaborative(Sampler):
     control: "backtracking" keeps the best point and its gradient: a trial whose loss is not above the best is accepted
         and the sample's step grows by 1.2, any other is rejected and the step halves. "fixed": every trial is accepted.
         None: backtracking for sgd without ``adaptive``, else fixed.
+    slack: by how much a trial's loss may be above the best and still be accepted, at least 0. None: 0 in float32 and
+        float64; else three times the rounding error of the loss, measured on a probe batch, for rejections that only
+        tell noise halve the steps of samples that were doing well.
     real_score: mean s(d) of real images, for ladam; filled from the Refiner's ``real``.
 
     Raises InputError on values out of range.
@@ -56,6 +60,7 @@ class Collaborative(Sampler):
     clamp: tuple[float, float] | None = None
     control: str | None = None
     real_score: float | None = None
+    slack: float | None = None
 
     def __post_init__(self) -> None:
         check_number("step_size", self.step_size, 0.0, open_low=True)
@@ -63,6 +68,8 @@ class Collaborative(Sampler):
         check_choice("optimizer", self.optimizer, ("sgd", "momentum", "adam", "ladam"))
         check_number("momentum", self.momentum, 0.0, 1.0)
         check_clamp(self.clamp)
+        if self.slack is not None:
+            check_number("slack", self.slack, 0.0)
         if self.adaptive and self.optimizer != "sgd":
             raise InputError(f"adaptive steps are defined for optimizer='sgd', got {self.optimizer!r}")
         if self.control is None:
@@ -87,6 +94,9 @@ class Collaborative(Sampler):
             return self
         return replace(self, real_score=float(torch.sigmoid(refiner.real_logits("optimizer='ladam'")).mean()))
 
+    def told(self, loss_error: float) -> Collaborative:
+        return replace(self, slack=ERRORS * loss_error) if self.rejects and self.slack is None else self
+
     def init(self, a: Tensor, sample: Sample) -> State:
         state = super().init(a, sample)
         zero = a.new_zeros(len(a))
@@ -106,7 +116,7 @@ class Collaborative(Sampler):
         if self.control == "fixed":
             return super().observe(a, evaluation, state, step, noise)
         first = step == 0
-        accept = first | (evaluation.loss <= state["loss"])
+        accept = first | (evaluation.loss <= state["loss"] + (self.slack or 0.0))
         largest = LARGEST * self.step_size
         grown = torch.clamp(state["step_size"] * GROW, max=largest)
         size = torch.where(accept, grown, state["step_size"] * SHRINK)
@@ -155,7 +165,7 @@ class Collaborative(Sampler):
     def kernel(self) -> Kernel:
         size = self.step_size
         if self.control == "backtracking":
-            hyper, scalars = (size, GROW, SHRINK, LARGEST), ("loss", "step_size")
+            hyper, scalars = (size, GROW, SHRINK, LARGEST, self.slack or 0.0), ("loss", "step_size")
             return Kernel("backtracking", hyper, scalars, ("grad",), 0.0, self.clamp)
         if self.adaptive:
             return Kernel("adaptive", (size,), ("reference",), (), 0.0, self.clamp)
