@@ -22,9 +22,12 @@ def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
 def device(name: str, value: Any) -> torch.device:
     """``value`` as a torch.device; InputError otherwise."""
     try:
-        return torch.device(value)
+        found = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{name} is {value!r}; wanted a device such as 'cpu' or 'cuda:0'") from error
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # what is current may change between calls
+    return found
 
 
 def tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrefine.errors import BackendError, InputError
 from fastrefine.machine import Machine
+from fastrefine.pair import is_out_of_memory
 
 log = logging.getLogger("fastrefine")
 
@@ -48,26 +53,45 @@ class HostLoop:
             machine.step(forward_only)
 
 
+class NoHostReads(TorchDispatchMode):
+    """Refuses what reads a value of the device on the host: it would break a capture, and leave torch in disorder."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"a network reads values of the device on the host ({func})")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"a network draws from torch's generator ({func})")
+        return func(*args, **(kwargs or {}))
+
+
 class CudaRuntime:
     """Captures on the current device; what is captured runs in order of the stream that replays it."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+    _one_at_a_time = threading.Lock()  # torch knows one capture in a process
 
-    def capture(self, step: Callable[[], None], beside: Any = None) -> torch.cuda.CUDAGraph:
-        """``step`` as a graph; it shares the memory of ``beside``, a graph that never runs at the same time."""
-        stream, current = self.stream, torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        # the backward thread would launch outside the capture (only networks without a flat step use autograd)
-        with torch.autograd.set_multithreading_enabled(False):
-            with torch.cuda.stream(stream):
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream: torch.cuda.Stream | None = None
+
+    def capture(self, step: Callable[[], None], beside: Any = None, replayed: bool = True) -> torch.cuda.CUDAGraph:
+        """``step`` as a graph; it shares the memory of ``beside``, a graph that never runs at the same time.
+
+        replayed: make it ready to be replayed now; else it will be part of another graph.
+        """
+        self.stream = self.stream or torch.cuda.Stream(self.device)  # one for all of a machine: they share memory
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        pool = None if beside is None else beside.pool()
+        with self._one_at_a_time, _on(self.stream), _no_garbage_collection():
+            # the backward thread would launch outside the capture (only networks without a flat step use autograd)
+            with torch.autograd.set_multithreading_enabled(False):
                 for _ in range(WARM_UPS):
                     step()
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-            pool = None if beside is None else beside.pool()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                step()
-        current.wait_stream(stream)
+                with NoHostReads():
+                    step()
+                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                    step()
+            if replayed:
+                graph.instantiate()
         return graph
 
     def loop(self, graph: torch.cuda.CUDAGraph, machine: Machine) -> Any:
@@ -107,7 +131,7 @@ class DeviceLoop:
 
     def prepare(self, machine: Machine, forward: bool) -> None:
         if "loop" not in machine.captured:
-            machine.captured["loop"] = self.runtime.loop(self.runtime.capture(machine.step), machine)
+            machine.captured["loop"] = self.runtime.loop(self.runtime.capture(machine.step, replayed=False), machine)
 
     def launch(self, machine: Machine, schedule: Sequence[bool], low: int) -> None:
         machine.captured["loop"].launch(len(schedule), low)
@@ -127,15 +151,43 @@ def choose(name: str, device: torch.device) -> Driver:
 
 def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool) -> Driver:
     """The driver with its machine ready, or the host loop where the step cannot be captured and nobody asked for it."""
+    target, cause = machine.target, None
+    if target.refused is None:
+        try:
+            driver.prepare(machine, forward)
+            return driver
+        except (RuntimeError, BackendError) as error:
+            machine.captured.clear()
+            if is_out_of_memory(error):
+                raise
+            cause, target.refused = error, str(error).splitlines()[0] if str(error) else type(error).__name__
+            if may_fall_back:
+                log.warning("the step cannot be captured, so it is launched from Python: %s", target.refused)
+    if not may_fall_back:
+        raise BackendError(f"driver={driver.name!r} cannot repeat this step: {target.refused}; use driver='host'") from cause
+    return HostLoop()
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Work goes to ``stream``, after what was launched and before what will be; a failed capture does not put it back."""
+    before = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(before)
+    torch.cuda.set_stream(stream)
     try:
-        driver.prepare(machine, forward)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, BackendError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if not may_fall_back:
-            raise BackendError(f"driver={driver.name!r} cannot repeat this step: {reason}; use driver='host'") from error
-        log.warning("the step cannot be captured, so it is launched from Python: %s", reason)
-        machine.captured.clear()
-        return HostLoop()
-    return driver
+        yield
+    finally:
+        torch.cuda.set_stream(before)
+        before.wait_stream(stream)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What is collected may be a graph, whose end would break a capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -22,11 +22,11 @@ from fastrefine.pool import Block, Proposals
 from fastrefine.result import Result
 from fastrefine.slots import Rule
 from fastrefine.target import Target
-from fastrefine.transfer import Transfer
+from fastrefine.transfer import Transfer, send
 
-WINDOW_BYTES = {"cpu": 2**28, "cuda": 2**30}  # output window: how far admitted ids may run ahead of the oldest unfinished
-WINDOW_DEFAULT = 2**28  # on other devices
-POOL_BYTES = 2**28
+MEMORY = 2**33  # bytes that the limits below are parts of; on a GPU its own memory
+WINDOW_SHARE = 32  # output window, 1/32: how far admitted ids may run ahead of the oldest unfinished
+POOL_SHARE = 32  # proposals that wait
 POOL_BLOCKS = 32  # at most, of proposals ready for a driver that reads counters late
 FIRST_CHUNK = 8  # steps before it is known how fast samples finish
 DRAIN_CHUNK = 8  # steps between reads when the end may come at any step
@@ -101,7 +101,9 @@ class Run:
         self.next_block = next(self.unfilled, None)
         self.end = proposals.first_id  # of the ids in the pool
         self.known = [self.end, self.end, 0, 0, 0, 0, 0, 0]  # counters as last read
-        self.side = torch.cuda.Stream(proposals.device) if proposals.device.type == "cuda" else None
+        on_gpu = proposals.device.type == "cuda"
+        self.stream = torch.cuda.current_stream(proposals.device) if on_gpu else None
+        self.side = torch.cuda.Stream(proposals.device) if on_gpu and driver.lag else None
 
     def parts(self) -> Iterator[Result]:
         """Step until drained; time spent by the consumer between parts is not counted."""
@@ -120,21 +122,24 @@ class Run:
                     self.progress.seconds = before + time.perf_counter() - started
                     yield replace(part, report=self.progress.report())
                     started, before = time.perf_counter(), self.progress.seconds
-        except GeneratorExit:
-            self.target.keep(self.machine)
+        except GeneratorExit:  # outside the stream of the run
+            self.target.keep(self.machine, self.stream)
             raise
-        self.target.keep(self.machine)
+        self.target.keep(self.machine, self.stream)
 
     def _machine(self, first: Block) -> Machine:
         """An idle machine with a captured step that fits, or a new one; ready for its first block."""
         driver, count = self.driver, len(self.proposals.indices)
         if driver.lag:
             count = 1 << count.bit_length()  # runs of about this length share a captured step
+        assert first.activation is not None
         block_bytes = first.activation.nbytes + self.size * self.target.generator.row_bytes
-        memory = WINDOW_BYTES.get(self.proposals.device.type, WINDOW_DEFAULT)
+        memory = MEMORY
+        if self.stream is not None:
+            memory = torch.cuda.get_device_properties(self.proposals.device).total_memory
         longest = self.proposals.max_steps + 2 + (driver.lag + 1) * (driver.chunk - 1)  # steps until an end is seen
-        window = max(4, min(count + 1, longest, memory // block_bytes)) * self.size
-        pool = max(2, min(count, POOL_BLOCKS if driver.lag else 2, POOL_BYTES // block_bytes)) * self.size
+        window = max(4, min(count + 1, longest, memory // WINDOW_SHARE // block_bytes)) * self.size
+        pool = max(2, min(count, POOL_BLOCKS if driver.lag else 2, memory // POOL_SHARE // block_bytes)) * self.size
         machine = self.target.idle(key_of(self.rule, self.backend, first), window, pool)
         if machine is None:
             machine = Machine(self.target, self.rule, self.backend, window, pool, first)
@@ -147,6 +152,8 @@ class Run:
 
     def _admit(self, block: Block) -> None:
         self.machine.admit(block)
+        if block.admitted == slice(0, block.size):
+            block = replace(block, activation=None)
         self.waiting[block.index] = Waiting(block, self.requested)
         self.end = block.base + block.admitted.stop
         self.next_block = next(self.unfilled, None)
@@ -186,6 +193,8 @@ class Run:
 
     def _steps(self) -> int:
         """How many steps to launch: as long as the pool lasts, and not past the end."""
+        if not self.driver.lag:
+            return 1
         known, longest = self.known, self.proposals.max_steps + 1
         ready = self.end - known[slots.NEXT]
         bound = self.driver.chunk
@@ -195,7 +204,8 @@ class Run:
             if not self.stops_early:
                 return bound
         if self.driver.stops_itself:
-            return bound
+            # with a full window it would go on with empty slots until the oldest sample ends
+            return bound if self._has_room or self.next_block is None else min(bound, DRAIN_CHUNK)
         if known[slots.ITERATIONS] == 0:
             return min(FIRST_CHUNK, bound)
         reserve = 0 if self.next_block is None else self.size  # all slots may be refilled at once
@@ -240,9 +250,11 @@ class Run:
 
     def read(self) -> None:
         """Take in the readings that are old enough, and harvest what they show to be complete."""
-        stopped = self._stands and self.driver.stops_itself
-        idle = stopped or self._draining or not self._in_flight or (len(self.unread) == 1 and self._steps() <= 0)
-        keep = 0 if idle else self.driver.lag
+        keep = self.driver.lag
+        if keep:
+            stopped = self._stands and self.driver.stops_itself
+            if stopped or self._draining or not self._in_flight or self._steps() <= 0:
+                keep = 0
         while len(self.unread) > keep:
             reading = self.unread.popleft()
             counters, status = reading.values.wait()
@@ -275,15 +287,19 @@ class Run:
         """Render a finished block and free its rows."""
         block, generator, out = self.waiting.pop(index).block, self.target.generator, self.machine.outputs
         asked, rows = block.asked, self._rows(block, block.asked)
-        a = block.activation.clone()
-        a[block.admitted] = out.activation[self._rows(block, block.admitted)]  # lock-step neighbours matter too
+        a = out.activation[self._rows(block, slice(0, block.size))].clone()
+        if block.activation is not None:  # rows that nobody asked for stay as they were proposed
+            for rest in (slice(0, block.admitted.start), slice(block.admitted.stop, block.size)):
+                a[rest] = block.activation[rest]
         shaped = a.view(len(a), *generator.shape)
         images = generator.render(shaped, block.context)[asked]
+        ids = send(torch.arange(block.start, block.stop), self.output_device)
         latents = shaped if generator.cut.at == "input" else block.latents
         result = Result(
-            images=images, logits=out.logit[rows], initial_logits=out.initial_logit[rows], steps=out.steps[rows],
-            status=out.status[rows].to(torch.int8), ids=torch.arange(block.start, block.stop), latents=latents[asked],
-            activations=shaped[asked], logit_falls=out.logit_falls[rows],
+            # copies: the next block takes these rows while the images are still under way
+            images=images, logits=out.logit[rows].clone(), initial_logits=out.initial_logit[rows].clone(),
+            steps=out.steps[rows].clone(), status=out.status[rows].to(torch.int8), ids=ids, latents=latents[asked],
+            activations=shaped[asked], logit_falls=out.logit_falls[rows].clone(),
             labels=None if block.labels is None else block.labels[asked], acceptance=None,
             scale="critic" if self.target.discriminator.scale == "critic" else "logit", report={},
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Machine:
         self.target, self.rule, self.backend = target, rule, backend
         self.window, self.pool_rows = window, pool_rows
         a = block.activation
+        assert a is not None
         view = target.view_of(a.dtype) if backend == "triton" else {}
         self.slots, self.pool, self.outputs = slots.allocate(
             target.num_slots, a.shape[1], pool_rows, window, rule, a.dtype, a.device, block.labels, **view
@@ -32,6 +34,7 @@ class Machine:
         self.pool_context = tuple(c.new_zeros(pool_rows, *c.shape[1:]) for c in given)
         self.captured: dict[str, Any] = {}  # a driver's recordings of the step
         self.key, self.era = key_of(rule, backend, block), target.era
+        self._kept = target.calls  # a captured step goes on reading their constants
         self._rested: torch.cuda.Event | None = None
 
     def reset(self, rule: Rule, first_id: int) -> None:
@@ -45,19 +48,30 @@ class Machine:
         self.outputs.status.fill_(slots.PENDING)
         self.pool.counters[: slots.END + 1] = first_id
 
-    def rest(self) -> None:
-        """The run is over, as far as the host is concerned."""
-        if self.slots.activation.is_cuda:
+    def rest(self, stream: torch.cuda.Stream | None) -> None:
+        """The run on this stream is over, as far as the host is concerned."""
+        del self.target  # which keeps the machine: a cycle would hold the memory of both
+        if stream is not None:
             self._rested = torch.cuda.Event()
-            self._rested.record()
+            self._rested.record(stream)
 
-    def wake(self) -> None:
+    def wake(self, target: Target) -> None:
         """Another run begins, on another stream perhaps: it waits for what was launched before."""
+        self.target = target
         if self._rested is not None:
-            self._rested.wait()
+            stream = torch.cuda.current_stream(self.slots.activation.device)
+            self._rested.wait(stream)
+            for tensor in self._tensors():
+                tensor.record_stream(stream)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for part in (self.slots, self.pool, self.outputs):
+            yield from (t for t in vars(part).values() if isinstance(t, Tensor))
+        yield from (*self.slots.state.values(), *self.context, *self.pool_context)
 
     def admit(self, block: Block) -> None:
         """Put the block's proposals into the pool; its rows there must be free."""
+        assert block.activation is not None
         base, part = block.base % self.pool_rows, block.admitted  # the pool is a whole number of blocks
         rows = slice(base + part.start, base + part.stop)
         for name in ("activation", "threshold", "last_step", "reference_logit"):

@@ -266,8 +266,12 @@ def _describe(x: Any) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less memory would have helped; the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether less memory would have helped; the CPU's allocator and CUDA's own raise a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "CUDA error: out of memory" in str(error)
+    )
 
 
 def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:

@@ -20,12 +20,13 @@ class Block:
     """The block that covers ids [index * size, (index + 1) * size), of which [start, stop) were asked for."""
 
     index: int
+    size: int
     start: int
     stop: int
     whole: bool  # admit every id, so that lock-step groups are complete
     latents: Tensor
     labels: Tensor | None
-    activation: Tensor  # (size, F)
+    activation: Tensor | None  # (size, F); None once every row is in the pool
     context: tuple[Tensor, ...]
     threshold: Tensor
     last_step: Tensor
@@ -34,7 +35,7 @@ class Block:
     @property
     def base(self) -> int:
         """The id of row 0."""
-        return self.index * len(self.activation)
+        return self.index * self.size
 
     @property
     def asked(self) -> slice:
@@ -44,7 +45,7 @@ class Block:
     @property
     def admitted(self) -> slice:
         """The rows that enter the pool."""
-        return slice(0, len(self.activation)) if self.whole else self.asked
+        return slice(0, self.size) if self.whole else self.asked
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,5 @@ class Proposals:
         a, context = self.generator.prefix(latents, labels)
         start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
         drawn = (send(t, self.device) for t in (threshold.to(self.dtype), last_step, reference.to(self.dtype)))
-        return Block(index, start, stop, self.whole, latents, labels, a.reshape(self.size, -1), context, *drawn)
+        flat = a.reshape(self.size, -1)
+        return Block(index, self.size, start, stop, self.whole, latents, labels, flat, context, *drawn)

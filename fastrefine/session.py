@@ -64,10 +64,12 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     # modes are entered around each block alone: between two parts the caller's are in force
                     with _modes(refiner, target, size, stream) as progress.facts["threads"]:
                         part = next(blocks, None)
+                        if part is not None:
+                            watch.see(part)
                     if part is None:
                         break
                     source = source.after(source.first + len(part))
-                    watch.see(part)
+                    _hand_over(part, stream)
                     yield part
                 break
             except (RuntimeError, MemoryError) as error:
@@ -127,6 +129,18 @@ def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, b
     return Run(proposals, target, rule, backend, driver, progress, output, on_step, may_fall_back)
 
 
+def _hand_over(part: Result, stream: torch.cuda.Stream | None) -> None:
+    """Results that stay on the GPU were written on the stream of the run; the caller may be on another by now."""
+    if stream is None or not part.images.is_cuda:
+        return
+    now = torch.cuda.current_stream(part.images.device)
+    if now != stream:
+        now.wait_stream(stream)
+        for tensor in vars(part).values():
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(now)
+
+
 def _empty(target: Target, source: Source, refiner: Refiner, progress: Progress) -> Result:
     """No samples, with the shapes that samples would have."""
     side = target.generator
@@ -145,33 +159,38 @@ class _Watch:
 
     def __init__(self, refiner: Refiner):
         self.refiner = refiner
-        self.count = self.nonfinite = self.hidden = self.stalled = self.above = self.falls = self.steps = 0
+        self.count = 0
+        self.sums: Tensor | None = None  # of the rows below, where the results are
 
     def see(self, part: Result) -> None:
-        bad = part.ids[part.status == Status.NONFINITE].tolist()
-        if bad and self.refiner.on_nonfinite == "error":
-            raise NonFiniteError(f"logit or gradient not finite for {len(bad)} samples, first ids {bad[:5]}")
-        self.count += len(part)
-        self.nonfinite += len(bad)
-        self.hidden += int((~part.images.isfinite()).flatten(1).any(1).sum())
-        self.stalled += int((part.status == Status.STALLED).sum())
-        self.falls += int(part.logit_falls.sum())
-        self.steps += int(part.steps.sum())
+        """Without waiting for a device, unless errors were asked for."""
+        bad = part.status == Status.NONFINITE
+        if self.refiner.on_nonfinite == "error" and bool(bad.any()):
+            ids = part.ids[bad].tolist()
+            raise NonFiniteError(f"logit or gradient not finite for {len(ids)} samples, first ids {ids[:5]}")
         real = self.refiner._real_logits
-        if real is not None:
-            self.above += int((part.logits.cpu() > real.logits.max()).sum())
+        highest = torch.inf if real is None else float(real.logits.max())
+        hidden = (~part.images.isfinite()).flatten(1).any(1)
+        stalled = part.status == Status.STALLED
+        rows = torch.stack([bad, hidden, stalled, part.logits > highest, part.logit_falls, part.steps])
+        sums = rows.sum(1, dtype=torch.int64)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.count += len(part)
 
     def tell(self) -> None:
-        if self.nonfinite:
-            _warn(f"{self.nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
-        if self.hidden:
-            _warn(f"{self.hidden} of {self.count} images hold non-finite values")
-        if self.count and self.stalled == self.count:
+        if self.sums is None:
+            return
+        nonfinite, hidden, stalled, above, falls, steps = self.sums.tolist()
+        if nonfinite:
+            _warn(f"{nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
+        if hidden:
+            _warn(f"{hidden} of {self.count} images hold non-finite values")
+        if self.count and stalled == self.count:
             _warn(f"0 of {self.count} samples moved: every gradient was exactly zero (status STALLED)")
-        if self.above > self.count / 2:
-            _warn(f"{self.above} of {self.count} logits passed the highest real logit: too many or too large steps?")
-        if not (self.refiner.sampler.rejects or self.refiner.sampler.noisy) and self.steps and self.falls > self.steps / 2:
-            share = self.falls / self.steps
+        if above > self.count / 2:
+            _warn(f"{above} of {self.count} logits passed the highest real logit: too many or too large steps?")
+        if not (self.refiner.sampler.rejects or self.refiner.sampler.noisy) and steps and falls > steps / 2:
+            share = falls / steps
             _warn(f"{share:.0%} of the updates lowered the logit: the step size is too large")
 
 

@@ -61,7 +61,7 @@ class Target:
         self.num_slots, self.precision = num_slots, precision
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._graphs: dict[tuple[bool, bool], fx.GraphModule]  # by (with gradient, reads a view)
-        self._calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
+        self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
         self._idle: list[Machine]
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
@@ -235,7 +235,7 @@ class Target:
     def _call(self, with_grad: bool, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None) -> tuple[Tensor, ...]:
         given = (a, *context) if view is None else (view, a, *context)
         kind = with_grad, view is not None
-        if kind not in self._calls:
+        if kind not in self.calls:
             functions: dict[tuple[bool, bool], Callable[..., Any]] = {
                 (True, False): self._step, (True, True): self._step_on_view,
                 (False, False): self._values, (False, True): lambda v, *rest: self._values(*rest, view=v),
@@ -243,8 +243,8 @@ class Target:
             record = flatten.record if self.compiled else flatten.trace  # a compiler rounds as it likes
             graph = self._graphs[kind] = record(functions[kind], tuple(t[: self._block] for t in given))
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
-            self._calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
-        return self._by_blocks(self._calls[kind], given)
+            self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
+        return self._by_blocks(self.calls[kind], given)
 
     def _by_blocks(self, graph: Callable[..., Any], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The results of ``graph``, which was traced for a block of rows, for all rows."""
@@ -267,20 +267,22 @@ class Target:
         for index, machine in enumerate(self._idle):
             if machine.key == key and machine.window >= window and machine.pool_rows >= pool_rows:
                 del self._idle[index]
-                machine.wake()
+                machine.wake(self)
                 return machine
+        self._idle = []  # its memory is better used by the one to come
         return None
 
-    def keep(self, machine: Machine) -> None:
+    def keep(self, machine: Machine, stream: torch.cuda.Stream | None) -> None:
         """Take back the machine of a run that ended: a step that was captured need not be captured again."""
         if machine.captured and machine.era is self.era:
-            machine.rest()
+            machine.rest(stream)
             self._idle = [machine]
 
     def forget(self) -> None:
         """Drop what was traced, compiled or captured."""
-        self._graphs, self._calls, self._idle = {}, {}, []
+        self._graphs, self.calls, self._idle = {}, {}, []
         self.era = object()  # what was captured before is of another one
+        self.refused: str | None = None  # why the step cannot be captured
 
     def resize(self, num_slots: int) -> None:
         """Evaluate batches of another size from now on."""

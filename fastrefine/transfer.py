@@ -16,9 +16,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Transfer:
-    """Tensors on their way to a device; what happens to the sources later, in stream order, does not matter.
+    """Tensors on their way to a device.
 
-    side: a stream for the copies, so that they run beside the work that follows; else they run in line with it.
+    side: a stream for the copies, so that they run beside the work that follows, which must not write to the sources;
+    without it they run in line.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device, side: torch.cuda.Stream | None = None):

@@ -12,31 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from fastrefine import ops
+from fastrefine.drivers import NoHostReads
 from fastrefine.slots import END, LIVE, NEXT
 
 OPAQUE = ("refine_step", "follow")  # ops that no dispatcher sees: C++ and interpreted Triton
 
 
-class CaptureError(RuntimeError):
-    """What CUDA would refuse in a capture."""
-
-
-class _Recorder(TorchDispatchMode):
+class _Recorder(NoHostReads):
     def __init__(self, tape: list[Callable[[], None]]):
         super().__init__()
         self.tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default or func is torch.ops.aten.nonzero.default:
-            raise CaptureError(f"{func} reads a value of the device on the host while capturing")
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise CaptureError(f"{func} draws from torch's generator while capturing")
-        made = func(*args, **kwargs)
+        made = super().__torch_dispatch__(func, types, args, kwargs)
         inputs = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
         fresh = [(i, t) for i, t in enumerate(tree_flatten(made)[0]) if isinstance(t, Tensor)]
         fresh = [(i, t) for i, t in fresh if t.untyped_storage().data_ptr() not in inputs]
@@ -104,8 +96,10 @@ class Runtime:
 
     def __init__(self) -> None:
         self.graphs: list[Graph] = []
+        self.attempts = 0
 
-    def capture(self, step: Callable[[], None], beside: Any = None) -> Graph:
+    def capture(self, step: Callable[[], None], beside: Any = None, replayed: bool = True) -> Graph:
+        self.attempts += 1
         for _ in range(3):
             step()
         self.graphs.append(Graph(step))

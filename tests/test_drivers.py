@@ -1,5 +1,8 @@
 """Every driver gives what the host loop gives, bit for bit; captures are few; the host seldom waits."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -7,7 +10,8 @@ import fastrefine as fr
 from fastrefine import drivers, engine, ops
 from fastrefine.errors import BackendError
 from fastrefine.machine import Machine
-from tests.stand_in import CaptureError, Runtime
+from fastrefine.transfer import Transfer
+from tests.stand_in import Runtime
 from tests.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
 
 KINDS = {"graph": drivers.GraphReplay, "loop": drivers.DeviceLoop}
@@ -177,6 +181,49 @@ def test_a_run_that_failed_leaves_no_machine_behind(runtime):
     assert len(runtime.graphs) == 2
 
 
+def test_an_idle_machine_is_dropped_before_a_larger_one_is_made(runtime):
+    one = refiner(driver="graph")
+    one.sample(20)
+    (small,) = one._target._idle
+    one.sample(2000)
+    assert one._target._idle != [small] and len(one._target._idle) == 1
+
+
+def test_a_refiner_leaves_nothing_behind(runtime):
+    """Its tensors are gone with the last reference, not with the next garbage collection."""
+    one = refiner(driver="graph")
+    one.sample(20)
+    gone = weakref.ref(one._target._idle[0])
+    runtime.graphs.clear()  # their tapes know the machine, as a capture does not
+    gc.collect()
+    gc.disable()
+    try:
+        del one
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class LateTransfer(Transfer):
+    """Copies beside the work that follows may happen at any time until they are waited for."""
+
+    def __init__(self, tensors, device, *side):
+        self.late = list(tensors) if side else [t.clone() for t in tensors]
+        self.blocked = False
+
+    def wait(self):
+        return [t.clone() for t in self.late]
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_results_on_their_way_are_not_overwritten(runtime, monkeypatch, driver):
+    monkeypatch.setattr(engine, "Transfer", LateTransfer)
+    monkeypatch.setattr(engine, "MEMORY", 1)
+    monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
+    options = dict(stop=fr.stopping.Hazard(0.4), max_steps=5, num_slots=4)
+    same(refiner(driver=driver, **options).sample(200), refiner(driver="host", **options).sample(200))
+
+
 def test_an_updated_discriminator_needs_no_new_capture(runtime):
     g, d = pair()
     one = refiner((g, d), driver="graph")
@@ -212,6 +259,15 @@ def test_a_step_that_cannot_be_captured_is_refused_with_the_reason_or_launched_f
     same(out, refiner((g, Reads(d)), driver="host").sample(10))
 
 
+def test_a_step_that_cannot_be_captured_is_tried_once(runtime, monkeypatch):
+    monkeypatch.setitem(KINDS, "auto", drivers.GraphReplay)
+    g, d = pair()
+    one = refiner((g, Reads(d)), driver="auto")
+    for _ in range(3):
+        one.sample(10)
+    assert runtime.attempts == 1
+
+
 @pytest.mark.parametrize("driver", KINDS)
 def test_without_a_gpu_the_device_drivers_say_so(driver):
     with pytest.raises(fr.InputError, match="needs a CUDA device"):
@@ -222,8 +278,7 @@ def test_without_a_gpu_the_device_drivers_say_so(driver):
 def test_a_late_reading_never_takes_old_rows_for_new_ones(runtime, monkeypatch, driver):
     """A tiny window: rows are reused while readings that show their former samples complete are still unread, and a slow
     sample keeps all others waiting."""
-    monkeypatch.setattr(engine, "WINDOW_BYTES", {})
-    monkeypatch.setattr(engine, "WINDOW_DEFAULT", 1)
+    monkeypatch.setattr(engine, "MEMORY", 1)
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
 
     class OneSlow(fr.stopping.Hazard):
@@ -285,5 +340,5 @@ def test_the_stand_in_refuses_what_cuda_refuses():
     runtime = Runtime()
     x = torch.ones(3)
     for step in (lambda: float(x.sum()), lambda: x.nonzero(), lambda: torch.rand(3)):
-        with pytest.raises(CaptureError):
+        with pytest.raises(RuntimeError, match="reads values|draws from"):
             runtime.capture(step)

@@ -116,8 +116,7 @@ def test_ids_run_at_most_a_window_ahead_so_memory_is_bounded(monkeypatch):
         seen.append((len(self.waiting), self.machine.window // self.size))
 
     monkeypatch.setattr(engine.Run, "launch", launch)
-    monkeypatch.setattr(engine, "WINDOW_BYTES", {})
-    monkeypatch.setattr(engine, "WINDOW_DEFAULT", 1)
+    monkeypatch.setattr(engine, "MEMORY", 1)
     one = refiner(max_steps=50, num_slots=4)
     out = one.sample(400)
     assert max(w for w, _ in seen) <= 4 == seen[0][1]
