@@ -218,7 +218,7 @@ class LateTransfer(Transfer):
 @pytest.mark.parametrize("driver", KINDS)
 def test_results_on_their_way_are_not_overwritten(runtime, monkeypatch, driver):
     monkeypatch.setattr(engine, "Transfer", LateTransfer)
-    monkeypatch.setattr(engine, "MEMORY", 1)
+    monkeypatch.setattr(engine, "WINDOW_SHARE", 2**40)  # few rows, so that they serve again at once
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
     options = dict(stop=fr.stopping.Hazard(0.4), max_steps=5, num_slots=4)
     same(refiner(driver=driver, **options).sample(200), refiner(driver="host", **options).sample(200))
