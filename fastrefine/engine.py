@@ -70,7 +70,7 @@ class Reading(NamedTuple):
     """Counters and status on their way to the host."""
 
     number: int
-    steps: int  # launched since the reading before
+    schedule: list[bool]  # of the steps launched since the reading before
     values: Transfer
 
 
@@ -177,19 +177,20 @@ class Run:
         if self._stands and not self.unread:
             if self.end > self.known[slots.NEXT]:
                 self.machine.refill()
-                self._request(0)
+                self._request([])
             return
         if self._stands and self.driver.stops_itself:
             return
         steps = self._steps()
         if steps > 0:
-            self.driver.launch(self.machine, self._schedule(steps), self.size if self._has_room else 0)
-            self._request(steps)
+            schedule = self._schedule(steps)
+            self.driver.launch(self.machine, schedule, self.size if self._has_room else 0)
+            self._request(schedule)
 
     @property
     def _in_flight(self) -> int:
         """Steps launched since the counters were read."""
-        return sum(reading.steps for reading in self.unread)
+        return sum(len(reading.schedule) for reading in self.unread)
 
     def _steps(self) -> int:
         """How many steps to launch: as long as the pool lasts, and not past the end."""
@@ -239,14 +240,25 @@ class Run:
         certain = steps == 1 and not self.unread
         if not together or not (self.forward or (certain and not self.driver.lag)):
             return [False] * steps
-        first = known[slots.LONGEST] - self._in_flight
-        return [step >= first and (step - first) % (self.proposals.max_steps + 1) == 0 for step in range(steps)]
+        left = known[slots.LONGEST]
 
-    def _request(self, steps: int) -> None:
+        def after(left: int, forward_only: bool) -> int:
+            """Updates left after a step; a forward-only one moves nobody, and whoever ends is followed by a fresh sample."""
+            return self.proposals.max_steps if left == 0 else left - (not forward_only)
+
+        for forward_only in (flag for reading in self.unread for flag in reading.schedule):
+            left = after(left, forward_only)
+        schedule = []
+        for _ in range(steps):
+            schedule.append(left == 0)
+            left = after(left, left == 0)
+        return schedule
+
+    def _request(self, schedule: list[bool]) -> None:
         """Read counters and status as they are after what was launched so far."""
         self.requested += 1
         seen = [self.machine.pool.counters, self.machine.outputs.status]
-        self.unread.append(Reading(self.requested, steps, Transfer(seen, torch.device("cpu"))))
+        self.unread.append(Reading(self.requested, schedule, Transfer(seen, torch.device("cpu"))))
 
     def read(self) -> None:
         """Take in the readings that are old enough, and harvest what they show to be complete."""

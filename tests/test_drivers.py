@@ -204,6 +204,24 @@ def test_a_refiner_leaves_nothing_behind(runtime):
         gc.enable()
 
 
+def test_a_prediction_counts_what_forward_only_steps_in_flight_did_not_do(runtime, monkeypatch):
+    """A full window, one step at a time, slots out of rhythm: once every step was forward only, and nobody ever moved."""
+    monkeypatch.setattr(engine, "WINDOW_SHARE", 2**40)
+    monkeypatch.setattr(engine, "POOL_SHARE", 2**21)
+    monkeypatch.setattr(engine, "FIRST_CHUNK", 1)
+    monkeypatch.setattr(drivers.GraphReplay, "chunk", 5)
+    original, launches = drivers.GraphReplay.launch, []
+
+    def launch(self, machine, schedule, low):
+        launches.append(schedule)
+        assert len(launches) < 1000, "the run does not end"
+        original(self, machine, schedule, low)
+
+    monkeypatch.setattr(drivers.GraphReplay, "launch", launch)
+    options = dict(stop=None, max_steps=1, sampler=fr.Collaborative(0.05, optimizer="momentum"))
+    same(refiner(driver="graph", **options).sample(90, first_id=1), refiner(driver="host", **options).sample(90, first_id=1))
+
+
 class LateTransfer(Transfer):
     """Copies beside the work that follows may happen at any time until they are waited for."""
 
