@@ -12,7 +12,6 @@ import argparse
 import datetime
 import faulthandler
 import functools
-import json
 import shlex
 import sys
 import time
@@ -56,9 +55,9 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-b2", action="store_true", help="without torch.compile; always so on a CPU")
     parser.add_argument("--compile", action="store_true", help="ours with compile=True")
     parser.add_argument("--commit", help="where the files are no git checkout")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<name>.json (stand-in: build/)")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json (stand-in: build/)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as Markdown and stop")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these rows as Markdown and stop")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="with --table: draw the ratios too")
     found = parser.parse_args(given)
     found.drivers = found.drivers or (["host"] if found.device == "cpu" else ["graph"])
@@ -88,16 +87,14 @@ def plan(given: argparse.Namespace) -> str:
 
 
 class Recorder:
-    """The file of results, rewritten after every row: what was cut short loses nothing."""
+    """The files of results, rewritten after every row: what was cut short loses nothing."""
 
     def __init__(self, path: Path, results: dict[str, Any]):
         self.path, self.results = path, results
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(self.path)
+        gpu_table.save(self.path, self.results)
 
 
 def run_rows(
@@ -157,7 +154,7 @@ def bench(given: argparse.Namespace) -> dict[str, Any]:
     given_scale["num_slots"] = (given.num_slots,) if given.num_slots else None
     base = Scale.stand_in() if device.type == "cpu" else Scale()
     scale = Scale(**{**vars(base), **{k: v for k, v in given_scale.items() if v is not None}})
-    named = RESULTS / f"gpu-{slug(device_name(device))}.json" if device.type == "cuda" else BUILD / "gpu-stand-in.json"
+    named = RESULTS / f"{slug(device_name(device))}.json" if device.type == "cuda" else BUILD / "gpu-stand-in.json"
     given.output = given.output or named
     command = shlex.join(["python", "-m", "benchmarks.gpu_bench", *given.arguments])
     machine = facts(device, given.commit)

@@ -90,9 +90,23 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
+def save(path: Path, results: dict[str, Any]) -> None:
+    """The rows into ``path``, a list; what else is known of the run beside it, into <name>.run.json."""
+    rest = {key: value for key, value in results.items() if key != "rows"}
+    for target, content in ((path, results["rows"]), (path.with_suffix(".run.json"), rest)):
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(target)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What ``save`` was given."""
+    return {**json.loads(path.with_suffix(".run.json").read_text()), "rows": json.loads(path.read_text())}
+
+
 def report(files: Sequence[Path], plot_to: Path | None) -> str:
     """Tables of several files one after another; with ``plot_to`` their ratios drawn into it."""
-    results = [json.loads(file.read_text()) for file in files]
+    results = [load(file) for file in files]
     if plot_to is not None:
         plot(results, plot_to)
     return "\n".join(table(each) for each in results)

@@ -80,7 +80,7 @@ def stand_in(tmp_path_factory):
     code = gpu_bench.main([*given, "--output", str(path)])
     torch.backends.cudnn.benchmark = benchmark
     assert torch.get_num_threads() == threads
-    return code, json.loads(path.read_text())
+    return code, gpu_table.load(path)
 
 
 def test_stand_in_measures_every_row_with_all_keys(stand_in):
@@ -132,7 +132,7 @@ def test_rows_that_do_not_fit_the_budget_are_listed(tmp_path):
 
     recorder = Recorder(tmp_path / "x.json", {"rows": [], "failed": []})
     run_rows(rows, measure, budget, recorder, 3)
-    written = json.loads(recorder.path.read_text())
+    written = gpu_table.load(recorder.path)
     assert [r["workload"] for r in written["rows"]] == ["mlp2d"]
     assert [(r["workload"], r["stop"]) for r in written["not_run"]] == [("dcgan16", "none"), ("mlp2d", "median")]
     assert all("budget" in r["reason"] for r in written["not_run"])
@@ -146,7 +146,7 @@ def test_a_failing_row_is_recorded_and_the_next_one_runs(tmp_path):
 
     recorder = Recorder(tmp_path / "x.json", {"rows": [], "failed": []})
     run_rows([row(precision="tf32"), row()], measure, Budget(1e6, Clock()), recorder, 3)
-    written = json.loads(recorder.path.read_text())
+    written = gpu_table.load(recorder.path)
     assert [r["error"] for r in written["failed"]] == ["RuntimeError: no such kernel"] and len(written["rows"]) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_lost_device_ends_the_run_with_the_rest_listed(tmp_path):
 
     recorder = Recorder(tmp_path / "x.json", {"rows": [], "failed": []})
     run_rows([row(), row(stop="median")], fail, Budget(1e6, Clock()), recorder, 3, alive=fail)
-    written = json.loads(recorder.path.read_text())
+    written = gpu_table.load(recorder.path)
     assert len(written["failed"]) == 1 and "device" in written["not_run"][0]["reason"]
 
 
@@ -209,7 +209,7 @@ def test_table_says_met_and_missed_and_what_is_missing():
 def test_plot_is_drawn_from_a_file(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     source, target = tmp_path / "made-up.json", tmp_path / "plot.svg"
-    source.write_text(json.dumps(results_of(made_up(), made_up("median", ratio_b2=None))))
+    gpu_table.save(source, results_of(made_up(), made_up("median", ratio_b2=None)))
     assert gpu_bench.main(["--table", str(source), "--plot", str(target)]) == 0
     assert "<svg" in target.read_text() and "| dcgan64 |" in capsys.readouterr().out
 
