@@ -92,8 +92,8 @@ def main() -> None:
     precisions = ["float32", *(["tf32"] if given.device != "cpu" else []), "bfloat16", "float16"]
     if given.device == "cpu":
         torch.set_num_threads(1)
-    rows = measure(recipe, given.data, given.device, given.seeds, given.samples or recipe.samples, precisions)
     machine = facts(torch.device(given.device)) | {"cpu": cpu_model(), "device": device_name(torch.device(given.device))}
+    rows = measure(recipe, given.data, given.device, given.seeds, given.samples or recipe.samples, precisions)
     results = {"kind": "fastrefine precision", "data": recipe.name, "machine": machine, "rows": rows}
     path = given.output or HERE / "results" / f"precision-{recipe.name}-{given.device}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
