@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -109,6 +110,12 @@ def toolkit(nvcc: str) -> Path:
     return Path(said.partition("TOP=")[2].partition("\n")[0])
 
 
+def check_setuptools() -> None:
+    """Run by hand, setup.py may meet one that cannot read pyproject.toml and says so at length; pip brings its own."""
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        raise SystemExit(f"fastrefine: setup.py needs setuptools >= 77, this is {setuptools.__version__}")
+
+
 def extensions() -> list[Extension]:
     """What this mode builds; in mode "auto" each may fail to."""
     if MODE not in ("auto", "none", "cpu", "cuda"):
@@ -124,4 +131,5 @@ def extensions() -> list[Extension]:
     return found
 
 
+check_setuptools()
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})

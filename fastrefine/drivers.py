@@ -57,11 +57,26 @@ class NoHostReads(TorchDispatchMode):
     """Refuses what reads a value of the device on the host: it would break a capture, and leave torch in disorder."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        kwargs = kwargs or {}
+        if _depends_on_values(func, args):
             raise RuntimeError(f"a network reads values of the device on the host ({func})")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _drops_out(func, args, kwargs):
             raise RuntimeError(f"a network draws from torch's generator ({func})")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host must know values to go on: a scalar, or a shape; for an index only if it is a mask."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+
+
+def _drops_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may draw random numbers does: attention has a probability of dropout, 0 in eval mode."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" not in names or bool(given.get("dropout_p", 0.0))
 
 
 class CudaRuntime:
@@ -160,6 +175,8 @@ def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool
             machine.captured.clear()
             if is_out_of_memory(error):
                 raise
+            if error.__context__ is not None and is_out_of_memory(error.__context__):  # the end of the capture failed too
+                raise error.__context__ from error
             cause, target.refused = error, str(error).splitlines()[0] if str(error) else type(error).__name__
             if may_fall_back:
                 log.warning("the step cannot be captured, so it is launched from Python: %s", target.refused)

@@ -324,8 +324,9 @@ class Run:
         """The blocks that have arrived, in order; with further steps on the device while their consumer works."""
         while self.deliveries:
             number, result, values = self.deliveries[0]
-            if self.driver.lag and number == self.requested and (self.waiting or self.next_block is not None):
-                return
+            busy = self.waiting or self.next_block is not None
+            if self.driver.lag and busy and (number == self.requested or (number + 1 == self.requested and not values.ready)):
+                return  # the device has work, so that there is no need to wait for it
             self.deliveries.popleft()
             names = [name for name, value in vars(result).items() if isinstance(value, Tensor)]
             arrived: dict[str, Any] = dict(zip(names, values.wait(), strict=True))

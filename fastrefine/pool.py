@@ -110,7 +110,8 @@ class Proposals:
             assert source.prior is not None
             latents = source.prior.sample(ids, source.seed, self.dtype)
         else:
-            latents = source.latents[(ids - source.first).clamp(0, source.count - 1)].to(self.dtype)
+            rows = (ids - source.first).clamp(0, source.count - 1)
+            latents = source.latents[send(rows, source.latents.device)].to(self.dtype)
         threshold, last_step, reference = self._draws(index)
         latents = send(latents, self.device)
         labels = None if labels is None else send(labels, self.device)

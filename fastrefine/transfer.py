@@ -45,11 +45,16 @@ class Transfer:
         landing = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return landing.copy_(tensor, non_blocking=True)
 
+    @property
+    def ready(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> list[Tensor]:
         """The tensors, in ordinary memory."""
         if self._event is None:
             return self._tensors
-        self.blocked = not self._event.query()
+        self.blocked = not self.ready
         if self.blocked:
             self._event.synchronize()
         return [t.clone() if t.is_pinned() else t for t in self._tensors]

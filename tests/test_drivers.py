@@ -238,6 +238,8 @@ class LateTransfer(Transfer):
         self.late = list(tensors) if side else [t.clone() for t in tensors]
         self.blocked = False
 
+    ready = True
+
     def wait(self):
         return [t.clone() for t in self.late]
 
@@ -261,6 +263,25 @@ def test_an_updated_discriminator_needs_no_new_capture(runtime):
             p.mul_(1.3)
     one._refresh(updated)
     same(one.sample(40), refiner((g, updated), driver="host").sample(40))
+    assert len(runtime.graphs) == 1
+
+
+class Attends(torch.nn.Module):
+    """Attention has a dropout, and with it the mark of an operation that draws; in eval mode it draws nothing."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, x):
+        tokens = x.view(len(x), 1, 3, 2)
+        return self.d(torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).reshape(len(x), 6))
+
+
+def test_attention_is_captured(runtime):
+    g, d = pair()
+    networks = g, Attends(d)
+    same(refiner(networks, driver="graph").sample(20), refiner(networks, driver="host").sample(20))
     assert len(runtime.graphs) == 1
 
 
@@ -366,6 +387,6 @@ def test_the_view_is_what_the_networks_read(monkeypatch):
 def test_the_stand_in_refuses_what_cuda_refuses():
     runtime = Runtime()
     x = torch.ones(3)
-    for step in (lambda: float(x.sum()), lambda: x.nonzero(), lambda: torch.rand(3)):
+    for step in (lambda: float(x.sum()), lambda: x.nonzero(), lambda: torch.rand(3), lambda: x[x > 0], lambda: x.equal(x)):
         with pytest.raises(RuntimeError, match="reads values|draws from"):
             runtime.capture(step)

@@ -5,6 +5,7 @@ import torch
 
 import fastrefine as fr
 from fastrefine import while_graph
+from fastrefine.pool import Proposals
 from tests.test_drivers import RUNS, conditional
 from tests.test_engine import convolutional_pair, pair, refiner, same
 
@@ -41,7 +42,8 @@ def test_drivers_give_the_bits_of_the_host_loop(driver, run):
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_convolutions_in_every_precision(driver, precision):
     available(driver)
-    options = dict(prior=fr.Normal(8), at="2", precision=precision)
+    # cuDNN's default choice for an input gradient may add in any order
+    options = dict(prior=fr.Normal(8), at="2", precision=precision, deterministic=True)
     networks = convolutional_pair()
     same(on_gpu(networks, driver=driver, **options).sample(60), on_gpu(networks, driver="host", **options).sample(60))
 
@@ -50,9 +52,10 @@ def test_convolutions_in_every_precision(driver, precision):
 def test_labels_and_contexts_follow_their_samples(driver):
     available(driver)
     labels = torch.arange(40) % 3
-    found = conditional(driver=driver, device="cuda").sample(40, labels=labels)
-    same(found, conditional(driver="host", device="cuda").sample(40, labels=labels))
-    wanted = conditional(device="cpu").sample(40, labels=labels)
+    options = dict(sampler=fr.Collaborative(0.1, control="fixed"), stop=None, deterministic=True)
+    found = conditional(driver=driver, device="cuda", **options).sample(40, labels=labels)
+    same(found, conditional(driver="host", device="cuda", **options).sample(40, labels=labels))
+    wanted = conditional(device="cpu", **options).sample(40, labels=labels)
     torch.testing.assert_close(found.images, wanted.images, rtol=1e-3, atol=1e-3)
 
 
@@ -159,6 +162,7 @@ def test_the_host_seldom_waits(driver):
     assert out.report["slot_efficiency"] >= 0.98
 
 
+@pytest.mark.slow
 def test_compiled_and_captured():
     options = dict(stop=None, max_steps=3)
     found, wanted = on_gpu(compile=True, **options).sample(32), on_gpu(**options).sample(32)
@@ -183,3 +187,20 @@ def test_memory_is_given_back():
         one.sample(200, seed=seed)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_admitting_proposals_never_waits(monkeypatch):
+    """Latents on the GPU are read without a look at the host, and those of the prior are sent to it."""
+    one = on_gpu(driver="graph")
+    latents = one.sample(200).latents.cuda()
+    block = Proposals.block
+
+    def strict(self, index):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return block(self, index)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Proposals, "block", strict)
+    same(one.refine(latents), one.sample(200))
