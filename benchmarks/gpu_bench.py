@@ -1,8 +1,9 @@
 """The speed table on a GPU: ``python -m benchmarks.gpu_bench`` (``make gpu-bench``); README.md beside this says what is in it.
 
-python -m benchmarks.gpu_bench                          the default rows, most important first, within 480 seconds
+python -m benchmarks.gpu_bench                          the default rows, most important first, within 440 seconds
 python -m benchmarks.gpu_bench --dry-run                what would run; no GPU
 python -m benchmarks.gpu_bench --device cpu --workloads mlp2d --precisions float32 --output /tmp/x.json
+python -m benchmarks.gpu_bench --commit SHA --output FOLDER/NAME.json     no .git here, results elsewhere
 python -m benchmarks.gpu_bench --table FILE... [--plot FILE.svg]
 """
 
@@ -30,6 +31,7 @@ from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
 BUILD = ROOT / "build"  # what is no result goes where git does not look
+HANG_SECONDS = 540
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -50,12 +52,14 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="images of a timed run of ours (default: by the rate)")
     parser.add_argument("--steps", type=int, help=f"steps per image (default {gpu_rows.K}; on a CPU 4)")
     parser.add_argument("--repetitions", type=int, help="rounds (default 3)")
-    parser.add_argument("--budget", type=float, default=480, help="seconds for everything (default 480)")
+    budget = "seconds for everything: peaks, choosing sizes, compiling B2, rows (default 440, imports apart; a hang ends at 540)"
+    parser.add_argument("--budget", type=float, default=440, help=budget)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu: a stand-in that tries the command")
     parser.add_argument("--no-b2", action="store_true", help="without torch.compile; always so on a CPU")
     parser.add_argument("--compile", action="store_true", help="ours with compile=True")
-    parser.add_argument("--commit", help="where the files are no git checkout")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json (stand-in: build/)")
+    parser.add_argument("--commit", metavar="SHA", help="what the rows name as commit: needed where the files have no .git")
+    output = "JSON file, beside which NAME.run.json lies (default benchmarks/results/<gpu>.json; stand-in: build/)"
+    parser.add_argument("--output", type=Path, metavar="FOLDER/NAME.json", help=output)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these rows as Markdown and stop")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="with --table: draw the ratios too")
@@ -175,7 +179,8 @@ def bench(given: argparse.Namespace) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    faulthandler.dump_traceback_later(1.2 * budget.left + 30, exit=True)  # a hang ends, and says where it was
+    # a hang ends, and says where it was, before whatever started this ends it (10 minutes are usual); every row is written
+    faulthandler.dump_traceback_later(min(1.1 * max(budget.left, 30), HANG_SECONDS), exit=True)
     try:
         one = functools.partial(measure, measuring, command=command, machine=machine)
         run_rows(planned(given), one, budget, recorder, scale.repetitions, alive)

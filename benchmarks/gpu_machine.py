@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
@@ -43,6 +44,13 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As a whole or not at all: who writes after each part may be ended at any time."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
 
 
 def slug(name: str) -> str:

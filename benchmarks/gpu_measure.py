@@ -31,7 +31,7 @@ def measure(bench: Bench, row: Row, command: str, machine: dict[str, Any]) -> di
 
 
 class Measurement:
-    """One row: prepared, compared and timed in the constructor's order; ``facts`` says what came out."""
+    """One row: prepared, compared, warmed up and timed in the constructor's order; ``facts`` says what came out."""
 
     def __init__(self, bench: Bench, row: Row):
         self.bench, self.row, self.scale = bench, row, bench.scale
@@ -46,29 +46,44 @@ class Measurement:
         else:
             reason = "the baselines are written for Collaborative(control='fixed')"
             self.missing = dict.fromkeys(("b0", "b1", "b2"), reason)
+        self._warm_up()
         self._race()
 
     def _prepare_ours(self) -> None:
-        """Choose slots; then prepare anew and refine 2 x slots once, whose memory, capture included, is what is recorded."""
+        """Choose slots; then prepare anew and refine 2 x slots once, which tells the rate and is what is compared."""
         bench, row, device = self.bench, self.row, self.bench.device
         gpu = device.type == "cuda"
         self.num_slots, step_seconds = bench.best_slots(row, bench.refiner(row))
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated(device) if gpu else 0
+        held = self._allocated()
         self.refiner = bench.refiner(row)
         self.refiner.num_slots = self.num_slots
-        latents = bench.latents(row, 2 * self.num_slots)
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        first = self.refiner.refine(latents)
-        self.memory = (torch.cuda.max_memory_allocated(device) - held) / 2**20 if gpu else None
+        first = self.refiner.refine(bench.latents(row, 2 * self.num_slots))
         self.checked = first
+        self.own_bytes = self._allocated() - held  # of the prepared refiner, its machine and these results
         evaluations = float(first.steps.double().mean()) + 1
         rate = self.num_slots / (step_seconds * evaluations)
         self.n = self.scale.samples or gpu_rows.samples(row, self.num_slots, rate)
         self.latents = bench.latents(row, self.n)
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.bench.device) if self.bench.device.type == "cuda" else 0
+
+    def _warm_up(self) -> None:
+        """Refine what is timed once untimed, and record its peak memory.
+
+        The engine's machine (windows, pool) depends on the number of blocks and on max_steps: a shorter run makes and captures
+        another one, and round 1 would pay for that of the timed run.
+        """
+        gpu = self.bench.device.type == "cuda"
+        before = self._allocated()  # with the rivals, so that they cancel out
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(self.bench.device)
+        self.refiner.refine(self.latents)
+        peak = torch.cuda.max_memory_allocated(self.bench.device) if gpu else 0
+        self.memory = (peak - before + self.own_bytes) / 2**20 if gpu else None
 
     def _prepare_rivals(self) -> None:
         bench, row = self.bench, self.row
@@ -98,7 +113,8 @@ class Measurement:
         key = ("b2", row.pair_key, row.precision, batch)
         stop = bench.stop(row, batch)
         done = (*key, bool(stop))
-        if done not in bench._kept and not bench.budget.may_compile():
+        rest = bench.budget.forecast(row, self.scale.repetitions)  # without it the row still ends within the budget
+        if done not in bench._kept and not bench.budget.may_compile(rest):
             self.missing["b2"] = "not run: budget (B2 compiles for the most important rows first)"
             return
         try:
@@ -135,13 +151,15 @@ class Measurement:
         self.own_seconds: list[float] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in self.rivals}
         limit = min(max(2 * gpu_rows.expected_seconds(self.row, self.scale.repetitions), 30.0), max(bench.budget.left, 0.0))
-        began, self.result = time.perf_counter(), self.checked
+        began = time.perf_counter()
+        self.result: Any = None
         for done in range(self.scale.repetitions):
             if done and (time.perf_counter() - began) * (done + 1) / done > limit:
                 break
             for name, (run, _, precision) in self.rivals.items():
                 with arithmetic(precision):
                     self.seconds[name].append(timed(run, device)[0])
+            self.result = None  # or two rounds' results lie on the device at once
             seconds, self.result = timed(lambda: self.refiner.refine(self.latents), device)
             self.own_seconds.append(seconds)
         self.transfer, _ = timed(lambda: self.result.images.cpu(), device)

@@ -1,24 +1,25 @@
 """Quick timings of what the design assumed: ``python -m benchmarks.gpu_probe [--limit SECONDS] [--output FILE.json]``.
 
 Milliseconds per engine step by driver, slots and precision; bytes per second of the step's kernels; copies to and from the
-device. Single rounds on small runs: leads, not results, which benchmarks.gpu_bench makes.
+device. Single rounds on small runs: leads, not results, which benchmarks.gpu_bench makes. The file is
+rewritten after each part, so that a run that is ended keeps what it found.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastrefine as fr
-from benchmarks.gpu_machine import copy_bandwidth, timed
+from benchmarks.gpu_machine import copy_bandwidth, timed, write_json
 from benchmarks.workloads import WORKLOADS
 
 SHORT, LONG = 10, 30  # the difference of two runs leaves filling and rendering out
@@ -28,11 +29,12 @@ STEP_KERNELS = ("refine_apply", "refine_decide", "refine_reduce", "follow")
 class Probe:
     """Runs of one workload; ``found`` is what is written, also when time ran out on the way."""
 
-    def __init__(self, device: str, workload: str, deadline: float):
+    def __init__(self, device: str, workload: str, deadline: float, write: Callable[[dict[str, Any]], None]):
         self.device, self.deadline = torch.device(device), deadline
         self.workload = WORKLOADS[workload]
         self.pair = tuple(network.to(device) for network in self.workload.pair())
         self.found: dict[str, Any] = {"workload": workload, "steps": [], "kernels": {}, "copies": {}}
+        self.write = write
 
     def refiner(self, driver: str, precision: str, **own: Any) -> fr.Refiner:
         sampler = fr.Collaborative(self.workload.step_size, control="fixed")
@@ -55,6 +57,7 @@ class Probe:
                 line["ms_per_step"] = 1e3 * self._difference(refiner, size)
             except Exception as error:
                 line["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+            self.write(self.found)
 
     def _difference(self, refiner: fr.Refiner, size: int) -> float:
         refiner.num_slots, seconds = size, {}
@@ -99,29 +102,28 @@ class Probe:
                 found[f"{label}, {name}"] = size / statistics.median(seconds)
 
 
-def run(device: str, limit: float) -> dict[str, Any]:
-    """Everything, the most telling first; on a CPU a stand-in."""
+def run(device: str, limit: float, write: Callable[[dict[str, Any]], None], compiled: bool = False) -> None:
+    """Everything, the most telling first, ``write`` after each part; on a CPU a stand-in. compiled: only compile=True."""
     on_gpu = device == "cuda"
     torch.backends.cudnn.benchmark = True
-    probe = Probe(device, "dcgan64" if on_gpu else "mlp2d", time.perf_counter() + limit)
+    probe = Probe(device, "dcgan64" if on_gpu else "mlp2d", time.perf_counter() + limit, write)
+    driver, precision = ("graph", "bfloat16") if on_gpu else ("host", "float32")
+    if compiled:  # alone: torch.compile's max-autotune may take minutes
+        probe.steps(driver, precision, [512 if on_gpu else 8], compile=True)
+        return
     sizes = [512, 128, 2048] if on_gpu else [8]
-    for name, part in (
-        ("copies", lambda: probe.copies(256 if on_gpu else 4)),
-        ("kernels", lambda: probe.kernels(2048, "bfloat16")),
-    ):
-        if name == "kernels" and not on_gpu:
-            continue
+    parts = {"copies": lambda: probe.copies(256 if on_gpu else 4), "kernels": lambda: probe.kernels(2048, "bfloat16")}
+    for name in ("copies", "kernels") if on_gpu else ("copies",):
         try:
-            part()
+            parts[name]()
         except Exception as error:
             probe.found[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        write(probe.found)
     precisions = ("bfloat16", "tf32", "float32") if on_gpu else ("float32",)
     for precision, driver in itertools.product(precisions, ("graph", "host") if on_gpu else ("host",)):
         probe.steps(driver, precision, sizes)
     if on_gpu:
         probe.steps("loop", "bfloat16", [512])
-        probe.steps("graph", "bfloat16", [512], compile=True)
-    return probe.found
 
 
 def table(found: dict[str, Any]) -> str:
@@ -154,12 +156,22 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=90, help="seconds after which nothing new begins (default 90)")
     parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--compile", action="store_true", help="only the step with compile=True")
     given = parser.parse_args()
-    found = run(given.device, given.limit)
-    if given.output:
-        given.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
-    return 1 if not any("ms_per_step" in line for line in found["steps"]) else 0
+    found: dict[str, Any] = {}
+
+    def write(now: dict[str, Any]) -> None:
+        found.update(now)
+        if given.output:
+            write_json(given.output, now)
+
+    try:
+        run(given.device, given.limit, write, given.compile)
+    except KeyboardInterrupt:
+        print("ended by a signal: what was found until then")
+    if found:
+        print(table(found))
+    return 1 if not any("ms_per_step" in line for line in found.get("steps", [])) else 0
 
 
 if __name__ == "__main__":
