@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from fastrefine import ops
+from fastrefine import drivers, ops
 from fastrefine.drivers import NoHostReads
 from fastrefine.slots import END, LIVE, NEXT
 
@@ -107,3 +107,6 @@ class Runtime:
 
     def loop(self, graph: Graph, machine: Any) -> Loop:
         return Loop(graph, machine.pool.counters)
+
+
+KINDS = {"graph": drivers.GraphReplay, "loop": drivers.DeviceLoop}

@@ -11,23 +11,8 @@ from fastrefine import drivers, engine, ops
 from fastrefine.errors import BackendError
 from fastrefine.machine import Machine
 from fastrefine.transfer import Transfer
-from tests.stand_in import Runtime
+from tests.stand_in import KINDS, Runtime
 from tests.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
-
-KINDS = {"graph": drivers.GraphReplay, "loop": drivers.DeviceLoop}
-
-
-@pytest.fixture
-def runtime(monkeypatch):
-    """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""
-    stand_in = Runtime()
-    original = drivers.choose
-
-    def choose(name, device):
-        return KINDS[name](stand_in) if name in KINDS else original(name, device)
-
-    monkeypatch.setattr(drivers, "choose", choose)
-    return stand_in
 
 
 def conditional(**options):
