@@ -36,15 +36,12 @@ bench: $(VENV)/test.stamp  ## the benchmark table of README
 	$(BIN)/python -m benchmarks.table --run
 
 # A machine with a GPU often has its own torch and no network: these use $(PYTHON) as it is and install nothing.
-gpu-check: gpu-build  ## every driver and kernel on this GPU against the reference; options in ARGS
+gpu-check:  ## build, then every driver and kernel on this GPU against the reference; options in ARGS
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-gpu-bench: gpu-build  ## the benchmarks of this GPU; options in ARGS
+gpu-bench:  ## the benchmarks of this GPU, which need no extension; options in ARGS
+	-FASTREFINE_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu_bench $(ARGS)
-
-.PHONY: gpu-build
-gpu-build:
-	FASTREFINE_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
 
 doctor: $(VENV)/demo.stamp
 	$(BIN)/fastrefine doctor

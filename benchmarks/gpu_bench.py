@@ -52,7 +52,9 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="images of a timed run of ours (default: by the rate)")
     parser.add_argument("--steps", type=int, help=f"steps per image (default {gpu_rows.K}; on a CPU 4)")
     parser.add_argument("--repetitions", type=int, help="rounds (default 3)")
-    budget = "seconds for everything: peaks, choosing sizes, compiling B2, rows (default 440, imports apart; a hang ends at 540)"
+    budget = (
+        "seconds for everything: peaks, choosing sizes, compiling B2, rows (default 440, imports apart; a hang ends at 540)"
+    )
     parser.add_argument("--budget", type=float, default=440, help=budget)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu: a stand-in that tries the command")
     parser.add_argument("--no-b2", action="store_true", help="without torch.compile; always so on a CPU")

@@ -1,15 +1,20 @@
 """Everything that only a GPU can tell, in one command: ``python -m benchmarks.gpu_check`` (``make gpu-check``).
 
-Steps are processes of their own with a time limit, and none stops the others. They end in
-benchmarks/results/gpu-check-<gpu>.json and .md; exit code 1 when one failed (a skipped one has not). --dry-run goes through
-them without a GPU, on stand-ins, so that a typing error is not found on rented hardware.
+Steps are processes of their own with a time limit, and none stops the others, a failing build neither. They end in
+benchmarks/results/gpu-check-<gpu>.json and .md; exit code 1 when one failed (a skipped one has not: its line says why).
+--dry-run goes through them without a GPU, on stand-ins, so that a typing error is not found on rented hardware.
+
+python -m benchmarks.gpu_check                                   within 450 seconds, the most important first
+python -m benchmarks.gpu_check --commit SHA --output FOLDER      no .git here, results elsewhere
+python -m benchmarks.gpu_check --slow --compile --total 800      what takes minutes too
+python -m benchmarks.gpu_check --dry-run --output FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import shutil
@@ -31,6 +36,9 @@ from benchmarks.gpu_small import SKIPPED
 RESULTS = Path(__file__).parent / "results"
 TAIL = 4000  # characters of a step's output that are kept
 NO_TESTS = 5  # exit code of pytest when nothing was collected
+GRACE = 8  # seconds between asking a step to end and ending it
+NO_TIME = "no time left"
+OURS = ("refine_", "follow_")  # what the names of the step's kernels begin with
 SANITIZER_REFUSES = ("Device not supported", "Unable to find injection library", "not supported on this", "ERR_NVGPUCTRPERM")
 
 
@@ -43,6 +51,8 @@ class Step:
     limit: float
     environment: dict[str, str | None] = field(default_factory=dict)  # None: without this variable
     output: str | None = None  # name of a file that the command leaves in the folder: JSON, or JUnit's XML
+    least: float = 5  # seconds without which it is not begun
+    instead: list[str] | None = None  # the command for a tool that does not know an option of the first one
     state: str = "not run"
     seconds: float = 0.0
     tail: str = ""
@@ -52,35 +62,49 @@ class Step:
         self.state, self.tail = "skipped", reason
 
     def run(self, folder: Path, left: float) -> None:
-        """Run within the smaller of the two limits; at its end the whole process group is gone."""
+        """Run within the smaller of the two limits, GRACE apart; at its end the whole process group is gone."""
         limit, started = min(self.limit, left), time.perf_counter()
+        code, text = self._execute(self.command, limit, folder)
+        if self.instead and code not in (0, None) and "unrecogni" in text.lower():
+            again, text = text, ""
+            code, text = self._execute(self.instead, max(limit - (time.perf_counter() - started), 5), folder)
+            text = f"{again[-500:]}\n(once more without that option)\n{text}"
+        self.seconds = time.perf_counter() - started
+        self.tail = text[-TAIL:]
+        self.state = "ok" if code == 0 else "skipped" if code == SKIPPED else "failed"
+        if code is None:
+            whose = "its limit of" if limit == self.limit else "what was left of the total,"
+            self.tail += f"\n(ended after {whose} {limit:.0f} s)"
+        elif code not in (0, SKIPPED):
+            self.tail += f"\n(exit code {code})"
+        self._judge(text, code)
+        self._collect(folder)
+
+    def _execute(self, command: list[str], limit: float, folder: Path) -> tuple[int | None, str]:
+        """(exit code, None for one that was ended; what it printed)."""
         environment = {**os.environ, **{k: v for k, v in self.environment.items() if v is not None}}
         for name in [k for k, v in self.environment.items() if v is None]:
             environment.pop(name, None)
         log = folder / f"{slug(self.name)}.log"
         with log.open("w") as sink:
             process = subprocess.Popen(
-                self.command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+                command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
             )
+            code: int | None = None
             try:
-                code: int | None = process.wait(limit)
+                code = process.wait(limit)
             except subprocess.TimeoutExpired:
-                code = None
+                os.killpg(process.pid, signal.SIGINT)  # pytest then says where it was, and writes its JUnit file
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                if code is None:
+                    with contextlib.suppress(ProcessLookupError):  # what it started may outlive it
+                        os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        self.seconds = time.perf_counter() - started
         text = log.read_text(errors="replace")
         log.unlink()
-        self.tail = text[-TAIL:]
-        self.state = "ok" if code == 0 else "skipped" if code == SKIPPED else "failed"
-        if code is None:
-            self.tail += f"\n(ended after its limit of {limit:.0f} s)"
-        elif code not in (0, SKIPPED):
-            self.tail += f"\n(exit code {code})"
-        self._judge(text, code)
-        self._collect(folder)
+        return code, text
 
     def _judge(self, text: str, code: int | None) -> None:
         if "pytest" in self.command and code == NO_TESTS:
@@ -111,42 +135,73 @@ def counts(junit: Path) -> dict[str, Any]:
     return {"tests": len(cases), "failed": len(failed), "skipped": len(skipped), "names": failed[:40]}
 
 
-def planned(folder: Path, gpu: bool, probe: bool) -> list[Step]:
-    """The steps in order; without a GPU their stand-ins."""
+def planned(folder: Path, gpu: bool, probe: bool = True, slow: bool = False, compiling: bool = False) -> list[Step]:
+    """The steps, the most important first; without a GPU their stand-ins. Limits up to the census add up to 380 s."""
     python, device = [sys.executable], "cuda" if gpu else "cpu"
     compiled: dict[str, str | None] = {"TRITON_INTERPRET": None, "FASTREFINE_BACKEND": None}
+    exact = {**compiled, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch demands it of deterministic algorithms
 
     def module(name: str, *given: str) -> list[str]:
         return [*python, "-W", "ignore", "-m", f"benchmarks.{name}", "--device", device, *given]
 
     def tests(output: str, *given: str) -> list[str]:
         # what takes time is Triton's compiler, for each specialisation
+        hung = ["-o", "faulthandler_timeout=60"]  # a test that takes longer says where it is
         parallel = ["-n", "8"] if gpu and importlib.util.find_spec("xdist") else []
-        return [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={folder / output}", *parallel, *given]
+        return [
+            *python,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *hung,
+            f"--junitxml={folder / output}",
+            *parallel,
+            *given,
+        ]
 
     collect = [] if gpu else ["--collect-only"]
     parity = ["tests/test_refine_step.py", "tests/test_noise.py", *_existing("tests", "test_kernels_*.py")]
+
+    def probing(output: str, limit: int, *given: str) -> list[str]:
+        return module("gpu_probe", "--limit", str(limit), "--output", str(folder / output), *given)
+
     steps = [
-        Step("facts", ["nvidia-smi"], 30),
-        Step("nvcc", ["nvcc", "--version"], 30),
-        Step("doctor", [*python, "-m", "fastrefine", "doctor"], 60),
-        Step("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 180, {"FASTREFINE_BUILD": "cuda"}),
-        Step("tests marked cuda", tests("cuda.xml", "-m", "cuda", *collect, "tests"), 150, compiled, "cuda.xml"),
-        Step("drivers", module("gpu_parity", "--limit", "120", "--output", str(folder / "parity.json"),
-                               *([] if gpu else ["--models", "mlp2d"])), 150, compiled, "parity.json"),
-        Step("compiled kernels", tests("kernels.xml", *collect, *parity), 180, compiled, "kernels.xml"),
-        Step("census", [*python, "-W", "ignore", "-m", "benchmarks.gpu_small", "--census"], 60, compiled),
+        Step("facts", ["nvidia-smi"], 10),
+        Step("nvcc", ["nvcc", "--version"], 10),
+        Step("doctor", [*python, "-m", "fastrefine", "doctor"], 25),
+        Step("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 60, {"FASTREFINE_BUILD": "cuda"}),
+        Step("tests marked cuda", tests("cuda.xml", "-m", "cuda and not slow", *collect, "tests"), 100, exact, "cuda.xml"),
+        Step("drivers", module("gpu_parity", "--limit", "60", "--output", str(folder / "parity.json"),
+                               *([] if gpu else ["--models", "mlp2d"])), 80, compiled, "parity.json"),
+        Step("compiled kernels", tests("kernels.xml", "-m", "not slow and not cuda", *collect, *parity), 70, compiled,
+             "kernels.xml"),  # without those that the step before ran, and those that compile without a GPU
+        Step("census", [*python, "-W", "ignore", "-m", "benchmarks.gpu_small", "--census"], 25, compiled),
+        *(sanitizer(tool, "host", module, compiled) for tool in ("memcheck", "racecheck")),
     ]  # fmt: skip
     if probe:
-        limit = ["--limit", "75", "--output", str(folder / "probe.json")]
-        steps.append(Step("probe", module("gpu_probe", *limit), 110, compiled, "probe.json"))
-    for tool, driver in itertools.product(("memcheck", "racecheck"), ("host", "graph")):
-        options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        small = module("gpu_small", "--driver", driver)
-        # torch's allocator keeps freed memory: without it an access beyond a tensor's end is seen
-        own = {**compiled, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if driver == "host" else None}
-        steps.append(Step(f"compute-sanitizer {tool}, {driver}", ["compute-sanitizer", *options, *small], 75, own))
+        steps.append(Step("probe", probing("probe.json", 60), 80, compiled, "probe.json", 20))
+    steps += [sanitizer(tool, "graph", module, compiled) for tool in ("memcheck", "racecheck")]
+    if slow:
+        command = tests("slow.xml", "-m", "cuda and slow", *collect, "tests")
+        steps.append(Step("slow tests marked cuda", command, 150, exact, "slow.xml"))
+    if compiling:
+        steps.append(Step("probe, compiled", probing("compiled.json", 200, "--compile"), 240, compiled, "compiled.json", 20))
     return steps
+
+
+def sanitizer(tool: str, driver: str, module: Callable[..., list[str]], environment: dict[str, str | None]) -> Step:
+    """A step of compute-sanitizer on our kernels alone: a few of PyTorch's take it minutes, and are not ours to mend."""
+    options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    if tool == "memcheck":  # torch asks the driver for what may fail, and goes on
+        options += ["--report-api-errors", "no"]
+    names = [word for name in OURS for word in ("--kernel-name", f"kns={name}")]  # kns: part of the name
+    small = module("gpu_small", "--driver", driver)
+    # torch's allocator keeps freed memory: without it an access beyond a tensor's end is seen
+    own = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if driver == "host" else None}
+    command, every = (["compute-sanitizer", *options, *some, *small] for some in (names, []))
+    return Step(f"compute-sanitizer {tool}, {driver}", command, 120, own, least=20, instead=every)
 
 
 def _existing(folder: str, pattern: str) -> list[str]:
@@ -154,7 +209,7 @@ def _existing(folder: str, pattern: str) -> list[str]:
 
 
 def execute(steps: Sequence[Step], folder: Path, gpu: bool, total: float, write: Callable[[], None]) -> None:
-    """Run the steps in order, ``write`` after each; what cannot run here, or has no time left, says so."""
+    """Run the steps in order, ``write`` after each; what cannot run here, or has no time left, is skipped and says so."""
     deadline = time.perf_counter() + total
     for step in steps:
         left = deadline - time.perf_counter()
@@ -165,8 +220,8 @@ def execute(steps: Sequence[Step], folder: Path, gpu: bool, total: float, write:
             step.skip(f"{step.command[0]} is not here")
         elif not gpu and step.command[0] in ("nvidia-smi", "compute-sanitizer"):
             step.skip("no GPU")
-        elif left < 5:
-            step.state, step.tail = "failed", "not run: no time left"
+        elif left < step.least:
+            step.skip(NO_TIME)
         else:
             print(f"{step.name} ...", end=" ", file=sys.stderr, flush=True)
             step.run(folder, left)
@@ -186,6 +241,8 @@ def markdown(report: dict[str, Any]) -> str:
         found = step["found"] if isinstance(step["found"], dict) and "tests" in step["found"] else {}
         told = f"{found['tests']} tests, {found['failed']} failed, {found['skipped']} skipped" if found else ""
         state = step["state"] if step["state"] != "failed" else "**failed**"
+        if state == "skipped":
+            state += f": {(step['tail'].strip().splitlines() or ['no reason'])[-1]}"
         lines.append(f"| {step['name']} | {state} | {step['seconds']:.0f} | {told} |")
     for step in report["steps"]:
         lines += ["", f"## {step['name']}: {step['state']}", "", "```", step["tail"].strip(), "```"]
@@ -199,9 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="without a GPU, on stand-ins")
     parser.add_argument("--no-probe", action="store_true", help="without the timings")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only steps whose name holds one of these words")
-    parser.add_argument("--total", type=float, default=510, help="seconds for everything (default 510)")
-    parser.add_argument("--commit", help="where the files are no git checkout")
-    parser.add_argument("--output", type=Path, help="folder of the report (default benchmarks/results; of a dry run build)")
+    parser.add_argument("--slow", action="store_true", help="also, at last, the tests marked cuda and slow (150 s)")
+    parser.add_argument("--compile", action="store_true", help="also, at last, the step with compile=True (240 s)")
+    parser.add_argument("--total", type=float, default=450, help="seconds for everything (default 450); then steps are skipped")
+    parser.add_argument("--commit", metavar="SHA", help="what the report names as commit: needed where the files have no .git")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of the report (default benchmarks/results; of a dry run build)"
+    )
     given = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and not given.dry_run
     if not gpu and not given.dry_run:
@@ -209,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if gpu else "cpu")
     folder = (given.output or (RESULTS if gpu else ROOT / "build")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    steps = planned(folder, gpu, not given.no_probe)
+    steps = planned(folder, gpu, not given.no_probe, given.slow, given.compile)
     steps = [step for step in steps if not given.only or any(word in step.name for word in given.only)]
     machine = facts(device, given.commit)
     name = f"gpu-check-{slug(device_name(device))}" if gpu else "gpu-check-dry-run"

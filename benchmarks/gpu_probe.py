@@ -51,6 +51,7 @@ class Probe:
             self.found["steps"].append(line)
             if time.perf_counter() > self.deadline:
                 line["error"] = "not reached: time"
+                self.write(self.found)
                 continue
             try:
                 refiner = refiner or self.refiner(driver, precision, **own)
