@@ -21,7 +21,7 @@ _HOMES = {
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "result": ("Result", "Status"),
     "samplers": ("Collaborative", "DGflow"),
-    "selection": ("MHResult", "metropolis_hastings"),
+    "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
     "shaping": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
     "split": ("Split", "layers"),
 }  # fmt: skip
@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from fastrefine.samplers import Collaborative as Collaborative
     from fastrefine.samplers import DGflow as DGflow
     from fastrefine.selection import MHResult as MHResult
+    from fastrefine.selection import best_of_n as best_of_n
+    from fastrefine.selection import budgeted_rejection as budgeted_rejection
     from fastrefine.selection import metropolis_hastings as metropolis_hastings
+    from fastrefine.selection import rejection_sample as rejection_sample
     from fastrefine.shaping import fit_discriminator as fit_discriminator
     from fastrefine.shaping import shape_discriminator as shape_discriminator
     from fastrefine.shaping import tune_discriminator as tune_discriminator

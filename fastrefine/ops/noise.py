@@ -25,6 +25,7 @@ class Stream(enum.IntEnum):
     SELECTION = 6
     BATCH = 7
     PROBE = 8
+    REJECTION = 9
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
