@@ -16,7 +16,7 @@ _HOMES = {
         "BackendError", "CouplingError", "FastrefineError", "FastrefineWarning", "GradientError", "InputError",
         "NonFiniteError", "SplitError",
     ),
-    "calibration": ("Diagnosis", "diagnose"),
+    "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "result": ("Result", "Status"),
@@ -32,7 +32,9 @@ __all__ = sorted([*_HOME, "stopping"])
 
 if TYPE_CHECKING:
     from fastrefine import stopping as stopping
+    from fastrefine.calibration import Calibration as Calibration
     from fastrefine.calibration import Diagnosis as Diagnosis
+    from fastrefine.calibration import calibrate as calibrate
     from fastrefine.calibration import diagnose as diagnose
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
