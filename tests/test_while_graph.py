@@ -13,6 +13,12 @@ from fastrefine import doctor, slots, while_graph
 from fastrefine.errors import BackendError
 
 
+@pytest.fixture(autouse=True)
+def _built(monkeypatch):
+    """FASTREFINE_BUILD=none switches the extension off; these tests bring their own."""
+    monkeypatch.delenv("FASTREFINE_BUILD", raising=False)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> FakeRuntime:
     return fake_cudart.build(tmp_path_factory.mktemp("fake_cudart"))
