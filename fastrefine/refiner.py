@@ -48,14 +48,16 @@ class Refiner:
     coupling: "refuse" batch-coupled networks | "lockstep": groups of num_slots consecutive ids stay together.
     on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
     output_device: where results go. deterministic: torch's deterministic algorithms, and no retry with fewer slots.
-    progress: a tqdm bar on stderr. callback: called after every engine step with {"step", "finished", "total"}.
+    progress: a tqdm bar on stderr. callback: called whenever the counters were read (the host driver: after every step)
+        with {"step", "finished", "total"}.
 
     Raises InputError (a ValueError) on values out of range at once, on networks that do not fit at the first use;
     SplitError, CouplingError, GradientError as their docstrings say.
 
     ``Result.report``: evaluations (useful ones), slot_steps (slots x engine steps), slot_efficiency (their ratio),
-    seconds and images_per_second of the run so far, backend, driver, precision, threads, num_slots, route (how the step
-    is computed: "flat" | "autograd"), split (how G was cut).
+    iterations (engine steps), host_syncs_per_step (reads of the counters, and images that had to be waited for),
+    seconds and images_per_second of the run so far without captures, backend, driver, precision, threads, num_slots,
+    route (how the step is computed: "flat" | "autograd"), split (how G was cut).
     """
 
     def __init__(
