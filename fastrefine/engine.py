@@ -237,8 +237,7 @@ class Run:
         """Which of the next steps are the last of every sample in a slot, and need no gradient."""
         known = self.known
         together = known[slots.LIVE] > 0 and known[slots.SHORTEST] == known[slots.LONGEST]
-        certain = steps == 1 and not self.unread
-        if not together or not (self.forward or (certain and not self.driver.lag)):
+        if not together or (self.driver.lag and not self.forward):  # without a lag the next step is known, not predicted
             return [False] * steps
         left = known[slots.LONGEST]
 
