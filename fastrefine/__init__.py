@@ -19,8 +19,8 @@ _HOMES = {
     "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
-    "result": ("Result", "Status"),
-    "samplers": ("Collaborative", "DGflow"),
+    "result": ("Result", "Snapshot", "Status"),
+    "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
     "shaping": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
     "split": ("Split", "layers"),
@@ -43,7 +43,12 @@ if TYPE_CHECKING:
     from fastrefine.priors import Uniform as Uniform
     from fastrefine.refiner import Refiner as Refiner
     from fastrefine.result import Result as Result
+    from fastrefine.result import Snapshot as Snapshot
     from fastrefine.result import Status as Status
+    from fastrefine.samplers import DDLS as DDLS
+    from fastrefine.samplers import DOT as DOT
+    from fastrefine.samplers import HMC as HMC
+    from fastrefine.samplers import MALA as MALA
     from fastrefine.samplers import Collaborative as Collaborative
     from fastrefine.samplers import DGflow as DGflow
     from fastrefine.selection import MHResult as MHResult
