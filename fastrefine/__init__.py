@@ -17,6 +17,7 @@ _HOMES = {
         "NonFiniteError", "SplitError",
     ),
     "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
+    "noisy": ("NoisyOutput",),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "result": ("Result", "Snapshot", "Status"),
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fastrefine.calibration import Diagnosis as Diagnosis
     from fastrefine.calibration import calibrate as calibrate
     from fastrefine.calibration import diagnose as diagnose
+    from fastrefine.noisy import NoisyOutput as NoisyOutput
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product
