@@ -19,7 +19,7 @@ from torch import Tensor
 from fastrefine import drivers, slots
 from fastrefine.machine import Machine, key_of
 from fastrefine.pool import Block, Proposals
-from fastrefine.result import Result
+from fastrefine.result import Result, Snapshot
 from fastrefine.slots import Rule
 from fastrefine.target import Target
 from fastrefine.transfer import Transfer, send
@@ -144,7 +144,7 @@ class Run:
         if machine is None:
             machine = Machine(self.target, self.rule, self.backend, window, pool, first)
         machine.reset(self.rule, self.proposals.first_id)
-        self.forward = not self.stops_early and self.target.route == "flat"
+        self.forward = not (self.stops_early or self.rule.sampler.reads_last_gradient) and self.target.route == "flat"
         self.driver = drivers.prepare(driver, machine, self.forward, self.may_fall_back)
         self.progress.facts["driver"] = self.driver.name
         machine.reset(self.rule, self.proposals.first_id)  # a capture runs steps on the empty slots
@@ -237,7 +237,8 @@ class Run:
         """Which of the next steps are the last of every sample in a slot, and need no gradient."""
         known = self.known
         together = known[slots.LIVE] > 0 and known[slots.SHORTEST] == known[slots.LONGEST]
-        if not together or (self.driver.lag and not self.forward):  # without a lag the next step is known, not predicted
+        # without a lag the next step is known, not predicted
+        if not together or self.rule.sampler.reads_last_gradient or (self.driver.lag and not self.forward):
             return [False] * steps
         left = known[slots.LONGEST]
 
@@ -306,18 +307,45 @@ class Run:
         images = generator.render(shaped, block.context)[asked]
         ids = send(torch.arange(block.start, block.stop), self.output_device)
         latents = shaped if generator.cut.at == "input" else block.latents
+        acceptance, step_sizes = self._numbers(rows)
         result = Result(
             # copies: the next block takes these rows while the images are still under way
             images=images, logits=out.logit[rows].clone(), initial_logits=out.initial_logit[rows].clone(),
             steps=out.steps[rows].clone(), status=out.status[rows].to(torch.int8), ids=ids, latents=latents[asked],
             activations=shaped[asked], logit_falls=out.logit_falls[rows].clone(),
-            labels=None if block.labels is None else block.labels[asked], acceptance=None,
-            scale="critic" if self.target.discriminator.scale == "critic" else "logit", report={},
+            labels=None if block.labels is None else block.labels[asked], acceptance=acceptance,
+            scale="critic" if self.target.discriminator.scale == "critic" else "logit", report={}, step_sizes=step_sizes,
+            snapshots=self._snapshots(block, a),
         )  # fmt: skip
-        tensors = [t for t in vars(result).values() if isinstance(t, Tensor)]
-        values = Transfer([t.contiguous() for t in tensors], self.output_device, self.side)
+        values = Transfer([t.contiguous() for t in result.tensors()], self.output_device, self.side)
         out.status[self._rows(block, block.admitted)] = slots.PENDING
         return Delivery(self.requested, result, values)
+
+    def _numbers(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """(acceptance, step sizes), each (n,), of a sampler that has them."""
+        out, sampler = self.machine.outputs, self.rule.sampler
+        names = slots.rows_of(self.machine.slots.state, self.machine.slots.state["logit"])
+        found = {name: out.scalars[index, rows].clone() for index, name in enumerate(names)}
+        accepted = found.get("accepted")
+        if accepted is not None:
+            accepted = accepted / (out.steps[rows] // sampler.transition)
+        return accepted, found.get("step_size")
+
+    def _snapshots(self, block: Block, last: Tensor) -> dict[int, Snapshot]:
+        """Rendered from the rows of a whole block; what retired before is as it is in ``last`` (size, F)."""
+        taken, generator = self.machine.snapshots, self.target.generator
+        if taken is None:
+            return {}
+        out, rows, asked = self.machine.outputs, self._rows(block, slice(0, block.size)), block.asked
+        found = {}
+        for index, step in enumerate(taken.steps):
+            over = out.steps[rows] <= step
+            a = torch.where(over[:, None], last, taken.activation[index, rows])
+            shaped = a.view(len(a), *generator.shape)
+            images = generator.render(shaped, block.context)[asked]
+            logits = torch.where(over, out.logit[rows], taken.logit[index, rows])[asked]
+            found[step] = Snapshot(images, logits, shaped[asked])
+        return found
 
     def deliver(self) -> Iterator[Result]:
         """The blocks that have arrived, in order; with further steps on the device while their consumer works."""
@@ -327,7 +355,6 @@ class Run:
             if self.driver.lag and busy and (number == self.requested or (number + 1 == self.requested and not values.ready)):
                 return  # the device has work, so that there is no need to wait for it
             self.deliveries.popleft()
-            names = [name for name, value in vars(result).items() if isinstance(value, Tensor)]
-            arrived: dict[str, Any] = dict(zip(names, values.wait(), strict=True))
+            arrived = result.moved(values.wait())
             self.progress.host_syncs += values.blocked
-            yield replace(result, **arrived)
+            yield arrived

@@ -29,6 +29,7 @@ class Machine:
         self.slots, self.pool, self.outputs = slots.allocate(
             target.num_slots, a.shape[1], pool_rows, window, rule, a.dtype, a.device, block.labels, **view
         )
+        self.snapshots = slots.snapshots(self.slots, self.outputs, rule.snapshots) if rule.snapshots else None
         given = self._step_context(block)
         self.context = tuple(c.clone() for c in given)
         self.pool_context = tuple(c.new_zeros(pool_rows, *c.shape[1:]) for c in given)
@@ -67,6 +68,7 @@ class Machine:
     def _tensors(self) -> Iterator[Tensor]:
         for part in (self.slots, self.pool, self.outputs):
             yield from (t for t in vars(part).values() if isinstance(t, Tensor))
+        yield from self.snapshots[1:] if self.snapshots is not None else ()
         yield from (*self.slots.state.values(), *self.context, *self.pool_context)
 
     def admit(self, block: Block) -> None:
@@ -98,7 +100,19 @@ class Machine:
         if forward_only:
             evaluation = evaluation._replace(grad=None)  # type: ignore[arg-type]
         ops.refine_step(own, evaluation, self.pool, self.outputs, self.rule, backend=self.backend)
+        if self.snapshots is not None:
+            self._record(self.snapshots)
         self._follow()
+
+    def _record(self, snapshots: slots.Snapshots) -> None:
+        """Samples that have just been moved for the (k + 1)-th time: the sampler's state is of the k-th evaluation."""
+        own, window = self.slots, len(self.outputs.status) - 1
+        position = own.state["position"] if own.best is None else own.best
+        logit = own.state["logit"] if own.best_logit is None else own.best_logit
+        for index, step in enumerate(snapshots.steps):
+            rows = torch.where((own.sample_id >= 0) & (own.step == step + 1), own.sample_id % window, window)
+            snapshots.activation[index].index_copy_(0, rows, position)
+            snapshots.logit[index].index_copy_(0, rows, logit)
 
     def _follow(self) -> None:
         if self.context:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrefine import ops
 from fastrefine.errors import InputError
 from fastrefine.ops.noise import Stream
-from fastrefine.samplers.base import check_number
+from fastrefine.samplers.base import Latent, check_number
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
@@ -33,13 +33,21 @@ class Prior:
         """Latents (n, *shape) of the sample ids (n,) int64."""
         raise NotImplementedError
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p0 (n,) up to a constant, of latents flattened to (n, F); -inf outside the support."""
+    def table(self) -> Tensor:
+        """(3, F) float64: precision (1: standard normal, 0: uniform), lowest and highest value of each element."""
         raise NotImplementedError
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p0 (n,) up to a constant, of latents flattened to (n, F); -inf outside the support."""
+        return Latent(self.table().to(z)).log_prob(z)
+
     def score(self, z: Tensor) -> Tensor:
-        """grad log p0 (n, F), of latents flattened to (n, F)."""
-        raise NotImplementedError
+        """grad log p0 (n, F), of latents flattened to (n, F), inside the support."""
+        return Latent(self.table().to(z)).score(z)
+
+
+def _table(numel: int, *column: float) -> Tensor:
+    return torch.tensor(column, dtype=torch.float64)[:, None].expand(3, numel).clone()
 
 
 def _first_step(ids: Tensor) -> Tensor:
@@ -59,11 +67,8 @@ class Normal(Prior):
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
         return ops.normal(seed, ids, _first_step(ids), self.numel, stream, dtype).view(-1, *self.shape)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return -0.5 * z.square().sum(1)
-
-    def score(self, z: Tensor) -> Tensor:
-        return -z
+    def table(self) -> Tensor:
+        return _table(self.numel, 1.0, -math.inf, math.inf)
 
 
 class Uniform(Prior):
@@ -82,12 +87,8 @@ class Uniform(Prior):
         u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
         return (self.low + (self.high - self.low) * u).to(dtype).view(-1, *self.shape)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        inside = ((z >= self.low) & (z <= self.high)).all(1)
-        return torch.where(inside, 0.0, -torch.inf).to(z.dtype)
-
-    def score(self, z: Tensor) -> Tensor:
-        return torch.zeros_like(z)
+    def table(self) -> Tensor:
+        return _table(self.numel, 0.0, self.low, self.high)
 
 
 class TruncatedNormal(Prior):
@@ -107,12 +108,8 @@ class TruncatedNormal(Prior):
         z = torch.special.ndtri(low + (1 - 2 * low) * u)
         return z.clamp(-self.bound, self.bound).to(dtype).view(-1, *self.shape)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        inside = (z.abs() <= self.bound).all(1)
-        return torch.where(inside, -0.5 * z.square().sum(1), -torch.inf)
-
-    def score(self, z: Tensor) -> Tensor:
-        return -z
+    def table(self) -> Tensor:
+        return _table(self.numel, 1.0, -self.bound, self.bound)
 
 
 @dataclass(frozen=True)
@@ -140,10 +137,5 @@ class Product(Prior):
         # each factor has a stream of its own, so nested products are independent too
         return torch.cat([p.sample(ids, seed, dtype, stream + 64 * k).flatten(1) for k, p in enumerate(self._leaves)], 1)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        a, b = z.split([self.first.numel, self.second.numel], 1)
-        return self.first.log_prob(a) + self.second.log_prob(b)
-
-    def score(self, z: Tensor) -> Tensor:
-        a, b = z.split([self.first.numel, self.second.numel], 1)
-        return torch.cat([self.first.score(a), self.second.score(b)], 1)
+    def table(self) -> Tensor:
+        return torch.cat([self.first.table(), self.second.table()], 1)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, drivers, ops, readout, session, settings, stopping
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine import checks, drivers, fit, ops, readout, session, settings, stopping
+from fastrefine.errors import InputError
 from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, attempt, check_labels, quiet_torch
 from fastrefine.pool import Source
 from fastrefine.priors import Prior
 from fastrefine.result import Result
-from fastrefine.samplers.base import Sampler, check_choice, check_number
+from fastrefine.samplers.base import Latent, Sampler, check_choice, check_number
 from fastrefine.split import Split
 from fastrefine.stopping import RealLogits, StopRule
 from fastrefine.target import DTYPES, Target
@@ -89,20 +88,7 @@ class Refiner:
         progress: bool = False,
         callback: Callback | None = None,
     ):
-        if not isinstance(sampler, Sampler):
-            raise InputError(f"sampler is {sampler!r}; wanted a sampler such as fastrefine.Collaborative(step_size=0.1)")
-        if not isinstance(discriminator, nn.Module):
-            raise InputError(f"discriminator is a {type(discriminator).__name__}; wanted a torch.nn.Module")
-        if generator is not None and not isinstance(generator, nn.Module | Split):
-            raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module, a Split or None")
-        if isinstance(generator, Split) and at != "input":
-            raise InputError(f"a Split is cut already: leave at='input', got {at!r}")
-        if generator is None and at != "output":
-            raise InputError(f"without a generator only images can be refined: pass at='output', not {at!r}")
-        if not isinstance(at, str):
-            raise InputError(f"at is {at!r}; wanted 'input', 'output' or the name of a module")
-        if prior is not None and not isinstance(prior, Prior):
-            raise InputError(f"prior is {prior!r}; wanted a prior such as fastrefine.Normal(64)")
+        fit.check_parts(generator, discriminator, sampler, at, prior)
         self.generator, self.discriminator, self.sampler, self.at = generator, discriminator, sampler, at
         self.max_steps = checks.count("max_steps", max_steps, 0, 2**31 - 1)
         self.num_slots = checks.count("num_slots", num_slots, 1, 2**31 - 1)
@@ -115,13 +101,7 @@ class Refiner:
             check_choice(name, value, choices)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
-        for name, kwargs in (("generator_kwargs", generator_kwargs), ("discriminator_kwargs", discriminator_kwargs)):
-            if kwargs is not None and not isinstance(kwargs, dict):
-                raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
-        if output_key is not None and not isinstance(output_key, str | int) and not callable(output_key):
-            raise InputError(f"output_key is {output_key!r}; wanted a key, an index, a callable or None")
-        if callback is not None and not callable(callback):
-            raise InputError(f"callback is {callback!r}; wanted a callable or None")
+        fit.check_options(generator_kwargs, discriminator_kwargs, output_key, callback)
         self.discriminator_output, self.precision, self.keep, self.coupling = (
             discriminator_output,
             precision,
@@ -143,7 +123,7 @@ class Refiner:
         self.real_labels = None if self.real is None else self._own_labels(real_labels, len(self.real))
         if self._needs_real and self.real is None:
             raise InputError(f"{sampler!r} with {self.stop!r} reads real logits: pass real=images to the Refiner")
-        _check_scale(sampler, discriminator_output)
+        fit.check(self)
         self._seen_weights: tuple[Any, Any] = ((), ())
         self._forget()
 
@@ -178,26 +158,37 @@ class Refiner:
         twin._forget_discriminator()
         return twin
 
-    def sample(self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None) -> Result:
+    def sample(self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None, snapshots: Sequence[int] = ()) -> Result:
         """Refine ``n`` samples with latents drawn from the prior by (seed, id), ids first_id ... first_id + n - 1.
 
-        labels: (n,) classes or (n, C) vectors, or one class for all. Raises InputError without a prior.
+        labels: (n,) classes or (n, C) vectors, or one class for all. snapshots: numbers of steps after which the samples
+        are recorded as they stand, in ``Result.snapshots``: several max_steps from one run. Raises InputError without a
+        prior.
         """
         chunk = max(checks.count("n", n, 0), 1)
-        return Result.concatenate(list(self.stream(n, first_id=first_id, seed=seed, chunk=chunk, labels=labels)))
+        parts = self.stream(n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, snapshots=snapshots)
+        return Result.concatenate(list(parts))
 
-    def refine(self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0) -> Result:
-        """Refine given latents (N, ...), or given images with at="output" and generator=None."""
+    def refine(
+        self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0, snapshots: Sequence[int] = ()
+    ) -> Result:
+        """Refine given latents (N, ...), or given images with at="output" and generator=None; otherwise as ``sample``."""
         z = checks.tensor("latents" if self.generator is not None else "images", latents, self.dtype)
+        fit.check_latents(self, z)
         source = self._source(len(z), first_id, seed, z, labels)
-        return Result.concatenate(list(session.parts(self, source, max(len(z), 1))))
+        steps = fit.snapshots(snapshots, self.max_steps)
+        return Result.concatenate(list(session.parts(self, source, max(len(z), 1), steps)))
 
-    def stream(self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None) -> Iterator[Result]:
+    def stream(
+        self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None,
+        snapshots: Sequence[int] = (),
+    ) -> Iterator[Result]:  # fmt: skip
         """As ``sample``, in consecutive parts of ``chunk`` samples with bounded memory, in order of sample id."""
         if self.prior is None:
             raise InputError("no prior to draw latents from: pass prior=, e.g. fastrefine.Normal(64), or use refine(latents)")
         checks.count("chunk", chunk, 1)
-        return session.parts(self, self._source(checks.count("n", n, 0), first_id, seed, None, labels), chunk)
+        source = self._source(checks.count("n", n, 0), first_id, seed, None, labels)
+        return session.parts(self, source, chunk, fit.snapshots(snapshots, self.max_steps))
 
     def score(self, images: Tensor, labels: Any = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
@@ -216,6 +207,34 @@ class Refiner:
         if self._real_logits is None:
             return self.score(self.real, self.real_labels).double().cpu()
         return self._real_logits.logits
+
+    @property
+    def refines_latents(self) -> bool:
+        """Whether the activation is the latent itself, so that the prior is its law."""
+        return self.at == "input" and isinstance(self.generator, nn.Module)
+
+    def latent(self) -> Latent:
+        """The prior's numbers for samplers whose target it is part of."""
+        assert self.refines_latents and self.prior is not None
+        return Latent(self.prior.table().to(self.device, self.dtype))
+
+    def probe(self, n: int, why: str) -> tuple[Tensor, Tensor]:
+        """Activations (n, F) and logits (n,) of proposals of no sample id, two and two of one label.
+
+        To be called while a sampler is bound. InputError naming ``why`` without a prior.
+        """
+        if self.prior is None:
+            raise InputError(f"{why} needs proposals to look at: pass a number, or prior= to the Refiner")
+        side, judge = self._generator_side, self._discriminator_side
+        assert side is not None and judge is not None
+        activations, logits = [], []
+        for ids in torch.arange(PROBE, PROBE + n).split(self.num_slots):
+            z = self.prior.sample(ids, 0, self.dtype, ops.Stream.PROBE).to(self.device)
+            y = None if self._probed_labels is None else self._probed_labels[(ids // 2).to(self.device) % PROBE]
+            a, context = side.prefix(z, y)
+            activations.append(a.flatten(1))
+            logits.append(judge.logits(judge.module, side.render(a, context), y).mean(1))
+        return torch.cat(activations), torch.cat(logits)
 
     def _source(self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any) -> Source:
         first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
@@ -240,6 +259,7 @@ class Refiner:
         if self._generator_key != key:
             self._forget()
         z, y = self._probe_batch(source, tuple(shape))
+        self._probed_labels = y
         if self._generator_side is None:
             self._generator_side = GeneratorSide(self.generator, self.at, z, y, self.generator_kwargs, self.coupling)
         side = self._generator_side
@@ -322,14 +342,14 @@ class Refiner:
         self._seen_weights = self._seen_weights[0], _weights(discriminator)
         if self._target is None or self._discriminator_side is None:
             return
-        with quiet_torch(self.device):
+        with quiet_torch(self.device), self._target.generator.evaluation_mode():
             side = self._discriminator_side = self._discriminator_side.updated(discriminator)
             self._target.refresh(side)
             self._scorer = self._real_logits = None
             if self._needs_real:
                 self._bind(side)
             assert self._bound is not None
-            with settings.arithmetic(self.precision, self.deterministic), self._target.generator.evaluation_mode():
+            with settings.arithmetic(self.precision, self.deterministic):
                 self._bound = self.sampler.bind(self).told(self._target.loss_error()), self._bound[1]
 
     def _side_for(self, x: Tensor, y: Tensor | None) -> DiscriminatorSide:
@@ -376,13 +396,3 @@ def _device_of(*modules: Any) -> torch.device:
             for tensor in (*module.parameters(), *module.buffers()):
                 return tensor.device
     return torch.device("cpu")
-
-
-def _check_scale(sampler: Sampler, scale: str) -> None:
-    """Warn where the loss asks for probabilities and the discriminator is a critic."""
-    if scale == "critic" and sampler.loss in ("nonsaturating", "minimax"):
-        warnings.warn(
-            f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'",
-            FastrefineWarning,
-            stacklevel=3,
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,22 @@ class Status(enum.IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Samples as they stood after so many steps; those that had retired before, as they are returned.
+
+    images: (N, ...). logits: (N,). activations: (N, ...), under at="input" the latents.
+    """
+
+    images: Tensor
+    logits: Tensor
+    activations: Tensor
+
+    def select(self, indices: Tensor | slice) -> Snapshot:
+        """The samples at ``indices``."""
+        return Snapshot(**{name: tensor[indices] for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """N samples in order of sample id.
 
@@ -30,8 +46,10 @@ class Result:
     steps: (N,) int32 updates made (rejected trials included). status: (N,) int8, values of Status.
     logit_falls: (N,) int32 how often an evaluation lay below the sample's standing logit: many mean too large a step.
     latents: (N, ...) what the generator was given; under at="input" the refined latent. activations: (N, ...) refined.
-    labels: (N, ...) or None. acceptance: (N,) acceptance rate of MCMC samplers, else None.
+    labels: (N, ...) or None. acceptance: (N,) accepted share of the Metropolis tests of MALA and HMC, else None; NaN
+    without a test. step_sizes: (N,) reached under backtracking or adaptation, None for other samplers.
     scale: "logit" | "critic". report: counts and speed of the run so far, see Refiner.
+    snapshots: by the number of steps, where they were asked for.
     """
 
     images: Tensor
@@ -47,6 +65,8 @@ class Result:
     acceptance: Tensor | None
     scale: str
     report: dict[str, Any]
+    step_sizes: Tensor | None = None
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,6 +76,7 @@ class Result:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {k: v[indices] if isinstance(v, Tensor) else v for k, v in values.items()}
         chosen["report"] = dict(self.report)
+        chosen["snapshots"] = {step: snapshot.select(indices) for step, snapshot in self.snapshots.items()}
         return Result(**chosen)
 
     @classmethod
@@ -66,4 +87,22 @@ class Result:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = torch.cat([getattr(part, name) for part in parts])
+        values["snapshots"] = {
+            step: Snapshot(**{k: torch.cat([getattr(part.snapshots[step], k) for part in parts]) for k in vars(snapshot)})
+            for step, snapshot in first.snapshots.items()
+        }
         return cls(**values | {"report": last.report})
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, those of the snapshots too."""
+        own = [t for t in vars(self).values() if isinstance(t, Tensor)]
+        return own + [t for snapshot in self.snapshots.values() for t in vars(snapshot).values()]
+
+    def moved(self, tensors: list[Tensor]) -> Result:
+        """The same result with these in place of ``tensors()``, in that order."""
+        arriving = iter(tensors)
+        values: dict[str, Any] = {k: next(arriving) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        values["snapshots"] = {
+            step: Snapshot(**{k: next(arriving) for k in vars(snapshot)}) for step, snapshot in self.snapshots.items()
+        }
+        return Result(**values)

@@ -6,8 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +17,10 @@ from fastrefine.engine import Progress, Run
 from fastrefine.errors import FastrefineError, FastrefineWarning, NonFiniteError
 from fastrefine.pair import is_out_of_memory, quiet_torch
 from fastrefine.pool import Proposals, Source
-from fastrefine.result import Result, Status
+from fastrefine.result import Result, Snapshot, Status
+from fastrefine.samplers.base import Sample
 from fastrefine.slots import Rule
+from fastrefine.steps import Tally
 from fastrefine.target import Target
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastrefine")
 
 
-def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
+def parts(refiner: Refiner, source: Source, chunk: int, snapshots: tuple[int, ...] = ()) -> Iterator[Result]:
     """The source's samples in consecutive parts of ``chunk``, the last one shorter; one empty part for no samples."""
     held: list[Result] = []
     count = 0
-    for block in _blocks(refiner, source):
+    for block in _blocks(refiner, source, snapshots):
         held.append(block)
         count += len(block)
         while count >= chunk:
@@ -44,9 +45,9 @@ def parts(refiner: Refiner, source: Source, chunk: int) -> Iterator[Result]:
         yield Result.concatenate(held)
 
 
-def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
+def _blocks(refiner: Refiner, source: Source, snapshots: tuple[int, ...]) -> Iterator[Result]:
     """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
-    progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
+    progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner, source.latents is None)
     stream = torch.cuda.current_stream(refiner.device) if refiner.device.type == "cuda" else None
     lockstep = refiner.coupling == "lockstep"
     with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
@@ -56,10 +57,10 @@ def _blocks(refiner: Refiner, source: Source) -> Iterator[Result]:
                     target = refiner._prepare(source)
                     target.resize(size)
                 if source.count == 0:
-                    yield _empty(target, source, refiner, progress)
+                    yield _empty(target, source, refiner, progress, snapshots)
                     return
                 with _modes(refiner, target, size, stream):
-                    blocks = _run(refiner, target, source, progress, bar).parts()
+                    blocks = _run(refiner, target, source, progress, bar, snapshots).parts()
                 while True:
                     # modes are entered around each block alone: between two parts the caller's are in force
                     with _modes(refiner, target, size, stream) as progress.facts["threads"]:
@@ -100,7 +101,9 @@ def _modes(refiner: Refiner, target: Target | None, size: int, stream: torch.cud
         yield stack.enter_context(settings.threads_for(flops))
 
 
-def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, bar: tqdm) -> Run:
+def _run(
+    refiner: Refiner, target: Target, source: Source, progress: Progress, bar: tqdm, snapshots: tuple[int, ...]
+) -> Run:  # fmt: skip
     assert refiner._bound is not None
     sampler, stop = refiner._bound
     kernel = sampler.kernel()
@@ -116,7 +119,7 @@ def _run(refiner: Refiner, target: Target, source: Source, progress: Progress, b
         source, target.generator, stop, real, refiner.max_steps, target.num_slots, refiner.dtype,
         refiner.device, whole_blocks=lockstep,
     )  # fmt: skip
-    rule = Rule(sampler, source.seed, refiner.keep == "best", lockstep, refiner.max_grad_norm)
+    rule = Rule(sampler, source.seed, refiner.keep == "best", lockstep, refiner.max_grad_norm, snapshots)
     total = bar.total
     progress.finished = progress.delivered
 
@@ -136,29 +139,34 @@ def _hand_over(part: Result, stream: torch.cuda.Stream | None) -> None:
     now = torch.cuda.current_stream(part.images.device)
     if now != stream:
         now.wait_stream(stream)
-        for tensor in vars(part).values():
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(now)
+        for tensor in part.tensors():
+            tensor.record_stream(now)
 
 
-def _empty(target: Target, source: Source, refiner: Refiner, progress: Progress) -> Result:
+def _empty(
+    target: Target, source: Source, refiner: Refiner, progress: Progress, snapshots: tuple[int, ...]
+) -> Result:  # fmt: skip
     """No samples, with the shapes that samples would have."""
     side = target.generator
     none, whole = torch.zeros(0, dtype=refiner.dtype), torch.zeros(0, dtype=torch.int32)
     latents = source.latents if source.latents is not None else none.view(0, *refiner.prior.shape)  # type: ignore[union-attr]
+    images, activations = none.view(0, *side.image_shape), none.view(0, *side.shape)
+    numbers = refiner.sampler.init(none.view(0, 1), Sample(whole.long(), source.labels, none))
     empty = Result(
-        none.view(0, *side.image_shape), none, none, whole, whole.to(torch.int8), whole.long(), latents,
-        none.view(0, *side.shape), whole, source.labels, None, refiner.scale, progress.report(),
+        images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole, source.labels,
+        none if "accepted" in numbers else None, refiner.scale, progress.report(),
+        step_sizes=none if "step_size" in numbers else None,
+        snapshots={step: Snapshot(images, none, activations) for step in snapshots},
     )  # fmt: skip
-    moved: dict[str, Any] = {k: v.to(refiner.output_device) for k, v in vars(empty).items() if isinstance(v, Tensor)}
-    return replace(empty, **moved)
+    return empty.moved([tensor.to(refiner.output_device) for tensor in empty.tensors()])
 
 
 class _Watch:
     """What a run tells its caller at the end, and the error for non-finite samples where that was asked for."""
 
-    def __init__(self, refiner: Refiner):
-        self.refiner = refiner
+    def __init__(self, refiner: Refiner, drawn: bool):
+        self.refiner, self.drawn = refiner, drawn  # drawn: latents are of the prior, which some judgements assume
+        self.tally = Tally()
         self.count = 0
         self.sums: Tensor | None = None  # of the rows below, where the results are
 
@@ -172,15 +180,16 @@ class _Watch:
         highest = torch.inf if real is None else float(real.logits.max())
         hidden = (~part.images.isfinite()).flatten(1).any(1)
         stalled = part.status == Status.STALLED
-        rows = torch.stack([bad, hidden, stalled, part.logits > highest, part.logit_falls, part.steps])
+        rows = torch.stack([bad, hidden, stalled, part.logits > highest])
         sums = rows.sum(1, dtype=torch.int64)
         self.sums = sums if self.sums is None else self.sums + sums
+        self.tally.add(part)
         self.count += len(part)
 
     def tell(self) -> None:
         if self.sums is None:
             return
-        nonfinite, hidden, stalled, above, falls, steps = self.sums.tolist()
+        nonfinite, hidden, stalled, above = self.sums.tolist()
         if nonfinite:
             _warn(f"{nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
         if hidden:
@@ -189,9 +198,9 @@ class _Watch:
             _warn(f"0 of {self.count} samples moved: every gradient was exactly zero (status STALLED)")
         if above > self.count / 2:
             _warn(f"{above} of {self.count} logits passed the highest real logit: too many or too large steps?")
-        if not (self.refiner.sampler.rejects or self.refiner.sampler.noisy) and steps and falls > steps / 2:
-            share = falls / steps
-            _warn(f"{share:.0%} of the updates lowered the logit: the step size is too large")
+        found = self.tally.diagnosis(self.refiner.sampler)
+        if not found.stable and (self.drawn or not self.refiner.sampler.noisy):
+            _warn(found.advice)
 
 
 def _warn(text: str) -> None:

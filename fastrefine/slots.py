@@ -7,6 +7,7 @@ precision="float64". Row of sample i: i % P in the pool, i % W among the outputs
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ class Slots:
     logit_falls: Tensor  # (S,) int32 evaluations below the sample's standing logit
     grad_peak: Tensor  # (S,) real: largest |gradient| met; 0 at the end means stalled
     source: Tensor  # (S,) int64 pool row that refilled the slot in the last step; -1: none
-    state: State  # the sampler's
+    state: State  # the sampler's: position, logit, and views of the rows of the next two
+    scalars: Tensor  # (n, S) real, its other numbers of each slot, in the order of its ``init``
+    vectors: Tensor  # (n, S, F) real, its other vectors
     best: Tensor | None = None  # (S, F) real, with keep="best"
     best_logit: Tensor | None = None  # (S,)
     label: Tensor | None = None  # (S, ...) where labels were given; kept by the reference step, for a sampler's init
@@ -65,6 +68,7 @@ class Outputs:
     steps: Tensor  # (W + 1,) int32
     logit_falls: Tensor  # (W + 1,) int32
     status: Tensor  # (W + 1,) int32; -1: pending
+    scalars: Tensor  # (n, W + 1) real, those of the slots
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,15 @@ class Rule:
     keep_best: bool = False
     lockstep: bool = False
     max_grad_norm: float | None = None
+    snapshots: tuple[int, ...] = ()  # steps after which a sample is recorded as it stands
+
+
+class Snapshots(NamedTuple):
+    """Samples as they stood after so many steps, by id like the outputs; J numbers of steps."""
+
+    steps: tuple[int, ...]
+    activation: Tensor  # (J, W + 1, F) real
+    logit: Tensor  # (J, W + 1) real
 
 
 def allocate(
@@ -108,8 +121,13 @@ def allocate(
     a = real(s, features)
     label, pool_label = (None if labels is None else labels.new_zeros(n, *labels.shape[1:]).to(device) for n in (s, pool_rows))
     state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(nobody, label, real(s))).items()}
+    numbers, features_of = (rows_of(state, like) for like in (state["logit"], a))
+    scalars, vectors = real(len(numbers), s), real(len(features_of), s, features)
+    for names, stack in ((numbers, scalars), (features_of, vectors)):
+        state |= {name: row.copy_(state[name]) for name, row in zip(names, stack, strict=True)}
     slots = Slots(
         a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
+        scalars, vectors,
         best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
         label=label, view=None if view is None else torch.zeros(s, features, dtype=view, device=device),
         view_channels=view_channels,
@@ -122,5 +140,18 @@ def allocate(
         integer(8, dtype=torch.int64),
         pool_label,
     )
-    outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), integer(w, fill=PENDING))
+    status, columns = integer(w, fill=PENDING), real(len(numbers), w)
+    outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), status, columns)
     return slots, pool, outputs
+
+
+def rows_of(state: State, like: Tensor) -> tuple[str, ...]:
+    """Names of the sampler's own entries of the shape and type of ``like``, in order."""
+    own = ((name, tensor) for name, tensor in state.items() if name not in ("position", "logit"))
+    return tuple(name for name, tensor in own if tensor.shape == like.shape and tensor.dtype == like.dtype)
+
+
+def snapshots(own: Slots, outputs: Outputs, steps: tuple[int, ...]) -> Snapshots:
+    """Room for the samples of these outputs after so many steps each."""
+    (w,), j = outputs.logit.shape, len(steps)
+    return Snapshots(steps, own.activation.new_zeros(j, w, own.activation.shape[1]), own.activation.new_zeros(j, w))

@@ -1,6 +1,6 @@
 """Drives ``refine_step`` with random evaluations, the same for every backend, and records everything it wrote."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrefine import ops, slots
 from fastrefine.ops import registry
-from fastrefine.samplers import Collaborative, DGflow, Evaluation
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Evaluation, Latent
 
 FIRST_ID = 2**31 + 5  # ids are 32-bit words of a counter: beyond the signed range
 SAMPLERS = {
@@ -20,6 +20,12 @@ SAMPLERS = {
     "adam": Collaborative(0.3, optimizer="adam"),
     "ladam": Collaborative(0.3, optimizer="ladam", real_score=0.7),
     "noise": DGflow(0.3, gamma=0.5),
+    "ddls": DDLS((0.3, 0.2), (1.0, 0.5, 0.0)),
+    "mala": MALA(0.3, adapt=3),
+    "hmc": HMC(0.3, leapfrog=2, adapt=4),
+    "dot_adam": DOT(0.3, lipschitz=2.0),
+    "dot_sgd": DOT(0.3, "sgd", lipschitz=2.0, projection="published"),
+    "dot_clip": DOT(0.3, lipschitz=0.5, projection="none"),
 }
 
 
@@ -49,6 +55,19 @@ def device_of(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
+def bound(sampler, features, dtype, device):
+    """The sampler with what a Refiner would tell it: a prior of normal, uniform and truncated elements in turn."""
+    if not sampler.reads_prior:
+        return sampler
+    table = torch.tensor([[1, 0, 1], [-torch.inf, -1, -1.5], [torch.inf, 1, 1.5]], dtype=dtype)
+    if isinstance(sampler, DOT) and features == 1:  # every direction is radial: what is left would be rounding alone
+        sampler = replace(sampler, projection="none")
+    if isinstance(sampler, DOT) and sampler.projection != "none":
+        table = table[:, :1]  # the radial part is of normal priors alone
+    latent = Latent(table.repeat(1, features)[:, :features].contiguous().to(device))
+    return sampler.over(latent) if isinstance(sampler, DDLS) else replace(sampler, latent=latent)
+
+
 class Recorder:
     """A kernel that is launched as ever, and remembered."""
 
@@ -75,8 +94,12 @@ def coarse(count: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor
     return ((torch.randn(count, generator=generator) * 4).round() / 4).to(dtype)
 
 
-def random_evaluation(count: int, features: int, dtype: torch.dtype, generator: torch.Generator) -> Evaluation:
-    """Logits, losses and gradients, ties and non-finite ones among them; slot 0 has no gradient, at times none has.
+def random_evaluation(
+    count: int, features: int, dtype: torch.dtype, generator: torch.Generator, always: bool = False
+) -> Evaluation:
+    """Logits, losses and gradients, ties and non-finite ones among them; slot 0's gradient is 0, at times there is none.
+
+    always: there is always one.
 
     All numbers are float32 ones, so that machines of both types can be given the same script.
     """
@@ -86,7 +109,7 @@ def random_evaluation(count: int, features: int, dtype: torch.dtype, generator: 
     where = torch.randint(features, (count, 1), generator=generator)
     grad.scatter_(1, where, special(grad.gather(1, where)[:, 0], generator, 0.08)[:, None])
     grad[0] = 0
-    nothing = torch.rand((), generator=generator) < 0.1
+    nothing = torch.rand((), generator=generator) < 0.1 and not always
     return Evaluation(logit, loss, None if nothing else grad)
 
 
@@ -108,6 +131,9 @@ def record(own: slots.Slots, pool: slots.Pool, outputs: slots.Outputs) -> dict[s
     seen = {f"slots.{f.name}": getattr(own, f.name) for f in fields(own)}
     seen |= {f"pool.{f.name}": getattr(pool, f.name) for f in fields(pool)}
     seen |= {f"outputs.{f.name}": getattr(outputs, f.name)[:-1] for f in fields(outputs)}
+    seen["outputs.scalars"] = outputs.scalars[:, :-1]
+    for name in ("scalars", "vectors"):
+        del seen[f"slots.{name}"]  # the state's entries are views of these
     seen |= {f"state.{name}": tensor[own.sample_id >= 0] for name, tensor in own.state.items()}
     return {name: tensor.detach().cpu().clone() for name, tensor in seen.items() if isinstance(tensor, Tensor)}
 
@@ -115,6 +141,7 @@ def record(own: slots.Slots, pool: slots.Pool, outputs: slots.Outputs) -> dict[s
 def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
     """The records of a run; ``mutate`` changes the evaluations that the backend gets."""
     options, device = options or Options(), device_of(backend)
+    sampler = bound(sampler, shape[1], dtype, device)
     rule = slots.Rule(sampler, options.seed, options.keep_best, options.lockstep, options.max_grad_norm)
     rows = max(options.pool_rows, shape[0]), 7 * shape[0] + 1  # a sample lives at most 6 evaluations: no row is shared
     own, pool, outputs = slots.allocate(
@@ -125,7 +152,7 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
     records = []
     for index in range(steps):
         fill(pool, dtype, generator)
-        evaluation = random_evaluation(*shape, dtype, generator)
+        evaluation = random_evaluation(*shape, dtype, generator, always=sampler.reads_last_gradient)
         evaluation = evaluation._replace(**{k: v.to(device) for k, v in evaluation._asdict().items() if v is not None})
         if evaluation.grad is not None and options.view is not None:
             evaluation = evaluation._replace(grad=evaluation.grad.to(options.view))

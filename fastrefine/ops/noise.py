@@ -84,9 +84,9 @@ class Noise:
         self._seed, self._id, self._step = seed, sample_id.clamp(min=0), step
         self._numel, self._dtype = numel, dtype
 
-    def normal(self, stream: int = Stream.PROPOSAL) -> Tensor:
-        """(S, F) standard normals."""
-        return normal(self._seed, self._id, self._step, self._numel, stream, self._dtype)
+    def normal(self, stream: int = Stream.PROPOSAL, ago: int = 0) -> Tensor:
+        """(S, F) standard normals; those that were drawn ``ago`` steps before, which is 0 or more."""
+        return normal(self._seed, self._id, (self._step - ago).clamp(min=0), self._numel, stream, self._dtype)
 
     def uniform(self, stream: int = Stream.ACCEPT) -> Tensor:
         """(S,) uniforms in (0, 1)."""

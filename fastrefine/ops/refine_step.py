@@ -31,13 +31,15 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     evaluation is never read; all other live slots wait one step, untouched and uncounted.
 
     Per live slot that does not wait, with first = (step == 0) and last = (step >= last_step):
-      finite     logit, loss and (unless last) gradient are finite
+      finite     logit, loss and gradient are finite; of a last evaluation the gradient counts only for a sampler with
+                 ``reads_last_gradient``, which is never given an evaluation without one
       falls      += 1 when not first and the logit is below the standing one
-      observe    sampler.observe where finite, or where the sampler rejects (then with logit -inf, loss inf, grad 0)
+      observe    sampler.observe where finite, or where the sampler rejects (then with logit -inf, loss inf, grad 0);
+                 log_prior and prior_score are of ``sampler.latent``, where it has one
       bad        not finite, and first or the sampler cannot reject: the standing state stays
       retire     bad (NONFINITE) | standing logit >= threshold (REACHED) | last (EXHAUSTED, or STALLED when every
                  gradient before was exactly 0 and the sampler has no noise): position, or the best iterate with
-                 keep_best, to output row id % W
+                 keep_best, to output row id % W; so do all scalars of its state
       propose    otherwise: activation <- sampler.propose, step += 1
     Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
     slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
@@ -75,8 +77,10 @@ def baked(rule: Rule, backend: str) -> Hashable:
     kernel = rule.sampler.kernel()
     if backend != "triton" or kernel is None:
         return rule
-    options = kernel.noise_scale > 0, kernel.clamp is not None, rule.max_grad_norm is not None
-    return kernel.rule, kernel.scalars, kernel.vectors, *options, rule.keep_best, rule.lockstep
+    options = kernel.noise, kernel.clamp is not None, rule.max_grad_norm is not None
+    length = None if kernel.schedule is None else kernel.schedule.shape[1]
+    tables = kernel.latent is not None, length
+    return kernel.rule, kernel.scalars, kernel.vectors, *options, *tables, rule.keep_best, rule.lockstep, rule.snapshots
 
 
 def _of_view(slots: Slots, grad: Tensor) -> Tensor:
@@ -99,8 +103,10 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
     first, last = slots.step == 0, slots.step >= slots.last_step
     grad = torch.zeros_like(a) if evaluation.grad is None else evaluation.grad
     peak = grad.abs().amax(1)
-    finite = torch.isfinite(evaluation.logit) & torch.isfinite(evaluation.loss) & (torch.isfinite(peak) | last)
-    met = live & torch.isfinite(peak) & ~last
+    unread = torch.zeros_like(last) if sampler.reads_last_gradient else last
+    assert evaluation.grad is not None or not sampler.reads_last_gradient, sampler
+    finite = torch.isfinite(evaluation.logit) & torch.isfinite(evaluation.loss) & (torch.isfinite(peak) | unread)
+    met = live & torch.isfinite(peak) & ~unread
     slots.grad_peak.copy_(torch.where(met, torch.maximum(slots.grad_peak, peak), slots.grad_peak))
     if rule.max_grad_norm is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64)
@@ -114,6 +120,8 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
         loss=torch.where(finite, evaluation.loss, torch.inf),
         grad=torch.where(per_slot(finite & torch.isfinite(peak)), grad, 0.0),
     )
+    if (latent := sampler.latent) is not None:
+        clean = clean._replace(log_prior=latent.log_prob(a), prior_score=latent.score(a))
     noise = Noise(rule.seed, slots.sample_id, slots.step, a.shape[1], a.dtype)
     observed = sampler.observe(a, clean, state, slots.step, noise)
     _merge(live & ~bad, observed, state)
@@ -138,6 +146,7 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
     outputs.steps[rows] = slots.step
     outputs.logit_falls[rows] = slots.logit_falls
     outputs.status[rows] = status.int()
+    outputs.scalars[:, rows] = slots.scalars
 
     moved = a
     if evaluation.grad is not None:  # without, all that were served are done

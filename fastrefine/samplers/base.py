@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 State = dict[str, Tensor]
 Self = TypeVar("Self", bound="Sampler")
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam (Kingma & Ba 2015)
 
 # Losses over logits d, elementwise; the descent direction of each is w(d) grad d with w = -dL/dd.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,8 +50,46 @@ class Evaluation(NamedTuple):
 
 
 class NoiseSource(Protocol):
-    def normal(self, stream: int = ...) -> Tensor: ...
+    def normal(self, stream: int = ..., ago: int = ...) -> Tensor: ...
     def uniform(self, stream: int = ...) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Latent:
+    """A prior over flattened latents: independent elements, normal or uniform, on a box.
+
+    table: (3, F) in the dtype and on the device of the activations: precision (1: standard normal, 0: uniform), lowest
+    and highest value (-inf, inf where there is none). log p0(z) = -sum precision z^2 / 2 inside, -inf outside.
+    """
+
+    table: Tensor
+
+    def log_prob(self, a: Tensor) -> Tensor:
+        """log p0 (S,) up to a constant, of (S, F); summed in float64."""
+        precision, low, high = self.table
+        inside = ((a >= low) & (a <= high)).all(1)
+        quadratic = (precision.double() * a.double() ** 2).sum(1)
+        return torch.where(inside, -0.5 * quadratic, -torch.inf).to(a.dtype)
+
+    def score(self, a: Tensor) -> Tensor:
+        """grad log p0 (S, F) inside the box."""
+        return -self.table[0] * a
+
+    def fold(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """(``a`` reflected at the bounds until it lies inside, whether an odd number of times), each (S, F)."""
+        _, low, high = self.table
+        width = high - low
+        distance = torch.remainder(a - low, 2 * width)
+        odd = distance > width
+        folded = torch.where(odd, high - (distance - width), low + distance)
+        bounded = torch.isfinite(width)
+        return torch.where(bounded, folded.clamp(low, high), a), odd & bounded
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether every element is standard normal and unbounded."""
+        precision, low, high = self.table
+        return bool(((precision == 1) & (low == -torch.inf) & (high == torch.inf)).all())
 
 
 @dataclass(frozen=True)
@@ -57,23 +98,31 @@ class Kernel:
 
     rule: str
     hyper: tuple[float, ...]  # read from device memory: changing them never recompiles or re-captures
-    scalars: tuple[str, ...] = ()  # state entries of shape (S,), in the rule's order
-    vectors: tuple[str, ...] = ()  # state entries of shape (S, F), in the rule's order
-    noise_scale: float = 0.0
+    scalars: tuple[str, ...] = ()  # state entries of shape (S,) besides the logit, in the order of ``init``
+    vectors: tuple[str, ...] = ()  # state entries of shape (S, F) besides the position, in the order of ``init``
+    noise: bool = False  # whether the rule reads normals
     clamp: tuple[float, float] | None = None
+    latent: Tensor | None = field(default=None, compare=False)  # (3, F), see Latent
+    schedule: Tensor | None = field(default=None, compare=False)  # (2, K), see DDLS
 
 
 class Sampler:
     """Base of all samplers. A state always holds ``position`` (S, F), the sample as it stands, and its ``logit`` (S,).
 
     State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until
-    ``propose``.
+    ``propose``. Persistent (S,) entries are returned with the samples: "step_size" and "accepted" under these names.
     """
 
     loss: str = "nonsaturating"
     logit_scale: float = 1.0
     rejects: bool = False  # a non-finite trial is a rejected trial, not the end of the sample
     noisy: bool = False
+    ascends: bool = True  # whether an update that lowers the logit tells of a step size that is too large
+    reads_last_gradient: bool = False  # whether the test of the last trial needs its gradient
+    transition: int = 1  # steps of the engine that make one transition; max_steps is a multiple of it
+    targets_prior: bool = False  # whether it samples p0(z) exp(...) and must be told the prior of the latents
+    reads_prior: bool = False  # whether it reads the prior at the input
+    latent: Latent | None = None
 
     def bind(self: Self, refiner: Refiner) -> Self:
         """The sampler with what depends on the networks filled in; called once for each discriminator."""
@@ -107,6 +156,16 @@ class Sampler:
 def per_slot(value: Tensor) -> Tensor:
     """(S,) -> (S, 1), to broadcast over features."""
     return value[:, None]
+
+
+def adam(g: Tensor, state: State, step: Tensor, step_size: float) -> tuple[Tensor, State]:
+    """(what Adam takes off, both moments): bias correction by the sample's own step."""
+    m = BETA1 * state["first_moment"] + (1 - BETA1) * g
+    v = BETA2 * state["second_moment"] + (1 - BETA2) * g * g
+    count = (step + 1).double()  # in float32, 1 - BETA2**1 would keep only four digits
+    scale, correction = step_size / (1 - BETA1**count), 1 - BETA2**count
+    spread = torch.sqrt(v / per_slot(correction.to(g.dtype))) + EPSILON
+    return per_slot(scale.to(g.dtype)) * m / spread, {"first_moment": m, "second_moment": v}
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastrefine.errors import InputError
 from fastrefine.samplers.base import (
+    BETA1,
+    BETA2,
+    EPSILON,
     LOSSES,
     Evaluation,
     Kernel,
@@ -17,6 +20,7 @@ from fastrefine.samplers.base import (
     Sample,
     Sampler,
     State,
+    adam,
     check_choice,
     check_clamp,
     check_number,
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
 
 GROW, SHRINK, LARGEST = 1.2, 0.5, 1e6  # backtracking: factors of the step size, and its bound relative to the first
 ERRORS = 3.0  # rounding errors of the loss that a trial may be worse by
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam (Kingma & Ba 2015)
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,8 @@ class Collaborative(Sampler):
             velocity = self.momentum * state["velocity"] + self.step_size * g
             a, state = a - velocity, {**state, "velocity": velocity}
         elif self.optimizer == "adam":
-            m = BETA1 * state["first_moment"] + (1 - BETA1) * g
-            v = BETA2 * state["second_moment"] + (1 - BETA2) * g * g
-            count = (step + 1).double()  # in float32, 1 - BETA2**1 would keep only four digits
-            scale, correction = self.step_size / (1 - BETA1**count), 1 - BETA2**count
-            spread = torch.sqrt(v / per_slot(correction.to(a.dtype))) + EPSILON
-            a = a - per_slot(scale.to(a.dtype)) * m / spread
-            state = {**state, "first_moment": m, "second_moment": v}
+            update, moments = adam(g, state, step, self.step_size)
+            a, state = a - update, {**state, **moments}
         else:
             a, state = self._ladam(a, g, state, step == 0)
         return a if self.clamp is None else a.clamp(*self.clamp), state
@@ -166,14 +164,14 @@ class Collaborative(Sampler):
         size = self.step_size
         if self.control == "backtracking":
             hyper, scalars = (size, GROW, SHRINK, LARGEST, self.slack or 0.0), ("loss", "step_size")
-            return Kernel("backtracking", hyper, scalars, ("grad",), 0.0, self.clamp)
+            return Kernel("backtracking", hyper, scalars, ("grad",), clamp=self.clamp)
         if self.adaptive:
-            return Kernel("adaptive", (size,), ("reference",), (), 0.0, self.clamp)
+            return Kernel("adaptive", (size,), ("reference",), clamp=self.clamp)
         if self.optimizer == "sgd":
-            return Kernel("sgd", (size,), (), (), 0.0, self.clamp)
+            return Kernel("sgd", (size, 0.0), clamp=self.clamp)
         if self.optimizer == "momentum":
-            return Kernel("momentum", (size, self.momentum), (), ("velocity",), 0.0, self.clamp)
+            return Kernel("momentum", (size, self.momentum), (), ("velocity",), clamp=self.clamp)
         moments = ("first_moment", "second_moment")
         if self.optimizer == "adam":
-            return Kernel("adam", (size, BETA1, BETA2, EPSILON), (), moments, 0.0, self.clamp)
-        return Kernel("ladam", (size, EPSILON, self.real_score or 0.0), ("gap",), moments, 0.0, self.clamp)
+            return Kernel("adam", (size, BETA1, BETA2, EPSILON), (), moments, clamp=self.clamp)
+        return Kernel("ladam", (size, EPSILON, self.real_score or 0.0), ("gap",), moments, clamp=self.clamp)

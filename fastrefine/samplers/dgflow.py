@@ -49,4 +49,4 @@ class DGflow(Sampler):
         return math.sqrt(2 * self.step_size * self.gamma)
 
     def kernel(self) -> Kernel:
-        return Kernel("sgd", (self.step_size,), noise_scale=self._scale)
+        return Kernel("sgd", (self.step_size, self._scale), noise=self.noisy)

@@ -1,0 +1,63 @@
+"""Hamiltonian Monte Carlo in latent space (Duane et al. 1987; Neal 1996, 2011)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastrefine.errors import InputError
+from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, per_slot
+from fastrefine.samplers.metropolis import DECAY, LARGEST, SMALLEST, MetropolisSampler
+
+
+@dataclass(frozen=True)
+class HMC(MetropolisSampler):
+    """Leapfrog trajectories of ``leapfrog`` steps from fresh momenta p ~ N(0, I), accepted with min(1, exp(H - H')).
+
+    Energy: U(z) = -log p0(z) - logit_scale d(G(z)), H = U + |p|^2 / 2; stationary law p(z) ~ exp(-U(z)) for every step
+    size, where the adaptation is over. At a bounded prior's walls position and momentum are reflected. One transition is
+    ``leapfrog`` steps of the engine, so max_steps is a multiple of it; only accepted points are returned.
+
+    step_size: eps of the leapfrog, more than 0. leapfrog: 1 or more. logit_scale: more than 0. adapt: for how many steps
+    each chain tunes its own eps towards the acceptance ``target`` (.65, Beskos et al. 2013), by Robbins-Monro on log eps.
+    Needs at="input" with a prior. Raises InputError on values out of range.
+    """
+
+    leapfrog: int = 10
+    target: float = field(default=0.65, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.leapfrog, int) or isinstance(self.leapfrog, bool) or self.leapfrog < 1:
+            raise InputError(f"leapfrog is {self.leapfrog!r}; wanted a whole number of at least 1")
+
+    @property
+    def transition(self) -> int:  # type: ignore[override]
+        return self.leapfrog
+
+    def init(self, a: Tensor, sample: Sample) -> State:
+        return {**super().init(a, sample), "momentum": torch.zeros_like(a)}
+
+    def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:
+        energy = self.energy(evaluation)
+        before = noise.normal(ago=self.leapfrog).double()
+        after = state["momentum"].double() - 0.5 * per_slot(state["step_size"]).double() * energy.grad.double()
+        kinetic = 0.5 * ((before - after) * (before + after)).sum(1)
+        found = self.test(a, evaluation, energy, kinetic, state, step, noise)
+        return {**found, "momentum": state["momentum"], "point": a, "force": energy.grad}
+
+    def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
+        assert self.latent is not None
+        begins, size = per_slot(step % self.leapfrog == 0), per_slot(state["step_size"])
+        point = torch.where(begins, state["position"], state["point"])
+        momentum = torch.where(begins, noise.normal() - 0.5 * size * state["grad"], state["momentum"] - size * state["force"])
+        point, turned = self.latent.fold(point + size * momentum)
+        return point, {**state, "momentum": torch.where(turned, -momentum, momentum)}
+
+    def kernel(self) -> Kernel | None:
+        hyper = (self.step_size, float(self.adapt), self.target, DECAY, SMALLEST, LARGEST, float(self.leapfrog))
+        table = None if self.latent is None else self.latent.table
+        scalars, vectors = ("energy", "step_size", "accepted"), ("grad", "momentum")
+        return Kernel("hmc", hyper, scalars, vectors, noise=True, latent=table)
