@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 SHOWN = 3000
-Curves = Mapping[str, Mapping[int, Mapping[str, float]]]  # sampler -> K -> high_quality, mean_logit
+Curves = Mapping[str, Mapping[int, Mapping[str, float]]]  # sampler -> K -> high_quality, mean_energy
 
 
 def samples(path: Path, panels: Mapping[str, np.ndarray]) -> None:
@@ -29,11 +29,11 @@ def samples(path: Path, panels: Mapping[str, np.ndarray]) -> None:
 
 
 def mixing(path: Path, titles: Mapping[str, str], curves: Mapping[str, Curves], laws: Mapping[str, Mapping[str, Any]]) -> None:
-    """High quality and mean logit against K: a row for each law, its chains drawn, the law itself dashed."""
+    """High quality and mean energy against K: a row for each law, its chains drawn, the law itself dashed."""
     plt = _pyplot()
     figure, axes = plt.subplots(len(titles), 2, figsize=(9, 2.9 * len(titles)), squeeze=False)
     for row, (key, title) in zip(axes, titles.items(), strict=True):
-        for axis, quantity, label in zip(row, ("high_quality", "mean_logit"), ("high quality", "mean logit"), strict=True):
+        for axis, quantity, label in zip(row, ("high_quality", "mean_energy"), ("high quality", "mean energy"), strict=True):
             for name, curve in curves[key].items():
                 steps = sorted(curve)
                 axis.plot(steps, [curve[k][quantity] for k in steps], marker=".", linewidth=1, markersize=4, label=name)

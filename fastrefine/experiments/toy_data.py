@@ -64,7 +64,7 @@ def earth_mover(x: Tensor, y: Tensor) -> float:
     a, b = x.double().numpy(), y.double().numpy()
     cost = np.linalg.norm(a[:, None] - b[None], axis=2)
     try:
-        import ot
+        import ot  # type: ignore[import-untyped]
     except ImportError:
         from scipy.optimize import linear_sum_assignment
 

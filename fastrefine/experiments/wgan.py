@@ -12,7 +12,9 @@ from fastrefine.experiments.train import build
 LATENT_DIM = 2
 
 
-def mlp(inputs: int, width: int, outputs: int, activation: Callable[[], nn.Module] = lambda: nn.LeakyReLU(0.2)) -> nn.Sequential:
+def mlp(
+    inputs: int, width: int, outputs: int, activation: Callable[[], nn.Module] = lambda: nn.LeakyReLU(0.2)
+) -> nn.Sequential:
     """Three hidden layers."""
     layers: list[nn.Module] = []
     for size in (inputs, width, width):
@@ -56,8 +58,8 @@ def train_wgan_gp(
     """A generator and its critic, in eval mode. real(n, random): (n, 2) fresh samples.
 
     Adam (betas .5, .9) at learning_rate = (generator, critic), held for the share ``constant`` of the steps, then falling
-    linearly to a fiftieth. penalty: on (|grad D| - 1)^2 between real and fake. The critic's two wide layers multiply in bfloat16 while
-    it is trained (three times faster on a CPU that has it); weights, sums and the generator are float32.
+    linearly to a fiftieth. penalty: on (|grad D| - 1)^2 between real and fake. The critic's two wide layers multiply in
+    bfloat16 while it is trained (three times faster on a CPU that has it); weights, sums and the generator are float32.
     """
     g, d = build(generator, seed), build(critic, seed + 1)
     random = torch.Generator().manual_seed(seed)
@@ -98,3 +100,19 @@ def _score(d: nn.Sequential, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         h = d[2:6](h)
     return d[6](h.float())
+
+
+class Scaled(nn.Module):
+    """x -> factor x: modes .018 wide are learned far faster when they are not so small."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def ratio() -> nn.Sequential:
+    """Backbone of the fitted logit: 2 -> 256 x 3 -> 1, SiLU, for Langevin steps want a smooth gradient."""
+    return nn.Sequential(Scaled(2.828), *mlp(2, 256, 1, nn.SiLU))

@@ -1,0 +1,239 @@
+"""The rows of the experiment on 25 Gaussians: every way to sample, measured beside the law that it aims at."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastrefine as fr
+from fastrefine.experiments import toy_data
+from fastrefine.experiments.latent_law import LatentGrid, LatentLaw, evaluate
+
+if TYPE_CHECKING:
+    from fastrefine.experiments.gaussians25 import Recipe
+
+Row = dict[str, Any]
+PRIOR = fr.Normal(2)
+# name -> (energy, at, sampler of its logit_scale, whether it is a Markov chain of the latent law)
+Setting = tuple[str, str, Callable[[float], Any], bool]
+CHAINS: dict[str, Setting] = {
+    "DDLS (ULA), eps .01": ("fitted", "input", lambda w: fr.DDLS(0.01, logit_scale=w), True),
+    "DDLS (ULA), eps .001": ("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True),
+    "MALA": ("fitted", "input", lambda w: fr.MALA(0.01, logit_scale=w), True),
+    "HMC": ("fitted", "input", lambda w: fr.HMC(0.05, leapfrog=5, logit_scale=w), True),
+    "DGflow KL, latent": ("fitted", "input", lambda w: fr.DGflow(0.01), False),
+    "DGflow KL, data": ("fitted", "output", lambda w: fr.DGflow(0.001), False),
+    "DOT, latent": ("fitted", "input", lambda w: fr.DOT(0.01), False),
+    "DOT, data": ("fitted", "output", lambda w: fr.DOT(0.01), False),
+    "DDLS (ULA) on the critic, eps .01": ("critic", "input", lambda w: fr.DDLS(0.01), True),
+    "MALA on the critic": ("critic", "input", lambda w: fr.MALA(0.1), True),
+    "DOT, latent, on the critic": ("critic", "input", lambda w: fr.DOT(0.01), False),
+}
+SETTINGS = {name: repr(sampler(1.0)) for name, (_, _, sampler, _) in CHAINS.items()}
+
+
+@dataclass(frozen=True)
+class Energy:
+    """logits of images (n, 2) -> (n,), and the weight with which a sampler takes them."""
+
+    logits: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """A latent law, and what a perfect sampler of it would show."""
+
+    law: LatentLaw
+    shares: Tensor
+    energy: float  # mean of -log p0(z) - scale d(G(z)), p0 without its constant
+
+    @property
+    def high_quality(self) -> float:
+        return float(self.shares.sum())
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "high_quality": self.high_quality, "shares": self.shares.tolist(), "mean_energy": self.energy,
+            "log_normaliser": self.law.log_normaliser,
+        }  # fmt: skip
+
+
+def law_of(grid: LatentGrid, modes: Tensor, energy: Energy) -> Law:
+    """The law of an energy; modes (points^2,): of the grid's images, by ``toy_data.modes_of``."""
+    logits = energy.logits(grid.images)
+    law = grid.law(logits, energy.scale)
+    potential = 0.5 * grid.latents.square().sum(1) - energy.scale * logits.double()
+    return Law(law, law.shares(modes, toy_data.MODES), law.mean(potential))
+
+
+def all_rows(
+    g: nn.Module, networks: Mapping[str, nn.Module], energies: Mapping[str, Energy], laws: Mapping[str, Law], grid: LatentGrid,
+    recipe: Recipe,
+) -> tuple[list[Row], dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
+    """(rows, mixing curves by energy and name, samples of the first seed by name)."""
+    table: list[Row] = []
+    curves: dict[str, dict[str, Any]] = {"fitted": {}, "critic": {}}
+    panels: dict[str, np.ndarray] = {}
+    judge = _Judge(recipe)
+    panels["real data"] = judge.real[0].numpy()
+
+    def add(name: str, energy: str, sets: list[Tensor], law: Law, **facts: Any) -> None:
+        table.append({"name": name, "energy": energy, "markov_chain": False, "steps": 0, **facts, **judge(sets, law)})
+        panels[name] = sets[0].numpy()
+
+    table.append({"name": "real data", "energy": "none", "markov_chain": False, "steps": 0,
+                  **judge(judge.more_real(), laws["fitted"])})  # fmt: skip
+    raw = {seed: _raw(g, recipe.samples * recipe.chain_length, seed) for seed in recipe.seeds}
+    add("generator", "none", [x[: recipe.samples] for x in raw.values()], laws["fitted"])
+    for key, title in (("fitted", "the law, sampled"), ("critic", "the critic's law, sampled")):
+        cells = [laws[key].law.sample(recipe.samples, torch.Generator().manual_seed(seed)) for seed in recipe.seeds]
+        add(title, key, [grid.images[cell] for cell in cells], laws[key])
+    chosen, efficiency = _rejected(raw, energies["isotonic"], recipe)
+    add("DRS", "isotonic", chosen, laws["isotonic"], efficiency=efficiency)
+    chosen, rate = _metropolis(raw, energies["isotonic"], recipe)
+    add("MH", "isotonic", chosen, laws["isotonic"], acceptance=rate, steps=recipe.chain_length)
+    for name, (key, at, sampler, is_chain) in CHAINS.items():
+        energy, law = energies[key], laws[key]
+        refiner = fr.Refiner(
+            g, networks[key], sampler(energy.scale), at=at, prior=PRIOR, max_steps=_steps(sampler(1.0), recipe),
+            num_slots=recipe.num_slots, discriminator_output="critic" if key == "critic" else "logit",
+        )  # fmt: skip
+        outs = [_sampled(refiner, recipe, seed) for seed in recipe.seeds]
+        facts: dict[str, Any] = {"at": at, "steps": refiner.max_steps, "markov_chain": is_chain}
+        accepted = [float(out.acceptance.mean()) for out in outs if out.acceptance is not None]
+        if accepted:
+            facts["acceptance"] = float(np.mean(accepted))
+        add(name, key, [out.images for out in outs], law, **facts)
+        if at == "input":
+            curves[key][name] = {k: _point([out.snapshots[k] for out in outs], law, energy.scale) for k in outs[0].snapshots}
+    return table, curves, panels
+
+
+def _sampled(refiner: fr.Refiner, recipe: Recipe, seed: int) -> fr.Result:
+    steps = sorted({_whole(k, refiner.sampler) for k in recipe.steps})
+    return refiner.sample(recipe.samples, seed=seed, snapshots=steps)
+
+
+def _whole(steps: int, sampler: Any) -> int:
+    """Rounded up to whole transitions."""
+    return -(-steps // sampler.transition) * sampler.transition
+
+
+def _steps(sampler: Any, recipe: Recipe) -> int:
+    return _whole(recipe.steps[-1], sampler)
+
+
+def _point(snapshots: list[Any], law: Law, scale: float) -> dict[str, float]:
+    """A point of the mixing curve, mean over the seeds."""
+    measured = [toy_data.measure(s.images) for s in snapshots]
+    energies = [0.5 * s.activations.double().square().sum(1) - scale * s.logits.double() for s in snapshots]
+    return {
+        "high_quality": float(np.mean([m["high_quality"] for m in measured])),
+        "share_distance": float(np.mean([_distance(m["shares"], law) for m in measured])),
+        "mean_energy": float(np.mean([float(e.mean()) for e in energies])),
+    }
+
+
+class _Judge:
+    """Measures sets of samples, one for each seed, against the law and against real samples (the same for every row)."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.random = [torch.Generator().manual_seed(10_000 + seed) for seed in recipe.seeds]
+        self.real = [toy_data.draw(recipe.samples, random) for random in self.random]
+
+    def more_real(self) -> list[Tensor]:
+        """Other real samples: the floor of the earth mover's distance."""
+        return [toy_data.draw(self.recipe.samples, random) for random in self.random]
+
+    def __call__(self, sets: list[Tensor], law: Law) -> Row:
+        found = [toy_data.measure(x) for x in sets]
+        n = min(self.recipe.emd_samples, *(len(x) for x in sets))
+        emd = [toy_data.earth_mover(x[:n], real[:n]) for x, real in zip(sets, self.real, strict=True)]
+        shares = [_distance(m["shares"], law) for m in found]
+        return {
+            "samples": min(len(x) for x in sets),
+            "high_quality": float(np.mean([m["high_quality"] for m in found])),
+            "high_quality_by_seed": [m["high_quality"] for m in found],
+            "high_quality_distance": max(abs(m["high_quality"] - law.high_quality) for m in found),
+            "share_distance": max(shares),
+            "share_distance_by_seed": shares,
+            "modes": min(m["modes"] for m in found),
+            "shares": np.mean([m["shares"] for m in found], 0).tolist(),
+            "std": float(np.mean([m["std"] for m in found])),
+            "emd": float(np.mean(emd)),
+            "emd_by_seed": emd,
+            "emd_samples": n,
+        }
+
+
+def _distance(shares: list[float], law: Law) -> float:
+    return float((torch.tensor(shares, dtype=torch.float64) - law.shares).abs().max())
+
+
+def _raw(g: nn.Module, n: int, seed: int) -> Tensor:
+    """Generator samples (n, 2); the first ones are what the samplers start from under the same seed."""
+    return evaluate(g, PRIOR.sample(torch.arange(n), seed))
+
+
+def _rejected(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[list[Tensor], float]:
+    """DRS of the proposals, as many as the other rows have where so many are accepted; and the accepted share."""
+    sets, accepted, proposed = [], 0, 0
+    for seed, x in raw.items():
+        kept = fr.rejection_sample(energy.logits(x), seed=seed)
+        accepted, proposed = accepted + len(kept), proposed + len(x)
+        sets.append(x[kept[: recipe.samples]])
+    return sets, accepted / proposed
+
+
+def _metropolis(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[list[Tensor], float]:
+    chosen = {s: fr.metropolis_hastings(energy.logits(x), recipe.chain_length, seed=s) for s, x in raw.items()}
+    rate = float(np.mean([c.acceptance_rate for c in chosen.values()]))
+    return [raw[s][c.indices] for s, c in chosen.items()], rate
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {str(k): rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def provenance() -> dict[str, Any]:
+    """Commit and hardware of the run."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    try:
+        solver = f"POT {importlib.metadata.version('POT')}"
+    except importlib.metadata.PackageNotFoundError:
+        solver = "scipy.optimize.linear_sum_assignment"
+    return {
+        "commit": commit,
+        "hardware": {"machine": platform.machine(), "processor": _processor(), "threads": 1, "torch": torch.__version__},
+        "emd_solver": solver,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
