@@ -8,6 +8,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+import fastrefine as fr
+from fastrefine import flatten
 from fastrefine.experiments import gaussians25, toy_data
 from fastrefine.experiments.latent_law import LatentGrid
 
@@ -117,6 +119,22 @@ def test_quick_run_writes_every_row_beside_its_law(tmp_path):
         furthest = max(abs(a - b) for a, b in zip(row["shares"], law["shares"], strict=True))
         assert row["share_distance"] == pytest.approx(furthest, abs=1e-4), row["name"]
     assert (tmp_path / "samples.png").stat().st_size > 0 and (tmp_path / "mixing.png").stat().st_size > 0
+
+
+def test_fitting_a_discriminator_traces_its_networks_no_oftener_for_more_iterations(monkeypatch):
+    traced = []
+    record = flatten.record
+    monkeypatch.setattr(flatten, "record", lambda *a, **k: traced.append(1) or record(*a, **k))
+
+    def times(iterations):
+        traced.clear()
+        real = toy_data.draw(64, random())
+        fr.fit_discriminator(
+            nn.Linear(2, 2), real, iterations, prior=fr.Normal(2), discriminator=nn.Linear(2, 1), batch_size=8, check_every=100
+        )
+        return len(traced)
+
+    assert 0 < times(2) == times(6)
 
 
 def test_a_cut_run_takes_up_the_networks_it_had_trained(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -23,22 +24,36 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 PRIOR = fr.Normal(2)
-# name -> (energy, at, sampler of its logit_scale, whether it is a Markov chain of the latent law)
-Setting = tuple[str, str, Callable[[float], Any], bool]
-CHAINS: dict[str, Setting] = {
-    "DDLS (ULA), eps .01": ("fitted", "input", lambda w: fr.DDLS(0.01, logit_scale=w), True),
-    "DDLS (ULA), eps .001": ("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True),
-    "MALA": ("fitted", "input", lambda w: fr.MALA(0.01, logit_scale=w), True),
-    "HMC": ("fitted", "input", lambda w: fr.HMC(0.05, leapfrog=5, logit_scale=w), True),
-    "DGflow KL, latent": ("fitted", "input", lambda w: fr.DGflow(0.01), False),
-    "DGflow KL, data": ("fitted", "output", lambda w: fr.DGflow(0.001), False),
-    "DOT, latent": ("fitted", "input", lambda w: fr.DOT(0.01), False),
-    "DOT, data": ("fitted", "output", lambda w: fr.DOT(0.01), False),
-    "DDLS (ULA) on the critic, eps .01": ("critic", "input", lambda w: fr.DDLS(0.01), True),
-    "MALA on the critic": ("critic", "input", lambda w: fr.MALA(0.1), True),
-    "DOT, latent, on the critic": ("critic", "input", lambda w: fr.DOT(0.01), False),
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A gradient sampler's row: sampler(w) is its sampler with the logit's weight w.
+
+    energy: name of the energy whose logit it follows. chain: whether it is a Markov chain of that energy's law.
+    from_mh: starts from the latents that Metropolis-Hastings chose, not from the prior.
+    """
+
+    energy: str
+    at: str
+    sampler: Callable[[float], Any]
+    chain: bool = False
+    from_mh: bool = False
+
+
+SETTINGS = {
+    "DDLS (ULA), eps .002": Setting("fitted", "input", lambda w: fr.DDLS(0.002, logit_scale=w), True),
+    "DDLS (ULA), eps .0005": Setting("fitted", "input", lambda w: fr.DDLS(0.0005, logit_scale=w), True),
+    "MALA": Setting("fitted", "input", lambda w: fr.MALA(0.002, logit_scale=w, adapt=50), True),
+    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.03, leapfrog=5, logit_scale=w, adapt=50), True),
+    "MH, then MALA": Setting("fitted", "input", lambda w: fr.MALA(0.002, logit_scale=w, adapt=50), True, True),
+    "DGflow KL, latent": Setting("fitted", "input", lambda w: fr.DGflow(0.001)),
+    "DGflow KL, data": Setting("fitted", "output", lambda w: fr.DGflow(0.0001)),
+    "DOT, latent": Setting("fitted", "input", lambda w: fr.DOT(0.01)),
+    "DOT, data": Setting("fitted", "output", lambda w: fr.DOT(0.01)),
+    "DDLS (ULA) on the critic, eps .1": Setting("critic", "input", lambda w: fr.DDLS(0.1), True),
+    "MALA on the critic": Setting("critic", "input", lambda w: fr.MALA(0.1, adapt=50), True),
 }
-SETTINGS = {name: repr(sampler(1.0)) for name, (_, _, sampler, _) in CHAINS.items()}
 
 
 @dataclass(frozen=True)
@@ -100,37 +115,44 @@ def all_rows(
         add(title, key, [grid.images[cell] for cell in cells], laws[key])
     chosen, efficiency = _rejected(raw, energies["isotonic"], recipe)
     add("DRS", "isotonic", chosen, laws["isotonic"], efficiency=efficiency)
-    chosen, rate = _metropolis(raw, energies["isotonic"], recipe)
-    add("MH", "isotonic", chosen, laws["isotonic"], acceptance=rate, steps=recipe.chain_length)
-    for name, (key, at, sampler, is_chain) in CHAINS.items():
-        energy, law = energies[key], laws[key]
-        refiner = fr.Refiner(
-            g, networks[key], sampler(energy.scale), at=at, prior=PRIOR, max_steps=_steps(sampler(1.0), recipe),
-            num_slots=recipe.num_slots, discriminator_output="critic" if key == "critic" else "logit",
-        )  # fmt: skip
-        outs = [_sampled(refiner, recipe, seed) for seed in recipe.seeds]
-        facts: dict[str, Any] = {"at": at, "steps": refiner.max_steps, "markov_chain": is_chain}
+    indices, rate = _metropolis(raw, energies["isotonic"], recipe)
+    mh = [raw[seed][kept] for seed, kept in indices.items()]
+    add("MH", "isotonic", mh, laws["isotonic"], acceptance=rate, steps=recipe.chain_length)
+    starts = {s: PRIOR.sample(kept, s) for s, kept in indices.items()}
+    for name, setting in SETTINGS.items():
+        key = setting.energy
+        outs = _run(g, networks[key], setting, energies[key].scale, starts, recipe)
+        facts: dict[str, Any] = {"at": setting.at, "steps": max(outs[0].snapshots), "markov_chain": setting.chain}
+        facts["backend"] = outs[0].report["backend"]
         accepted = [float(out.acceptance.mean()) for out in outs if out.acceptance is not None]
         if accepted:
             facts["acceptance"] = float(np.mean(accepted))
-        add(name, key, [out.images for out in outs], law, **facts)
-        if at == "input":
-            curves[key][name] = {k: _point([out.snapshots[k] for out in outs], law, energy.scale) for k in outs[0].snapshots}
+        add(name, key, [out.images for out in outs], laws[key], **facts)
+        if setting.at == "input":
+            snapshots = [out.snapshots for out in outs]
+            curves[key][name] = {k: _point([s[k] for s in snapshots], laws[key], energies[key].scale) for k in snapshots[0]}
     return table, curves, panels
 
 
-def _sampled(refiner: fr.Refiner, recipe: Recipe, seed: int) -> fr.Result:
-    steps = sorted({_whole(k, refiner.sampler) for k in recipe.steps})
-    return refiner.sample(recipe.samples, seed=seed, snapshots=steps)
+def _run(
+    g: nn.Module, d: nn.Module, setting: Setting, weight: float, starts: Mapping[int, Tensor], recipe: Recipe
+) -> list[fr.Result]:
+    """A result for each seed, with snapshots at the recipe's steps, rounded up to whole transitions."""
+    sampler, is_critic = setting.sampler(weight), setting.energy == "critic"
+    steps = sorted({_whole(k, sampler) for k in recipe.steps})
+    refiner = fr.Refiner(
+        g, d, sampler, at=setting.at, prior=PRIOR, max_steps=steps[-1], num_slots=recipe.num_slots,
+        discriminator_output="critic" if is_critic else "logit",
+    )  # fmt: skip
+    seeds = recipe.critic_seeds if is_critic else recipe.seeds
+    if setting.from_mh:
+        return [refiner.refine(starts[seed], seed=seed, snapshots=steps) for seed in seeds]
+    return [refiner.sample(recipe.samples, seed=seed, snapshots=steps) for seed in seeds]
 
 
 def _whole(steps: int, sampler: Any) -> int:
     """Rounded up to whole transitions."""
     return -(-steps // sampler.transition) * sampler.transition
-
-
-def _steps(sampler: Any, recipe: Recipe) -> int:
-    return _whole(recipe.steps[-1], sampler)
 
 
 def _point(snapshots: list[Any], law: Law, scale: float) -> dict[str, float]:
@@ -159,7 +181,7 @@ class _Judge:
     def __call__(self, sets: list[Tensor], law: Law) -> Row:
         found = [toy_data.measure(x) for x in sets]
         n = min(self.recipe.emd_samples, *(len(x) for x in sets))
-        emd = [toy_data.earth_mover(x[:n], real[:n]) for x, real in zip(sets, self.real, strict=True)]
+        emd = [toy_data.earth_mover(x[:n], real[:n]) for x, real in zip(sets, self.real, strict=False)]
         shares = [_distance(m["shares"], law) for m in found]
         return {
             "samples": min(len(x) for x in sets),
@@ -196,10 +218,30 @@ def _rejected(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tupl
     return sets, accepted / proposed
 
 
-def _metropolis(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[list[Tensor], float]:
+def _metropolis(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[dict[int, Tensor], float]:
+    """Positions that one chain for each sample chose, by seed; and the accepted share of all tests."""
     chosen = {s: fr.metropolis_hastings(energy.logits(x), recipe.chain_length, seed=s) for s, x in raw.items()}
     rate = float(np.mean([c.acceptance_rate for c in chosen.values()]))
-    return [raw[s][c.indices] for s, c in chosen.items()], rate
+    return {s: c.indices for s, c in chosen.items()}, rate
+
+
+def described(weight: float) -> dict[str, str]:
+    """The samplers of the rows, written out."""
+    return {name: repr(setting.sampler(weight)) for name, setting in SETTINGS.items()}
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """JSON with a line for each row, law and claim, floats to five significant digits."""
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list) and value:
+            found = "[\n  " + ",\n  ".join(json.dumps(rounded(v)) for v in value) + "\n ]"
+        elif isinstance(value, dict):
+            found = "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(rounded(v))}" for k, v in value.items()) + "\n }"
+        else:
+            found = json.dumps(rounded(value))
+        parts.append(f" {json.dumps(key)}: {found}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def rounded(value: Any) -> Any:
