@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastrefine import slots
 
+_WHOLE = ("real_logits", "real_labels")  # not a row for each sample
+
 
 class Status(enum.IntEnum):
     """Why a sample retired; the values of ``Result.status``."""
@@ -32,6 +34,8 @@ class Result:
     latents: (N, ...) what the generator was given; under at="input" the refined latent. activations: (N, ...) refined.
     labels: (N, ...) or None. acceptance: (N,) acceptance rate of MCMC samplers, else None.
     scale: "logit" | "critic". report: counts and speed of the run so far, see Refiner.
+    real_logits: (R,) float64 on the CPU, of the refiner's ``real`` under the discriminator of this run, else None.
+    real_labels: (R,) their classes, or None. Both belong to the result as a whole: select and concatenate leave them alone.
     """
 
     images: Tensor
@@ -47,6 +51,8 @@ class Result:
     acceptance: Tensor | None
     scale: str
     report: dict[str, Any]
+    real_logits: Tensor | None = None
+    real_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,9 +60,8 @@ class Result:
     def select(self, indices: Tensor | slice) -> Result:
         """The samples at ``indices`` (positions, not ids), e.g. those that metropolis_hastings chose."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {k: v[indices] if isinstance(v, Tensor) else v for k, v in values.items()}
-        chosen["report"] = dict(self.report)
-        return Result(**chosen)
+        rows = {k: v[indices] for k, v in values.items() if isinstance(v, Tensor) and k not in _WHOLE}
+        return Result(**values | rows | {"report": dict(self.report)})
 
     @classmethod
     def concatenate(cls, parts: list[Result]) -> Result:
@@ -64,6 +69,6 @@ class Result:
         first, last = parts[0], parts[-1]
         values: dict[str, Any] = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name not in _WHOLE:
                 values[name] = torch.cat([getattr(part, name) for part in parts])
         return cls(**values | {"report": last.report})
