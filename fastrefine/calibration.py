@@ -67,10 +67,11 @@ class Diagnosis:
 
     @property
     def trusted(self) -> bool:
-        """Whether nothing here speaks against exp(d) as a density ratio; a few dozen images rarely can.
+        """Whether exp(d) may be read as a density ratio: by the size of what is wrong, not by its significance.
 
         calibration_error at most 0.05, and |z| at most 3, z being scaled down to that of 2000 images where there are more:
-        a plain bound on z would refuse any bias, however small, on enough images, and one on ece any D on few.
+        a bound on z itself would refuse any bias, however small, on enough images, and one on ece any D on few. Below about
+        200 images a side chance has its say.
         """
         effective = 4 / (1 / self.num_real + 1 / self.num_fake)
         return abs(self.z) * math.sqrt(min(1, BOUNDED / effective)) <= 3 and self.calibration_error <= TOLERANCE
