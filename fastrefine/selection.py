@@ -96,11 +96,10 @@ def metropolis_hastings(
 
 
 def _walk(table: Tensor, current: Tensor, seed: int, first: int, label: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``ops.metropolis``, with draws by (seed, class, chain of the class, test); class 0 draws as without classes."""
+    """As ``ops.metropolis`` on a table without NaN and inf, with draws by (seed, class, chain of the class, test)."""
     position, accepted = torch.zeros_like(chain), torch.zeros_like(chain)
     for k in range(first, table.shape[1]):
         accept = torch.log(_draw(seed, label, k, chain, Stream.SELECTION)) < table[:, k] - current
-        accept &= torch.isfinite(table[:, k])
         current = torch.where(accept, table[:, k], current)
         position.masked_fill_(accept, k)
         accepted += accept
@@ -166,7 +165,7 @@ def rejection_sample(
         score = delta - torch.log(-torch.expm1(delta - 1e-6))
         return torch.sigmoid(score - _quantile(score[known], percentile / 100))
 
-    return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), floors, strict=True)], known, seed, what)
+    return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), floors, strict=True)], seed, what)
 
 
 def _floor(log_m: float | Mapping[int, float] | None, label: int) -> float | None:
@@ -212,7 +211,7 @@ def budgeted_rejection(
     def accept(d: Tensor, known: Tensor) -> Tensor:
         return torch.exp(torch.clamp(d + _log_scale(d[known], budget * len(d)), max=0))
 
-    return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), strict=True)], known, seed, what)
+    return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), strict=True)], seed, what)
 
 
 def _log_scale(d: Tensor, wanted: float) -> Tensor:
@@ -272,12 +271,12 @@ class _Groups:
         label = None if self.label is None else self.label[kept][::length].contiguous()
         return self.order[kept].view(-1, length), label, self.rank[kept][::length] // length
 
-    def accepted(self, probability: list[Tensor], known: Tensor, seed: int, what: str) -> Tensor:
-        """(K,) ascending positions accepted with the probabilities, given class by class; warns of none."""
+    def accepted(self, probability: list[Tensor], seed: int, what: str) -> Tensor:
+        """(K,) ascending positions accepted with the probabilities (NaN: never), given class by class; warns of none."""
         if not probability:
             return self.order
         u = _draw(seed, self.label, 0, self.rank, Stream.REJECTION)
-        chosen = known[self.order] & (u < torch.cat(probability))
+        chosen = u < torch.cat(probability)
         hit = torch.stack([of.any() for of in chosen.split(self.sizes)]).tolist()
         none = [label for label, any_of_it in zip(self.classes.tolist(), hit, strict=True) if not any_of_it]
         if none and len(none) == len(self.sizes):

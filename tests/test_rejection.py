@@ -50,6 +50,12 @@ def test_rejection_accepts_with_the_published_probability(percentile, log_m):
     assert torch.equal(indices, indices.sort().values)
 
 
+def test_m_of_a_pilot_pass_rises_with_later_logits_and_not_before():
+    d = torch.linspace(-3, 3, 4_000, dtype=torch.float64)  # each is the largest so far: all are accepted alike
+    accepted = len(fr.rejection_sample(d, log_m=-9.0))
+    assert abs(accepted - 2_000) < stats.norm.isf(ALPHA / 2) * math.sqrt(1_000)
+
+
 def test_a_higher_percentile_accepts_fewer_and_better():
     d = optimal_logit(proposals(20_000))
     chosen = [fr.rejection_sample(d, percentile=p) for p in (50, 80, 95)]

@@ -115,6 +115,9 @@ def test_real_images_weigh_as_the_classes_of_the_samples_do():
     )
     assert not diagnosis_of(skewed).trusted
     assert diagnosis_of(unlabelled).num_real == 3_000
+    kept = out.real_labels < 2
+    fewer = dataclasses.replace(out, real_logits=out.real_logits[kept], real_labels=out.real_labels[kept])
+    assert diagnosis_of(fewer).num_fake == int((out.labels < 2).sum()) and diagnosis_of(fewer).trusted
     strange = dataclasses.replace(out, real_labels=out.real_labels + 7)
     assert diagnosis_of(strange) is None and not told(lambda: CALLS["chains"](strange))
 
@@ -144,6 +147,18 @@ def test_z_of_equal_numbers_is_the_published_one():
     p, y = torch.cat([real, fake]), torch.cat([torch.ones(400), torch.zeros(400)])
     wanted = float((y - p).sum() / (p * (1 - p)).sum().sqrt())
     assert fr.diagnose(real.logit(), fake.logit()).z == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("numbers", [(60_000, 2_000), (2_000, 60_000)])
+def test_z_allows_for_the_spread_of_either_side(numbers):
+    # two kinds of images, one of which is half of the data and 0.5 % of what is generated
+    kinds = torch.tensor([0.5 / 0.005, 0.5 / 0.995], dtype=torch.float64).log()
+    real, fake = (kinds[(torch.arange(n) >= share * n).long()] for n, share in zip(numbers, (0.5, 0.02), strict=True))
+    p, q = torch.sigmoid(real), torch.sigmoid(fake)
+    generated = torch.tensor([0.005, 0.995], dtype=torch.float64)  # the shares that the logits claim
+    spread = float(((1 - p) ** 2).mean()) / len(p) + float(torch.sigmoid(kinds) ** 2 @ generated) / len(q)
+    wanted = float((1 - p).mean() - q.mean()) / math.sqrt(spread)
+    assert fr.diagnose(real, fake).z == pytest.approx(wanted, rel=0.05)
 
 
 @pytest.mark.parametrize("numbers", [(500, 500), (500, 20_000), (20_000, 500)])
