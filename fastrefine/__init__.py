@@ -20,6 +20,7 @@ _HOMES = {
     "noisy": ("NoisyOutput",),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
+    "reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
     "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fastrefine.priors import TruncatedNormal as TruncatedNormal
     from fastrefine.priors import Uniform as Uniform
     from fastrefine.refiner import Refiner as Refiner
+    from fastrefine.reliability import reliability_plot as reliability_plot
     from fastrefine.result import Result as Result
     from fastrefine.result import Snapshot as Snapshot
     from fastrefine.result import Status as Status
