@@ -37,15 +37,15 @@ class Recipe:
     """
 
     gan_steps: int = 12_000
-    fit: tuple[tuple[int, int, float], ...] = ((2500, 256, 2e-3), (1500, 256, 5e-4), (1000, 512, 1e-4))
+    fit: tuple[tuple[int, int, float], ...] = ((3000, 256, 1e-3), (2000, 256, 3e-4), (1000, 512, 1e-4))
     real: int = 200_000
     calibration: int = 50_000
     grid: int = 1000
-    samples: int = 4000
+    samples: int = 3400  # for each seed: 10,200 in all
     emd_samples: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
     critic_seeds: tuple[int, ...] = (0,)
-    steps: tuple[int, ...] = (0, 10, 25, 50, 100)
+    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
     chain_length: int = 20
     num_slots: int = 500
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 SHOWN = 3000
-Curves = Mapping[str, Mapping[int, Mapping[str, float]]]  # sampler -> K -> high_quality, mean_energy
+Curves = Mapping[str, Mapping[int, Mapping[str, float]]]  # sampler -> K -> what is drawn
 
 
 def samples(path: Path, panels: Mapping[str, np.ndarray]) -> None:
@@ -29,19 +29,30 @@ def samples(path: Path, panels: Mapping[str, np.ndarray]) -> None:
 
 
 def mixing(path: Path, titles: Mapping[str, str], curves: Mapping[str, Curves], laws: Mapping[str, Mapping[str, Any]]) -> None:
-    """High quality and mean energy against K: a row for each law, its chains drawn, the law itself dashed."""
+    """Against K: high quality and mean energy, the law's dashed, and how far the mode shares are from the law's (0).
+
+    A row for each law and its chains.
+    """
     plt = _pyplot()
-    figure, axes = plt.subplots(len(titles), 2, figsize=(9, 2.9 * len(titles)), squeeze=False)
+    panels = {
+        "high_quality": "high quality",
+        "mean_energy": "mean energy",
+        "share_distance": "largest distance of a mode's share",
+    }
+    figure, axes = plt.subplots(len(titles), len(panels), figsize=(12, 3.2 * len(titles)), squeeze=False)
     for row, (key, title) in zip(axes, titles.items(), strict=True):
-        for axis, quantity, label in zip(row, ("high_quality", "mean_energy"), ("high quality", "mean energy"), strict=True):
+        for axis, (quantity, label) in zip(row, panels.items(), strict=True):
             for name, curve in curves[key].items():
                 steps = sorted(curve)
                 axis.plot(steps, [curve[k][quantity] for k in steps], marker=".", linewidth=1, markersize=4, label=name)
-            axis.axhline(laws[key][quantity], color="black", linestyle="--", linewidth=1, label="the law")
+            axis.axhline(laws[key].get(quantity, 0.0), color="black", linestyle="--", linewidth=1, label="the law")
             axis.set_xscale("symlog", linthresh=10)
             axis.set(xlabel="K", ylabel=label)
+            shown = sorted({k for curve in curves[key].values() for k in curve})
+            axis.set_xticks(shown, [str(k) for k in shown], fontsize=7)
+            axis.minorticks_off()
             axis.set_title(title, fontsize=9)
-        row[0].legend(fontsize=7)
+        row[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=75)
     plt.close(figure)

@@ -103,7 +103,7 @@ def _score(d: nn.Sequential, x: Tensor) -> Tensor:
 
 
 class Scaled(nn.Module):
-    """x -> factor x: modes .018 wide are learned far faster when they are not so small."""
+    """x -> factor x: a logit with features .018 wide is learned far faster when they are not so small."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -115,4 +115,4 @@ class Scaled(nn.Module):
 
 def ratio() -> nn.Sequential:
     """Backbone of the fitted logit: 2 -> 256 x 3 -> 1, SiLU, for Langevin steps want a smooth gradient."""
-    return nn.Sequential(Scaled(2.828), *mlp(2, 256, 1, nn.SiLU))
+    return nn.Sequential(Scaled(15.0), *mlp(2, 256, 1, nn.SiLU))
