@@ -32,7 +32,7 @@ class Recipe:
     """Everything that a run is made of but the seed; FULL was fixed on seed 0 of the training.
 
     fit: (iterations, batch size, learning rate) of each call of fit_discriminator, the next one starting from the last
-    one's weights. steps: the chains are recorded after each of these, the last is K. grid: points per axis; the law is
+    one's weights. steps: chains are recorded after each of these, up to their own K (Setting.last). grid: points per axis; the law is
     compared with that of half as many. critic_seeds: of the rows on the critic, which costs three times as much.
     """
 
@@ -45,7 +45,7 @@ class Recipe:
     emd_samples: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
     critic_seeds: tuple[int, ...] = (0,)
-    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
+    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200, 400)
     chain_length: int = 20
     num_slots: int = 500
 

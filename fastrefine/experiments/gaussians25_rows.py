@@ -31,7 +31,7 @@ class Setting:
     """A gradient sampler's row: sampler(w) is its sampler with the logit's weight w.
 
     energy: name of the energy whose logit it follows. chain: whether it is a Markov chain of that energy's law.
-    from_mh: starts from the latents that Metropolis-Hastings chose, not from the prior.
+    from_mh: starts from the latents that Metropolis-Hastings chose, not from the prior. last: K.
     """
 
     energy: str
@@ -39,14 +39,16 @@ class Setting:
     sampler: Callable[[float], Any]
     chain: bool = False
     from_mh: bool = False
+    last: int = 100
 
 
+# An acceptance below the usual target: longer jumps cross from mode to mode, which locally optimal ones hardly do.
 SETTINGS = {
-    "DDLS (ULA), eps .001": Setting("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True),
-    "DDLS (ULA), eps .0002": Setting("fitted", "input", lambda w: fr.DDLS(0.0002, logit_scale=w), True),
-    "MALA": Setting("fitted", "input", lambda w: fr.MALA(0.005, logit_scale=w, adapt=50), True),
-    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.05, leapfrog=2, logit_scale=w, adapt=50), True),
-    "MH, then MALA": Setting("fitted", "input", lambda w: fr.MALA(0.005, logit_scale=w, adapt=50), True, True),
+    "DDLS (ULA), eps .001": Setting("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True, last=200),
+    "DDLS (ULA), eps .0002": Setting("fitted", "input", lambda w: fr.DDLS(0.0002, logit_scale=w), True, last=200),
+    "MALA": Setting("fitted", "input", lambda w: fr.MALA(0.01, logit_scale=w, adapt=50, target=0.35), True, last=200),
+    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.1, leapfrog=2, logit_scale=w, adapt=50, target=0.35), True, last=400),
+    "MH, then MALA": Setting("fitted", "input", lambda w: fr.MALA(0.01, logit_scale=w, adapt=50, target=0.35), True, True),
     "DGflow KL, latent": Setting("fitted", "input", lambda w: fr.DGflow(0.0002)),
     "DGflow KL, data": Setting("fitted", "output", lambda w: fr.DGflow(0.0001)),
     "DOT, latent": Setting("fitted", "input", lambda w: fr.DOT(0.01)),
@@ -139,7 +141,7 @@ def _run(
 ) -> list[fr.Result]:
     """A result for each seed, with snapshots at the recipe's steps, rounded up to whole transitions."""
     sampler, is_critic = setting.sampler(weight), setting.energy == "critic"
-    steps = sorted({_whole(k, sampler) for k in recipe.steps})
+    steps = sorted({_whole(k, sampler) for k in recipe.steps if k <= setting.last})
     refiner = fr.Refiner(
         g, d, sampler, at=setting.at, prior=PRIOR, max_steps=steps[-1], num_slots=recipe.num_slots,
         discriminator_output="critic" if is_critic else "logit",
