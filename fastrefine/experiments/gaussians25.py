@@ -32,8 +32,8 @@ class Recipe:
     """Everything that a run is made of but the seed; FULL was fixed on seed 0 of the training.
 
     fit: (iterations, batch size, learning rate) of each call of fit_discriminator, the next one starting from the last
-    one's weights. steps: chains are recorded after each of these, up to their own K (Setting.last). grid: points per axis; the law is
-    compared with that of half as many. critic_seeds: of the rows on the critic, which costs three times as much.
+    one's weights. steps: chains are recorded after each of these, up to their own K (Setting.last). grid: points per
+    axis; the law is compared with that of half as many. critic_seeds: of the rows on the critic, which costs more.
     """
 
     gan_steps: int = 12_000
@@ -45,7 +45,8 @@ class Recipe:
     emd_samples: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
     critic_seeds: tuple[int, ...] = (0,)
-    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200, 400)
+    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200, 300)
+    warm_up: int = 50
     chain_length: int = 20
     num_slots: int = 500
 
@@ -53,7 +54,7 @@ class Recipe:
 FULL = Recipe()
 QUICK = Recipe(
     gan_steps=30, fit=((20, 64, 1e-3),), real=2000, calibration=500, grid=80, samples=60, emd_samples=60, seeds=(0,),
-    steps=(0, 2, 4), chain_length=3, num_slots=60,
+    steps=(0, 2, 4), warm_up=4, chain_length=3, num_slots=60,
 )  # fmt: skip
 
 

@@ -31,30 +31,38 @@ class Setting:
     """A gradient sampler's row: sampler(w) is its sampler with the logit's weight w.
 
     energy: name of the energy whose logit it follows. chain: whether it is a Markov chain of that energy's law.
-    from_mh: starts from the latents that Metropolis-Hastings chose, not from the prior. last: K.
+    start: "prior" | "warm", after a warm-up from the prior | "mh", from the latents that Metropolis-Hastings chose.
+    last: K, steps of a warm-up not counted.
     """
 
     energy: str
     at: str
     sampler: Callable[[float], Any]
     chain: bool = False
-    from_mh: bool = False
+    start: str = "prior"
     last: int = 100
 
 
-# An acceptance below the usual target: longer jumps cross from mode to mode, which locally optimal ones hardly do.
+def _warm_up(weight: float, steps: int) -> fr.MALA:
+    """Step sizes of each chain's own bring it off the walls between modes, where one for all would leave it stuck."""
+    return fr.MALA(0.005, logit_scale=weight, adapt=steps)
+
+
+# Chains that are to reach the law have one step size for all after the warm-up. Adapted ones keep a bias for very long:
+# those that adapted in a wide mode make steps with which they hardly enter a narrow one.
 SETTINGS = {
-    "DDLS (ULA), eps .001": Setting("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True, last=200),
-    "DDLS (ULA), eps .0002": Setting("fitted", "input", lambda w: fr.DDLS(0.0002, logit_scale=w), True, last=200),
-    "MALA": Setting("fitted", "input", lambda w: fr.MALA(0.01, logit_scale=w, adapt=50, target=0.35), True, last=200),
-    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.1, leapfrog=2, logit_scale=w, adapt=50, target=0.35), True, last=400),
-    "MH, then MALA": Setting("fitted", "input", lambda w: fr.MALA(0.01, logit_scale=w, adapt=50, target=0.35), True, True),
-    "DGflow KL, latent": Setting("fitted", "input", lambda w: fr.DGflow(0.0002)),
-    "DGflow KL, data": Setting("fitted", "output", lambda w: fr.DGflow(0.0001)),
-    "DOT, latent": Setting("fitted", "input", lambda w: fr.DOT(0.01)),
-    "DOT, data": Setting("fitted", "output", lambda w: fr.DOT(0.01)),
-    "DDLS (ULA) on the critic, eps .1": Setting("critic", "input", lambda w: fr.DDLS(0.1), True),
-    "MALA on the critic": Setting("critic", "input", lambda w: fr.MALA(0.1, adapt=50), True),
+    "DDLS (ULA), eps .001": Setting("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True),
+    "DDLS (ULA), eps .0002": Setting("fitted", "input", lambda w: fr.DDLS(0.0002, logit_scale=w), True),
+    "MALA": Setting("fitted", "input", lambda w: fr.MALA(0.02, logit_scale=w), True, "warm", 300),
+    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.1, leapfrog=2, logit_scale=w), True, "warm", 300),
+    "MALA, step sizes adapted": Setting("fitted", "input", lambda w: _warm_up(w, 50), True),
+    "MH, then MALA": Setting("fitted", "input", lambda w: fr.MALA(0.02, logit_scale=w), True, "mh"),
+    "DGflow KL, latent": Setting("fitted", "input", lambda w: fr.DGflow(0.0002), last=50),
+    "DGflow KL, data": Setting("fitted", "output", lambda w: fr.DGflow(0.0001), last=50),
+    "DOT, latent": Setting("fitted", "input", lambda w: fr.DOT(0.01), last=50),
+    "DOT, data": Setting("fitted", "output", lambda w: fr.DOT(0.01), last=50),
+    "DDLS (ULA) on the critic, eps .1": Setting("critic", "input", lambda w: fr.DDLS(0.1), True, last=50),
+    "MALA on the critic": Setting("critic", "input", lambda w: fr.MALA(0.1), True, last=50),
 }
 
 
@@ -120,12 +128,17 @@ def all_rows(
     indices, rate = _metropolis(raw, energies["isotonic"], recipe)
     mh = [raw[seed][kept] for seed, kept in indices.items()]
     add("MH", "isotonic", mh, laws["isotonic"], acceptance=rate, steps=recipe.chain_length)
-    starts = {s: PRIOR.sample(kept, s) for s, kept in indices.items()}
+    warm = Setting("fitted", "input", lambda w: _warm_up(w, recipe.warm_up), last=recipe.warm_up)
+    warmed = _run(g, networks["fitted"], warm, energies["fitted"].scale, {}, recipe)
+    starts = {
+        "mh": {seed: PRIOR.sample(kept, seed) for seed, kept in indices.items()},
+        "warm": {seed: out.latents for seed, out in zip(recipe.seeds, warmed, strict=True)},
+    }
     for name, setting in SETTINGS.items():
         key = setting.energy
-        outs = _run(g, networks[key], setting, energies[key].scale, starts, recipe)
+        outs = _run(g, networks[key], setting, energies[key].scale, starts.get(setting.start, {}), recipe)
         facts: dict[str, Any] = {"at": setting.at, "steps": max(outs[0].snapshots), "markov_chain": setting.chain}
-        facts["backend"] = outs[0].report["backend"]
+        facts["start"], facts["backend"] = setting.start, outs[0].report["backend"]
         accepted = [float(out.acceptance.mean()) for out in outs if out.acceptance is not None]
         if accepted:
             facts["acceptance"] = float(np.mean(accepted))
@@ -147,8 +160,8 @@ def _run(
         discriminator_output="critic" if is_critic else "logit",
     )  # fmt: skip
     seeds = recipe.critic_seeds if is_critic else recipe.seeds
-    if setting.from_mh:
-        return [refiner.refine(starts[seed], seed=seed, snapshots=steps) for seed in seeds]
+    if starts:  # noise of its own: the warm-up's, under the same seed, would come again
+        return [refiner.refine(starts[seed], seed=seed + 1000, snapshots=steps) for seed in seeds]
     return [refiner.sample(recipe.samples, seed=seed, snapshots=steps) for seed in seeds]
 
 
