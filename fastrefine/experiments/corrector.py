@@ -153,7 +153,7 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def run(outdir: Path, *, seeds: Sequence[int] = (0, 1, 2), recipe: Recipe | None = None) -> dict[str, Any]:
     """The experiment; writes result.json and picture.png (of the first seed) into ``outdir``, returns the former."""
-    recipe, started = recipe or Recipe(), time.perf_counter()
+    recipe, started, cpu = recipe or Recipe(), time.perf_counter(), time.process_time()
     rows: list[Row] = []
     accuracy: dict[str, float] = {}
     with settings.threads_for(flops=0.0):  # these networks are small
@@ -178,6 +178,7 @@ def run(outdir: Path, *, seeds: Sequence[int] = (0, 1, 2), recipe: Recipe | None
     return result_file.write(
         outdir, "corrector", cores=1, rows=rows, seeds=list(seeds), recipe=asdict(recipe) | {"chosen_on_seed": 0},
         reduced=recipe != Recipe(), claims=claims(rows), classifier_accuracy=accuracy, seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu,
     )  # fmt: skip
 
 
