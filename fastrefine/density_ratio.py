@@ -57,6 +57,9 @@ class SumDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (N, ...) -> (N, 1)
         return self._sum(images, None)
 
+    def _get_name(self) -> str:
+        return "SumDiscriminator"
+
     def _sum(self, images: Tensor, labels: Tensor | None) -> Tensor:
         dtype = torch.promote_types(images.dtype, torch.float32)
         logits = []

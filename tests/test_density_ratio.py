@@ -187,7 +187,7 @@ def rms(x):
 
 @pytest.fixture(scope="module")
 def corrector():
-    return fr.fit_corrector(OTHER, GAN, 800, prior=fr.Normal(2), reference_samples=20_000, **FITTING)
+    return fr.fit_corrector(OTHER, GAN, 250, prior=fr.Normal(2), reference_samples=20_000, **FITTING)
 
 
 def test_the_corrector_is_the_log_ratio_of_two_gaussians(corrector):
@@ -200,7 +200,7 @@ def test_the_corrector_is_the_log_ratio_of_two_gaussians(corrector):
 
 def test_discriminator_and_corrector_add_up_to_the_ratio_of_data_and_generator(corrector):
     real = DATA(torch.randn(20_000, 2, generator=torch.Generator().manual_seed(4))).detach()
-    d = fr.fit_discriminator(GAN, real, 800, prior=fr.Normal(2), **FITTING)
+    d = fr.fit_discriminator(GAN, real, 250, prior=fr.Normal(2), **FITTING)
     x = points()
     wanted = DATA.log_prob(x) - OTHER.log_prob(x)
     error = rms(fr.SumDiscriminator(d, corrector)(x)[:, 0] - wanted)

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 class Sizes:
     """What the demo's recipe does not fix, and what is taken from it unless given: iterations of shaping, samples."""
 
-    fit_iterations: int = 2000
+    fit_iterations: int = 1000
     fit_rate: float = 1e-3
     fit_batch: int = 64
     shaping_iterations: int | None = None
