@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def run(
                 print(line(rows[-1]), file=sys.stderr)
             if seed == seeds[0]:
                 _draw(outdir, recipe.name, outs["raw"], outs["fitted, shaped"])
-    reduced = sizes.samples not in (None, recipe.samples) or sizes == QUICK
+    reduced = replace(sizes, samples=n) != Sizes(samples=recipe.samples)
     return result_file.write(
         outdir, "fitted", cores=1, data=recipe.name, rows=rows, seeds=list(seeds), reduced=reduced, claims=claims(rows),
         recipe={"demo": recipe.name, "generator": f"embedded, {recipe.early_steps} steps"} | asdict(sizes) | {"samples": n},
