@@ -91,7 +91,7 @@ class Step {
 
   // The rule's sums over the features of a slot, in an order that no thread and no other slot changes.
   void sum(std::int64_t s) {
-    double lanes[std::max(R::sums, 1)][kPartial] = {}, drawn[R::recalls ? kBatch : 1] = {};
+    double lanes[R::sums][kPartial] = {}, drawn[R::recalls ? kBatch : 1] = {};
     const bool first = step[s] == 0;
     const Scalars<T> own = scalars(s);
     const T clip = static_cast<T>(clip_of(s));
