@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from benchmarks.workloads import WORKLOADS, halves
 K = 50
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STOPS = ("none", "median", "uniform")
-SAMPLERS = ("collaborative", "backtracking", "ddls", "dgflow")  # "collaborative": control="fixed", what the baselines do
+# "collaborative": control="fixed", what the baselines do
+SAMPLERS = ("collaborative", "backtracking", "dgflow", "dot", "ddls", "mala", "hmc")
+OF_LATENTS = ("ddls", "mala", "hmc")  # at the input, whatever cut was asked for
 DEFAULT_WORKLOADS = ("dcgan64", "sngan32", "dcgan32", "sagan128", "mlp2d")
 DEFAULT_PRECISIONS = ("bfloat16", "tf32", "float32")
 
@@ -89,7 +91,8 @@ def rows(
     drivers: Sequence[str], stops: Sequence[str],
 ) -> list[Row]:  # fmt: skip
     """All combinations, the most important first."""
-    return order([Row(*given) for given in itertools.product(workloads, cuts, samplers, precisions, drivers, stops)])
+    found = (Row(*given) for given in itertools.product(workloads, cuts, samplers, precisions, drivers, stops))
+    return order(list(dict.fromkeys(replace(row, cut="input") if row.sampler in OF_LATENTS else row for row in found)))
 
 
 @functools.cache

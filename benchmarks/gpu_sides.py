@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -102,13 +103,15 @@ class Bench:
         step = WORKLOADS[row.workload].step_size
         sampler: Any = {
             "collaborative": lambda: fr.Collaborative(step, control="fixed"), "backtracking": lambda: fr.Collaborative(step),
-            "ddls": lambda: fr.DDLS(step), "dgflow": lambda: fr.DGflow(step),
+            "dgflow": lambda: fr.DGflow(step), "dot": lambda: fr.DOT(step), "ddls": lambda: fr.DDLS(step),
+            "mala": lambda: fr.MALA(step), "hmc": lambda: fr.HMC(step, leapfrog=math.gcd(10, self.scale.steps)),
         }[row.sampler]()  # fmt: skip
         own: dict[str, Any] = {"compile": True} if self.compile_ours else {}
         stop = {"none": lambda: None, "median": lambda: self.threshold(row), "uniform": fr.stopping.UniformStep}[row.stop]()
         return fr.Refiner(
             *self.pair(row), sampler, at=row.module, max_steps=self.scale.steps, driver=row.driver, precision=row.precision,
-            stop=stop, device=self.device, output_device=self.device, **own,
+            stop=stop, device=self.device, output_device=self.device,
+            prior=fr.Normal(WORKLOADS[row.workload].latent), **own,
         )  # fmt: skip
 
     def loop(self, kind: type, row: Row, batch: int, steps: int | None = None, **own: Any) -> Any:

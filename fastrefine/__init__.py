@@ -17,6 +17,7 @@ _HOMES = {
         "NonFiniteError", "SplitError",
     ),
     "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
+    "noisy": ("NoisyOutput",),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "result": ("Result", "Snapshot", "Status"),
@@ -24,6 +25,7 @@ _HOMES = {
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
     "shaping": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
     "split": ("Split", "layers"),
+    "steps": ("StepDiagnosis", "diagnose_steps"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("metrics", "models", "ops", "samplers", "stopping")
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from fastrefine.calibration import Diagnosis as Diagnosis
     from fastrefine.calibration import calibrate as calibrate
     from fastrefine.calibration import diagnose as diagnose
+    from fastrefine.noisy import NoisyOutput as NoisyOutput
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
     from fastrefine.shaping import tune_discriminator as tune_discriminator
     from fastrefine.split import Split as Split
     from fastrefine.split import layers as layers
+    from fastrefine.steps import StepDiagnosis as StepDiagnosis
+    from fastrefine.steps import diagnose_steps as diagnose_steps
 
 
 def __getattr__(name: str) -> Any:

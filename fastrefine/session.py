@@ -20,6 +20,7 @@ from fastrefine.pool import Proposals, Source
 from fastrefine.result import Result, Snapshot, Status
 from fastrefine.samplers.base import Sample
 from fastrefine.slots import Rule
+from fastrefine.steps import Tally
 from fastrefine.target import Target
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def parts(refiner: Refiner, source: Source, chunk: int, snapshots: tuple[int, ..
 
 def _blocks(refiner: Refiner, source: Source, snapshots: tuple[int, ...]) -> Iterator[Result]:
     """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
-    progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner)
+    progress, size, watch = Progress(), refiner.num_slots, _Watch(refiner, source.latents is None)
     stream = torch.cuda.current_stream(refiner.device) if refiner.device.type == "cuda" else None
     lockstep = refiner.coupling == "lockstep"
     with tqdm(total=source.count, unit="image", disable=not refiner.progress) as bar:
@@ -163,8 +164,9 @@ def _empty(
 class _Watch:
     """What a run tells its caller at the end, and the error for non-finite samples where that was asked for."""
 
-    def __init__(self, refiner: Refiner):
-        self.refiner = refiner
+    def __init__(self, refiner: Refiner, drawn: bool):
+        self.refiner, self.drawn = refiner, drawn  # drawn: latents are of the prior, which some judgements assume
+        self.tally = Tally()
         self.count = 0
         self.sums: Tensor | None = None  # of the rows below, where the results are
 
@@ -178,15 +180,16 @@ class _Watch:
         highest = torch.inf if real is None else float(real.logits.max())
         hidden = (~part.images.isfinite()).flatten(1).any(1)
         stalled = part.status == Status.STALLED
-        rows = torch.stack([bad, hidden, stalled, part.logits > highest, part.logit_falls, part.steps])
+        rows = torch.stack([bad, hidden, stalled, part.logits > highest])
         sums = rows.sum(1, dtype=torch.int64)
         self.sums = sums if self.sums is None else self.sums + sums
+        self.tally.add(part)
         self.count += len(part)
 
     def tell(self) -> None:
         if self.sums is None:
             return
-        nonfinite, hidden, stalled, above, falls, steps = self.sums.tolist()
+        nonfinite, hidden, stalled, above = self.sums.tolist()
         if nonfinite:
             _warn(f"{nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
         if hidden:
@@ -195,10 +198,9 @@ class _Watch:
             _warn(f"0 of {self.count} samples moved: every gradient was exactly zero (status STALLED)")
         if above > self.count / 2:
             _warn(f"{above} of {self.count} logits passed the highest real logit: too many or too large steps?")
-        sampler = self.refiner.sampler
-        if sampler.ascends and not (sampler.rejects or sampler.noisy) and steps and falls > steps / 2:
-            share = falls / steps
-            _warn(f"{share:.0%} of the updates lowered the logit: the step size is too large")
+        found = self.tally.diagnosis(self.refiner.sampler)
+        if not found.stable and (self.drawn or not self.refiner.sampler.noisy):
+            _warn(found.advice)
 
 
 def _warn(text: str) -> None:

@@ -39,6 +39,12 @@ RUNS = {
     "bfloat16": (dict(precision="bfloat16"), dict(n=60)),
     "lockstep": (dict(coupling="lockstep"), dict(n=61, first_id=3)),
     "many slots": (dict(num_slots=33), dict(n=400)),
+    "snapshots": (dict(stop=None), dict(n=60, snapshots=(0, 2, 5))),
+    "snapshots of the best": (dict(keep="best"), dict(n=60, first_id=3, snapshots=(1, 4))),
+    "ddls": (dict(at="input", stop=None, sampler=fr.DDLS((0.1, 0.05), 0.5)), dict(n=60)),
+    "mala": (dict(at="input", stop=None, sampler=fr.MALA(0.5, adapt=3)), dict(n=60, snapshots=(2,))),
+    "hmc": (dict(at="input", stop=None, max_steps=6, sampler=fr.HMC(0.5, leapfrog=3)), dict(n=60)),
+    "dot": (dict(at="input", prior=fr.Uniform(4), sampler=fr.DOT(0.1)), dict(n=60)),
 }
 
 

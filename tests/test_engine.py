@@ -41,6 +41,13 @@ FIELDS = ("images", "logits", "initial_logits", "steps", "status", "ids", "laten
 def same(a, b):
     for name in FIELDS:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
+    for name in ("acceptance", "step_sizes"):
+        ours, theirs = getattr(a, name), getattr(b, name)
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs)), name
+    assert a.snapshots.keys() == b.snapshots.keys()
+    for step, snapshot in a.snapshots.items():
+        for name, tensor in vars(snapshot).items():
+            assert torch.equal(tensor, getattr(b.snapshots[step], name)), (step, name)
 
 
 @pytest.mark.parametrize("networks", [pair, convolutional_pair])

@@ -1,0 +1,113 @@
+"""Whether a sampler's steps were of a good size, told from its results."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrefine.result import Result, Status
+from fastrefine.samplers.base import Sampler
+
+RARE, SURE = 0.1, 0.98  # acceptance below and above which a step size is called too large, or needlessly small
+ERRORS = 4.0  # standard errors by which the mean logit must fall before it counts
+
+
+@dataclass(frozen=True)
+class StepDiagnosis:
+    """How the updates of a run went.
+
+    updates: proposals made, by all samples. falls: share of them whose logit was below the sample's standing one (0 ... 1;
+    about a half of a noisy sampler's at equilibrium). gain: mean of final minus initial logit; gain_error: its standard
+    error. acceptance: mean share of accepted tests, None without any. step_sizes: 10 %, 50 % and 90 % quantile of those
+    reached under backtracking or adaptation, else None. reached, nonfinite: share of samples that met the stop rule's
+    threshold, and that ended at a number that is not finite.
+    stable: nothing says that the step size is too large. advice: what to change, or empty.
+    """
+
+    updates: int
+    falls: float
+    gain: float
+    gain_error: float
+    acceptance: float | None
+    step_sizes: tuple[float, float, float] | None
+    reached: float
+    nonfinite: float
+    stable: bool
+    advice: str
+
+
+class Tally:
+    """Sums over the parts of a run, kept where the results are: nothing waits for a device before ``diagnosis``."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._sums: Tensor | None = None
+
+    def add(self, part: Result) -> None:
+        gain = part.logits.double() - part.initial_logits.double()
+        known = torch.isfinite(gain)
+        gain = torch.where(known, gain, 0.0)
+        accepted = torch.full_like(gain, torch.nan) if part.acceptance is None else part.acceptance.double()
+        tested = ~torch.isnan(accepted)
+        columns = [
+            part.steps, part.logit_falls, known, gain, gain * gain, tested, torch.where(tested, accepted, 0.0),
+            part.status == Status.REACHED, part.status == Status.NONFINITE,
+        ]  # fmt: skip
+        sums = torch.stack([column.double().sum() for column in columns])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.samples += len(part)
+
+    def diagnosis(self, sampler: Sampler, step_sizes: tuple[float, float, float] | None = None) -> StepDiagnosis:
+        """Of all parts so far, which came from ``sampler``."""
+        sums = [0.0] * 9 if self._sums is None else self._sums.tolist()
+        updates, falls, known, gain, square, tested, accepted, reached, nonfinite = sums
+        mean = gain / known if known else math.nan
+        variance = max(square - known * mean * mean, 0.0) / (known - 1) if known > 1 else math.nan
+        share, error = falls / updates if updates else 0.0, math.sqrt(variance / known) if known > 1 else math.nan
+        acceptance, n = accepted / tested if tested else None, max(self.samples, 1)
+        problem = _problem(sampler, share, mean, error, acceptance)
+        return StepDiagnosis(
+            updates=int(updates), falls=share, gain=mean, gain_error=error, acceptance=acceptance, step_sizes=step_sizes,
+            reached=reached / n, nonfinite=nonfinite / n, stable=not problem, advice=problem or _hint(sampler, acceptance),
+        )  # fmt: skip
+
+
+def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
+    """Diagnose the step size of ``sampler`` from a result of its, whose latents were drawn from the prior.
+
+    A fixed step without noise is beyond stability where most updates lower the logit. MALA and HMC accept less than a
+    tenth of their proposals. The laws of DDLS, MALA and HMC have a mean logit at least that of the prior (its derivative
+    in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell tells of steps that are too large.
+    """
+    tally = Tally()
+    tally.add(result)
+    sizes = result.step_sizes
+    return tally.diagnosis(sampler, None if sizes is None or not len(sizes) else _quantiles(sizes))
+
+
+def _problem(sampler: Sampler, falls: float, gain: float, gain_error: float, acceptance: float | None) -> str:
+    """What says that the step size is too large, or nothing."""
+    if acceptance is not None and acceptance < RARE:
+        return f"{acceptance:.1%} of the proposals were accepted: the step size is too large; adapt= finds one by itself"
+    if acceptance is not None or not sampler.ascends or sampler.rejects:
+        return ""
+    if not sampler.noisy and falls > 0.5:
+        return f"{falls:.0%} of the updates lowered the logit: the step size is too large"
+    if sampler.noisy and gain < -ERRORS * gain_error:
+        return f"the mean logit fell by {-gain:.3g}: the step size, or the noise, is too large"
+    return ""
+
+
+def _hint(sampler: Sampler, acceptance: float | None) -> str:
+    if acceptance is not None and acceptance > SURE and not getattr(sampler, "adapt", 0):
+        return f"{acceptance:.1%} of the proposals were accepted: a larger step size would mix faster"
+    return ""
+
+
+def _quantiles(values: Tensor) -> tuple[float, float, float]:
+    values = values.double().sort().values
+    low, middle, high = (values[int(q * (len(values) - 1))].item() for q in (0.1, 0.5, 0.9))
+    return low, middle, high
