@@ -183,7 +183,7 @@ RUNS = {
     "dot": (fr.DOT(0.02, lipschitz=2.0), "normal", transport),
     "dot, published": (fr.DOT(0.02, lipschitz=2.0, projection="published"), "normal", transport),
     "dot, sgd": (fr.DOT(0.05, "sgd", lipschitz=2.0), "normal", transport),
-    "dot on a box": (fr.DOT(0.3, "sgd", lipschitz=0.5, projection="none"), "uniform", transport),
+    "dot on a box": (fr.DOT(0.3, "sgd", lipschitz=0.2, projection="none"), "uniform", transport),
 }
 
 
@@ -217,17 +217,16 @@ def test_samplers_equal_their_published_formulas(name, backend):
         torch.testing.assert_close(getattr(out, key).double(), wanted, rtol=1e-9, atol=0)
 
 
-def test_the_runs_meet_acceptance_and_rejection_and_walls():
+def test_the_runs_meet_acceptance_and_rejection_and_walls(monkeypatch):
     for name in ("mala", "mala on a box", "hmc", "hmc on a box", "hmc, adapted"):
         assert 0.1 < published(name)[1]["acceptance"].mean() < 0.95
-    folds = []
-    for name in ("ddls, scheduled", "hmc on a box", "dot on a box"):
-        sampler, prior, _ = RUNS[name]
-        with serving("reference", sampler):
-            free = fr.Refiner(G, D, sampler, prior=fr.Normal(DIM), max_steps=STEPS, num_slots=N, precision="float64")
-            start = PRIORS[prior].sample(torch.arange(N), SEED, torch.float64)
-            folds.append(float((free.refine(start, seed=SEED).latents.abs() > 1).double().mean()))
-    assert min(folds) > 0.05
+    plain, seen = reflect, []
+    monkeypatch.setitem(globals(), "reflect", lambda *args: seen.append(plain(*args)) or seen[-1])
+    for name in ("ddls, scheduled", "hmc on a box"):
+        seen.clear()
+        published(name)
+        assert sum(bounces for _, bounces in seen) > 0.02 * len(seen)
+    assert (published("dot on a box")[0].abs() == 1).any()
 
 
 @pytest.mark.parametrize("name", RUNS)
