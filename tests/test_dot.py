@@ -19,7 +19,7 @@ def make(sampler, d=D, **options):
 
 
 def run(sampler, d=D, n=20, **options):
-    with serving("reference", sampler):
+    with serving("reference"):
         return make(sampler, d, **options).sample(n, seed=4)
 
 
@@ -49,7 +49,7 @@ def test_another_discriminator_is_measured_anew():
     with torch.no_grad():
         other[-1].weight.fill_(3.0)
     sampler = fr.DOT(0.05, "sgd")
-    with serving("reference", sampler):
+    with serving("reference"):
         refiner = make(sampler)
         first = refiner.sample(20, seed=4)
         second = refiner.with_discriminator(other).sample(20, seed=4)
@@ -60,9 +60,9 @@ def test_another_discriminator_is_measured_anew():
 
 
 def test_a_measured_lipschitz_constant_needs_a_prior():
-    with serving("reference", fr.DOT(0.1)), pytest.raises(fr.InputError, match=r"lipschitz=None .* pass a number, or prior="):
+    with serving("reference"), pytest.raises(fr.InputError, match=r"lipschitz=None .* pass a number, or prior="):
         make(fr.DOT(0.1), prior=None).refine(torch.zeros(3, LATENT))
-    with serving("reference", fr.DOT(0.1)):
+    with serving("reference"):
         found = make(fr.DOT(0.1, lipschitz=1.0), prior=None).refine(torch.ones(3, LATENT))
     assert found.latents.isfinite().all()
 
@@ -111,7 +111,7 @@ def test_bounded_latents_are_clipped_and_others_are_not(optimizer):
 def test_small_steps_descend_the_energy(optimizer, at):
     k = 0.3
     sampler = fr.DOT(1e-5, optimizer, k, projection="none")  # never at the kink, which is 2e-3 from the start
-    with serving("reference", sampler):
+    with serving("reference"):
         out = make(sampler, at=at, max_steps=40).sample(20, snapshots=range(0, 41, 4))
     states = [snapshot.activations for snapshot in out.snapshots.values()]
     assert states[0].shape[1] == (LATENT if at == "input" else IMAGE)

@@ -201,7 +201,7 @@ def published(name):
 def run(name, backend="reference", **changes):
     sampler, prior, _ = RUNS[name]
     sampler = replace(sampler, **changes)
-    with serving(backend, sampler):
+    with serving(backend):
         options = dict(prior=PRIORS[prior], max_steps=STEPS, num_slots=5, precision="float64")
         return fr.Refiner(G, D, sampler, **options).sample(N, seed=SEED)
 
@@ -252,7 +252,7 @@ def test_the_drift_is_autograd_of_the_stated_energy(name, prior):
     sampler, size = DRIFTS[name]
     prior = PRIORS[prior]
     start = 0.9 * prior.sample(torch.arange(N), SEED, torch.float64)
-    with serving("reference", sampler):
+    with serving("reference"):
         refiner = fr.Refiner(G, D, sampler, prior=prior, max_steps=1, num_slots=4, precision="float64")
         moved = refiner.refine(start).latents
     wanted = torch.stack([gradient(lambda a, z=z: energy(sampler, prior, a, z), z)[1] for z in start])
@@ -261,7 +261,7 @@ def test_the_drift_is_autograd_of_the_stated_energy(name, prior):
 
 def test_without_noise_ddls_climbs_the_log_posterior():
     prior = PRIORS["normal"]
-    with serving("reference", fr.DDLS(0.02, 0.0)):
+    with serving("reference"):
         refiner = fr.Refiner(G, D, fr.DDLS(0.02, 0.0), prior=prior, max_steps=40, num_slots=N, precision="float64")
         out = refiner.sample(N, snapshots=range(0, 41, 5))
     states = [snapshot.activations for snapshot in out.snapshots.values()]
@@ -276,7 +276,7 @@ def test_hmc_of_one_leapfrog_step_is_mala(adapt, backend):
     options = dict(prior=fr.Normal(DIM), max_steps=STEPS, num_slots=16, precision="float64")
     size, found = 1.1, []
     for sampler in (fr.MALA(size**2, adapt=adapt, target=0.6), fr.HMC(size, 1, adapt=0, target=0.6)):
-        with serving(backend, sampler):
+        with serving(backend):
             found.append(fr.Refiner(G, D, sampler, **options).sample(64, seed=SEED))
     if adapt:  # of the step size they adapt different powers: the check must be able to fail
         assert not torch.allclose(found[0].latents, found[1].latents)
@@ -293,6 +293,6 @@ def test_flows_without_noise_are_collaborative_of_their_loss(divergence, loss, a
     options = dict(prior=fr.Normal(DIM), max_steps=STEPS, num_slots=16, precision="float64", at=at)
     found = []
     for sampler in (fr.DGflow(0.1, divergence, 0.0), fr.Collaborative(0.1, loss, control="fixed")):
-        with serving(backend, sampler):
+        with serving(backend):
             found.append(fr.Refiner(G, D, sampler, **options).sample(30).activations)
     assert torch.equal(*found)

@@ -53,7 +53,7 @@ def equal(a, b):
 @every_backend
 @every_sampler
 def test_the_number_of_slots_changes_nothing(name, backend):
-    with serving(backend, SAMPLERS[name]):
+    with serving(backend):
         wanted = make(name, num_slots=7).sample(20, seed=3)
         for slots in (1, 64):
             found = make(name, num_slots=slots).sample(20, seed=3)
@@ -64,7 +64,7 @@ def test_the_number_of_slots_changes_nothing(name, backend):
 @every_backend
 @every_sampler
 def test_first_id_and_chunks_change_no_bit(name, backend):
-    with serving(backend, SAMPLERS[name]):
+    with serving(backend):
         refiner = make(name, precision="float32")
         whole = refiner.sample(23, seed=3, snapshots=(2, 4))
         assert equal(refiner.sample(9, first_id=6, seed=3, snapshots=(2, 4)), whole.select(slice(6, 15)))
@@ -79,7 +79,7 @@ def test_neighbours_change_no_bit(name):
     z = fr.Normal(LATENT).sample(torch.arange(9), 5)
     other = z.clone()
     other[:8] *= -1.5
-    with serving("reference", SAMPLERS[name]):
+    with serving("reference"):
         refiner = make(name, precision="float32")
         assert equal(refiner.refine(z, seed=2).select(slice(8, 9)), refiner.refine(other, seed=2).select(slice(8, 9)))
 
@@ -100,7 +100,7 @@ def test_snapshots_are_runs_of_fewer_steps(name, way, backend):
     times = (0, 2, 6, STEPS)
     stop = fr.stopping.Hazard(0.2) if way == "stop, best" else WAYS[way].get("stop")  # a last step that knows no max_steps
     options = WAYS[way] | {"stop": stop}
-    with serving(backend, SAMPLERS[name]):
+    with serving(backend):
         refiner = make(name, **options)
         long = refiner.sample(10, seed=3, snapshots=times)
         for step in times:
@@ -115,7 +115,7 @@ def test_snapshots_are_runs_of_fewer_steps(name, way, backend):
 def test_acceptance_is_the_counted_share_of_moves(sampler, backend):
     unit = sampler.transition
     times = range(0, 12 * unit + 1, unit)
-    with serving(backend, sampler):
+    with serving(backend):
         out = make(sampler, max_steps=times[-1]).sample(30, snapshots=times)
     states = torch.stack([out.snapshots[step].activations for step in times])
     share = (states[1:] != states[:-1]).any(2).double().mean(0)
@@ -126,14 +126,14 @@ def test_acceptance_is_the_counted_share_of_moves(sampler, backend):
 
 @pytest.mark.parametrize("sampler", [fr.MALA(0.5), fr.HMC(0.5, 2)], ids=repr)
 def test_acceptance_without_a_test_is_unknown(sampler):
-    with serving("reference", sampler):
+    with serving("reference"):
         out = make(sampler, max_steps=0).sample(3)
     assert out.acceptance.isnan().all() and (out.steps == 0).all()
 
 
 @every_sampler
 def test_numbers_of_a_sampler_survive_select_concatenate_stream_and_no_samples(name):
-    with serving("reference", SAMPLERS[name]):
+    with serving("reference"):
         refiner = make(name)
         out = refiner.sample(6, snapshots=(2,))
         none = refiner.sample(0, snapshots=(2,))
@@ -157,7 +157,7 @@ def test_numbers_of_a_sampler_survive_select_concatenate_stream_and_no_samples(n
 
 @every_sampler
 def test_reduced_precision_runs_and_keeps_its_state_in_float32(name):
-    with serving("reference", SAMPLERS[name]):
+    with serving("reference"):
         out = make(name, precision="bfloat16").sample(10)
         exact = make(name, precision="float32").sample(10)
     assert out.latents.dtype is torch.float32 and all(t.isfinite().all() for t in (out.images, out.latents, out.logits))
@@ -191,7 +191,7 @@ class Faulty(nn.Module):
 @functools.cache
 def faulty_run(name, kind, backend):
     sampler = replace(SAMPLERS[name], lipschitz=1.0) if name == "dot" else SAMPLERS[name]
-    with serving(backend, sampler):
+    with serving(backend):
         return make(sampler, d=Faulty(kind)).sample(40, labels=torch.arange(40) % 2)
 
 
@@ -247,7 +247,7 @@ def test_labels_travel_with_their_samples(name):
     g, d = Conditional(generator(), 0.4), Conditional(discriminator(), 0.7)
     labels = torch.tensor([0, 1, 2, 1, 0, 2, 2, 0, 1])
     sampler = replace(SAMPLERS[name], lipschitz=1.0) if name.startswith("dot") else SAMPLERS[name]
-    with serving("reference", sampler):
+    with serving("reference"):
         found = make(sampler, g, d).sample(9, labels=labels)
         for label in (0, 2):
             alone = make(sampler, Fixed(g, label), Fixed(d, label)).sample(9)
@@ -276,7 +276,7 @@ def test_what_breaks_the_law_of_a_chain_is_told(name, options):
 def test_networks_and_latents_of_the_caller_stay_as_they_were(name):
     g, d, z = generator(), discriminator(), fr.Normal(LATENT).sample(torch.arange(6), 0)
     before = [t.clone() for t in (*g.state_dict().values(), *d.state_dict().values(), z)]
-    with serving("reference", SAMPLERS[name]):
+    with serving("reference"):
         make(name, g, d).refine(z)
     assert all(torch.equal(a, b) for a, b in zip(before, (*g.state_dict().values(), *d.state_dict().values(), z), strict=True))
     assert all(p.grad is None for p in (*g.parameters(), *d.parameters()))
@@ -286,7 +286,7 @@ def test_networks_and_latents_of_the_caller_stay_as_they_were(name):
 @pytest.mark.parametrize("sampler", [fr.DDLS(2.0), fr.MALA(0.5), fr.HMC(1.0, 2), fr.DOT(0.5, lipschitz=0.1)], ids=repr)
 def test_a_bounded_prior_bounds_every_step(sampler, prior):
     _, low, high = prior.table()[:, 0].tolist()
-    with serving("reference", sampler):
+    with serving("reference"):
         out = make(sampler, prior=prior).sample(40, snapshots=range(0, STEPS + 1, 2))
     for snapshot in out.snapshots.values():
         assert snapshot.activations.min() >= low and snapshot.activations.max() <= high
