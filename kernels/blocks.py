@@ -35,22 +35,22 @@ def vectors_of(pointer, at, stride, inside, COUNT: tl.constexpr, DTYPE: tl.const
 
 
 @triton.jit
-def prior_of(latent_ptr, element, features, inside, LATENT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def prior_of(latent, element, features, inside, LATENT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Precision, low and high of these elements; without a prior, uniform everywhere."""
     precision = tl.zeros([BLOCK], DTYPE)
     low = precision + float("-inf")
     high = precision + float("inf")
     if LATENT:
-        precision = tl.load(latent_ptr + element, mask=inside, other=0.0)
-        low = tl.load(latent_ptr + features + element, mask=inside, other=0.0)
-        high = tl.load(latent_ptr + 2 * features + element, mask=inside, other=0.0)
+        precision = tl.load(latent + element, mask=inside, other=0.0)
+        low = tl.load(latent + features + element, mask=inside, other=0.0)
+        high = tl.load(latent + 2 * features + element, mask=inside, other=0.0)
     return precision, low, high
 
 
 @triton.jit
-def clip_of(norm, hyper_ptr, DTYPE: tl.constexpr):
+def clip_of(norm, hyper, DTYPE: tl.constexpr):
     """The factor that shortens gradients of this norm to max_grad_norm."""
-    limit = tl.load(hyper_ptr + 2)
+    limit = tl.load(hyper + 2)
     return tl.where(norm > limit, limit / norm, 1.0).to(DTYPE)
 
 
@@ -85,13 +85,13 @@ def transposed(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def write(
-    activation_ptr, view_ptr, at, value, inside, view_at, view_inside,
+    activation, view, at, value, inside, view_at, view_inside,
     VIEW: tl.constexpr, CHANNEL_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The activation, and the networks' view of it."""
-    tl.store(activation_ptr + at, value, mask=inside)
+    tl.store(activation + at, value, mask=inside)
     if VIEW:
-        seen = value.to(view_ptr.dtype.element_ty)
+        seen = value.to(view.dtype.element_ty)
         if CHANNEL_TILE > 0:
             seen = transposed(seen, CHANNEL_TILE, BLOCK // CHANNEL_TILE)
-        tl.store(view_ptr + view_at, seen, mask=view_inside)
+        tl.store(view + view_at, seen, mask=view_inside)

@@ -72,7 +72,7 @@ def _test(loss, first, step, scalars, sums, uniform, transition, hyper, DTYPE: t
 
 
 @triton.jit
-def mala_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed_ptr, hyper, DTYPE: tl.constexpr):
+def mala_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed, hyper, DTYPE: tl.constexpr):
     """log q(z | z') - log q(z' | z) as one sum over elements: no large numbers are subtracted."""
     before, after = vectors[0].to(tl.float64), energy_grad(trial, g, latent).to(tl.float64)
     jump = trial.to(tl.float64) - a.to(tl.float64)
@@ -96,10 +96,10 @@ def mala(
 
 
 @triton.jit
-def hmc_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed_ptr, hyper, DTYPE: tl.constexpr):
+def hmc_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed, hyper, DTYPE: tl.constexpr):
     """Kinetic energy at the start of the trajectory, whose momentum is drawn again, less that at its end."""
     began = step - tl.load(hyper + 6).to(tl.int32)
-    before = normal_at(tl.load(seed_ptr), element, tl.where(began < 0, 0, began), sample_id, 0, DTYPE).to(tl.float64)
+    before = normal_at(tl.load(seed), element, tl.where(began < 0, 0, began), sample_id, 0, DTYPE).to(tl.float64)
     force = energy_grad(trial, g, latent).to(tl.float64)
     after = vectors[1].to(tl.float64) - 0.5 * scalars[1].to(tl.float64) * force
     return quadratic(trial, latent), 0.5 * ((before - after) * (before + after))

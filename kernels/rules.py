@@ -8,7 +8,7 @@ propose  one slot's block of features: the next activation and the vectors, from
 
 vectors, scalars: three each, in the order of the sampler's ``Kernel``; what is over means nothing. latent: precision, low
 and high of each element. pace: the schedule's numbers of this step. ``hyper`` points to the rule's hyper-parameters in
-float64, cast on load: nothing is baked into a kernel.
+float64, cast on load, ``seed`` to the run's: nothing is baked into a kernel.
 """
 
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ def ladam(
 
 
 @triton.jit
-def dot_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed_ptr, hyper, DTYPE: tl.constexpr):
+def dot_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed, hyper, DTYPE: tl.constexpr):
     """|offset|^2, grad . z, offset . z, z . z."""
     origin = tl.where(step == 0, trial, vectors[0])
     offset, z = (trial - origin + tl.load(hyper + 5).to(DTYPE)).to(tl.float64), trial.to(tl.float64)
@@ -195,8 +195,6 @@ def dot_sgd(
     return _clip(a - update, latent), (origin, vectors[1], vectors[2])
 
 
-_CHAIN = {"scalars": 3, "rejects": True, "terms": 2, "tests": True}
-_DOT = {"scalars": 2, "sums": dot_sums, "terms": 4}
 RULES: dict[str, FusedRule] = {
     "sgd": FusedRule(sgd, observe_all, start_zero),
     "backtracking": FusedRule(backtracking, backtracking_observe, backtracking_start, 2, 1, rejects=True),
@@ -205,8 +203,8 @@ RULES: dict[str, FusedRule] = {
     "adam": FusedRule(adam, observe_all, start_zero, vectors=2),
     "ladam": FusedRule(ladam, ladam_observe, start_zero, scalars=1, vectors=2),
     "ddls": FusedRule(ddls, observe_all, start_zero, schedule=True),
-    "mala": FusedRule(mala, mala_observe, metropolis_start, vectors=1, sums=mala_sums, **_CHAIN),
-    "hmc": FusedRule(hmc, hmc_observe, metropolis_start, vectors=2, sums=hmc_sums, **_CHAIN),
-    "dot_adam": FusedRule(dot_adam, dot_observe, start_zero, vectors=3, **_DOT),
-    "dot_sgd": FusedRule(dot_sgd, dot_observe, start_zero, vectors=1, **_DOT),
+    "mala": FusedRule(mala, mala_observe, metropolis_start, 3, 1, rejects=True, sums=mala_sums, terms=2, tests=True),
+    "hmc": FusedRule(hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, tests=True),
+    "dot_adam": FusedRule(dot_adam, dot_observe, start_zero, 2, 3, sums=dot_sums, terms=4),
+    "dot_sgd": FusedRule(dot_sgd, dot_observe, start_zero, 2, 1, sums=dot_sums, terms=4),
 }

@@ -42,7 +42,7 @@ class Variant:
         fused = RULES[self.rule]
         sums = fused.terms > 0
         state = {"SCALARS": fused.scalars if sums else 0, "VECTORS": fused.vectors if sums else 0}
-        order = {"LATENT": self.latent and sums, "REORDERED": self.channel_tile > 0 and sums and self.grad}
+        order = {"LATENT": self.latent and fused.tests, "REORDERED": self.channel_tile > 0 and sums and self.grad}
         options = {"GRAD": self.grad, "CLIP": self.clip and self.grad, "BLOCK": BLOCK}
         return {"SUMS": fused.sums, "TERMS": fused.terms, **state, **order, **options}
 

@@ -5,7 +5,7 @@ import torch
 
 from fastrefine import ops, slots
 from fastrefine.samplers import Evaluation
-from tests.step_machine import SAMPLERS, Options, compare, device_of, drive
+from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
 
 SHAPES = {0: (3, 11), 3: (3, 12), 40: (2, 2000)}  # by channels; the last has several tiles each way, cut off at the edges
 
@@ -17,11 +17,26 @@ def reordered(activation, channels):
 
 @pytest.mark.parametrize("channels", SHAPES)
 @pytest.mark.parametrize("view", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", ["backtracking", "adam", "noise"])
+@pytest.mark.parametrize("rule", ["backtracking", "adam", "noise", "ddls", "mala", "hmc", "dot_adam"])
 def test_triton_equals_the_reference(rule, view, channels):
     options = Options(keep_best=True, max_grad_norm=1.0, view=view, view_channels=channels)
     args = (SAMPLERS[rule], SHAPES[channels], torch.float32, options, 8)
     compare(drive("triton", *args), drive("reference", *args))
+
+
+@pytest.mark.parametrize("rule", ["mala", "hmc", "dot_sgd"])
+def test_sums_over_a_view_in_another_order_are_found_wrong(rule):
+    """Mutant: the same gradients, given as if the view had the order of the activation."""
+
+    def unordered(evaluation):
+        if evaluation.grad is None:
+            return evaluation
+        return evaluation._replace(grad=evaluation.grad.unflatten(1, (-1, 3)).transpose(1, 2).flatten(1))
+
+    options = Options(view=torch.float32, view_channels=3)
+    args = (SAMPLERS[rule], SHAPES[3], torch.float32, options, 6)
+    with pytest.raises(AssertionError, match="step"):
+        compare(drive("triton", *args, mutate=unordered), drive("reference", *args))
 
 
 def test_triton_equals_the_reference_in_float64():
@@ -47,7 +62,8 @@ def test_the_order_of_the_view_changes_no_bit_of_the_samples(rule):
 
     def run(channels):
         view = torch.float32 if channels else None
-        rule_ = slots.Rule(SAMPLERS[rule], seed=5)
+        sampler = bound(SAMPLERS[rule], 12, torch.float32, "cpu")
+        rule_ = slots.Rule(sampler, seed=5)
         own, pool, outputs = slots.allocate(2, 12, 4, 4, rule_, torch.float32, torch.device("cpu"), None, view, channels)
         generator = torch.Generator().manual_seed(0)
         pool.activation.normal_(generator=generator)
