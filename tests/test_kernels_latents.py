@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastrefine import ops, slots
-from fastrefine.samplers import Evaluation, Latent
-from tests.step_machine import SAMPLERS, bound, device_of
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, Evaluation, Latent
+from tests.step_machine import SAMPLERS, bound, compare, device_of, record
 
 S, F = 2, 5
 BACKENDS = ["reference", "triton"]
@@ -31,6 +31,68 @@ def machine(backend, sampler, last_step, dtype=torch.float64):
 
     ops.refine_step(own, None, pool, outputs, rule, backend=backend)
     return own, outputs, step
+
+
+SMOOTH = {
+    "mala": MALA(0.35, adapt=4), "hmc": HMC(0.5, leapfrog=2, adapt=4), "ddls": DDLS((0.3, 0.2), 0.8),
+    "dot_adam": DOT(0.1, lipschitz=3.0), "dot_sgd": DOT(0.1, "sgd", lipschitz=3.0, projection="published"),
+}  # fmt: skip
+WIDE = 12  # features on the smooth target
+
+
+def on_a_smooth_target(backend, rule, dtype=torch.float64, view=None, channels=0, max_grad_norm=None):
+    """Records of six samples whose gradients are those of their logits, so that tests accept and reject."""
+    device = torch.device(device_of(backend))
+    rule_ = slots.Rule(bound(SMOOTH[rule], WIDE, dtype, device), 9, max_grad_norm=max_grad_norm)
+    own, pool, outputs = slots.allocate(3, WIDE, 6, 6, rule_, dtype, device, None, view, channels)
+    generator = torch.Generator().manual_seed(1)
+    pool.activation.copy_(torch.randn(6, WIDE, generator=generator).clamp(-0.9, 0.9))
+    weight, centre = (torch.randn(WIDE, generator=generator).to(device, dtype) for _ in range(2))
+    pool.last_step.copy_(torch.tensor([4, 6, 2, 4, 6, 4]))
+    pool.threshold.fill_(torch.inf)
+    pool.counters[slots.END] = 6
+    records = []
+    ops.refine_step(own, None, pool, outputs, rule_, backend=backend)
+    while pool.counters[slots.LIVE] > 0:
+        away = own.activation - centre
+        loss, grad = (weight.abs() * away**2).sum(1) / 2, weight.abs() * away
+        grad = grad.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1) if channels else grad
+        ops.refine_step(own, Evaluation(-loss, loss, grad.to(view or dtype)), pool, outputs, rule_, backend=backend)
+        records.append(record(own, pool, outputs))
+    return records
+
+
+@pytest.mark.parametrize(
+    ("dtype", "view", "channels", "norm"),
+    [
+        (torch.float64, None, 0, None), (torch.float64, torch.float64, 3, 2.0), (torch.float32, None, 0, 2.0),
+        (torch.float32, torch.bfloat16, 4, None),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rule", SMOOTH)
+def test_chains_on_a_smooth_target_equal_the_reference(rule, dtype, view, channels, norm):
+    runs = [on_a_smooth_target(backend, rule, dtype, view, channels, norm) for backend in ("triton", "reference")]
+    compare(*runs)
+    if SMOOTH[rule].reads_last_gradient:
+        accepted, steps = (runs[1][-1][f"outputs.{name}"] for name in ("scalars", "steps"))
+        assert 0 < accepted[2].sum() < (steps // SMOOTH[rule].transition).sum()
+
+
+@pytest.mark.parametrize("rule", ["mala", "hmc", "dot_sgd"])
+def test_sums_that_take_the_view_for_the_activation_are_found(rule, monkeypatch):
+    """Mutant: elements of the gradient meet those of other places."""
+    expected = on_a_smooth_target("reference", rule, view=torch.float64, channels=3)
+    launch = pytest.importorskip("fastrefine.kernels.launch")
+    kernel = launch.refine_reduce
+
+    class Unordered:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: kernel[grid](*args, **{**constants, "REORDERED": False})
+
+    monkeypatch.setattr(launch, "refine_reduce", Unordered())
+    with pytest.raises(AssertionError, match="step"):
+        compare(on_a_smooth_target("triton", rule, view=torch.float64, channels=3), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
