@@ -34,7 +34,7 @@ def machine(backend, sampler, last_step, dtype=torch.float64):
 
 
 SMOOTH = {
-    "mala": MALA(0.35, adapt=4), "hmc": HMC(0.5, leapfrog=2, adapt=4), "ddls": DDLS((0.3, 0.2), 0.8),
+    "mala": MALA(0.5, adapt=4), "hmc": HMC(0.5, leapfrog=2, adapt=4), "ddls": DDLS((0.3, 0.2), 0.8),
     "dot_adam": DOT(0.1, lipschitz=3.0), "dot_sgd": DOT(0.1, "sgd", lipschitz=3.0, projection="published"),
 }  # fmt: skip
 WIDE = 12  # features on the smooth target
@@ -46,7 +46,7 @@ def on_a_smooth_target(backend, rule, dtype=torch.float64, view=None, channels=0
     rule_ = slots.Rule(bound(SMOOTH[rule], WIDE, dtype, device), 9, max_grad_norm=max_grad_norm)
     own, pool, outputs = slots.allocate(3, WIDE, 6, 6, rule_, dtype, device, None, view, channels)
     generator = torch.Generator().manual_seed(1)
-    pool.activation.copy_(torch.randn(6, WIDE, generator=generator).clamp(-0.9, 0.9))
+    pool.activation.copy_(torch.randn(6, WIDE, generator=generator).clamp(-0.5, 0.5))
     weight, centre = (torch.randn(WIDE, generator=generator).to(device, dtype) for _ in range(2))
     pool.last_step.copy_(torch.tensor([4, 6, 2, 4, 6, 4]))
     pool.threshold.fill_(torch.inf)
@@ -118,6 +118,18 @@ def test_the_test_of_the_last_trial_reads_its_gradient(rule, steps, backend):
         return outputs.scalars[names.index("accepted"), :S].tolist()
 
     assert accepted(0.1) == [1.0] * S and accepted(1e3) == [0.0] * S
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("met", [(math.nan, 5.0), (0.0, math.inf)], ids=["logit", "gradient"])
+def test_a_trajectory_crosses_a_point_that_is_not_finite_without_its_gradient(met, backend):
+    def after(*numbers):
+        own, _, step = machine(backend, HMC(0.3, leapfrog=3), last_step=3)
+        step()
+        step(*numbers)
+        return own.activation.tolist()
+
+    assert after(*met) == after(0.0, 0.0) != after(0.0, 5.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
