@@ -105,8 +105,8 @@ def refine_decide(
     out_logit_ptr, out_initial_ptr, out_steps_ptr, out_falls_ptr, out_status_ptr, out_scalars_ptr,
     plan_ptr, clip_ptr, hyper_ptr, seed_ptr, sums_ptr, num_slots, pool_rows, output_rows, features,
     OBSERVE: tl.constexpr, START: tl.constexpr, SCALARS: tl.constexpr, REJECTS: tl.constexpr, NOISE: tl.constexpr,
-    TERMS: tl.constexpr, TESTS: tl.constexpr, CLIP: tl.constexpr, KEEP_BEST: tl.constexpr, LOCKSTEP: tl.constexpr,
-    EVALUATED: tl.constexpr, GRAD: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr,
+    TERMS: tl.constexpr, TESTS: tl.constexpr, LATE: tl.constexpr, CLIP: tl.constexpr, KEEP_BEST: tl.constexpr,
+    LOCKSTEP: tl.constexpr, EVALUATED: tl.constexpr, GRAD: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, LANES)
     inside = slot < num_slots
@@ -187,12 +187,15 @@ def refine_decide(
         tl.store(out_steps_ptr + row, step, mask=done)
         tl.store(out_falls_ptr + row, falls, mask=done)
         tl.store(out_status_ptr + row, status, mask=done)
+        told = s0, s1, s2
+        if LATE:
+            told = scalars
         if SCALARS > 0:
-            tl.store(out_scalars_ptr + row, s0, mask=done)
+            tl.store(out_scalars_ptr + row, told[0], mask=done)
         if SCALARS > 1:
-            tl.store(out_scalars_ptr + (output_rows + 1) + row, s1, mask=done)
+            tl.store(out_scalars_ptr + (output_rows + 1) + row, told[1], mask=done)
         if SCALARS > 2:
-            tl.store(out_scalars_ptr + 2 * (output_rows + 1) + row, s2, mask=done)
+            tl.store(out_scalars_ptr + 2 * (output_rows + 1) + row, told[2], mask=done)
         if CLIP:
             norm = tl.load(norm_ptr + slot, mask=inside, other=0.0)
             tl.store(clip_ptr + slot, clip_of(norm, hyper_ptr, DTYPE), mask=inside)

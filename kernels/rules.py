@@ -34,6 +34,7 @@ class FusedRule:
     terms: int = 0  # numbers that ``sums`` returns
     tests: bool = False  # reads a uniform; a last gradient counts, and that of a trial that is not finite is 0
     schedule: bool = False
+    late: bool = False  # the sampler changes its numbers in ``propose``: a sample retires with those before ``observe``
 
 
 @triton.jit
@@ -201,7 +202,7 @@ RULES: dict[str, FusedRule] = {
     "adaptive": FusedRule(adaptive, observe_all, adaptive_start, scalars=1),
     "momentum": FusedRule(momentum, observe_all, start_zero, vectors=1),
     "adam": FusedRule(adam, observe_all, start_zero, vectors=2),
-    "ladam": FusedRule(ladam, ladam_observe, start_zero, scalars=1, vectors=2),
+    "ladam": FusedRule(ladam, ladam_observe, start_zero, scalars=1, vectors=2, late=True),
     "ddls": FusedRule(ddls, observe_all, start_zero, schedule=True),
     "mala": FusedRule(mala, mala_observe, metropolis_start, 3, 1, rejects=True, sums=mala_sums, terms=2, tests=True),
     "hmc": FusedRule(hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, tests=True),

@@ -52,7 +52,7 @@ class Variant:
         fused, evaluated, grad = RULES[self.rule], self.evaluated, self.evaluated and self.grad
         rule = fused if evaluated else RULES["sgd"]
         observe = {"OBSERVE": rule.observe, "REJECTS": rule.rejects, "TERMS": rule.terms, "TESTS": rule.tests}
-        observe |= {"NOISE": self.noise and evaluated, "START": fused.start, "SCALARS": fused.scalars}
+        observe |= {"LATE": rule.late, "NOISE": self.noise and evaluated, "START": fused.start, "SCALARS": fused.scalars}
         options = {"CLIP": self.clip and grad, "KEEP_BEST": self.keep_best and evaluated, "LOCKSTEP": self.lockstep}
         return {"EVALUATED": evaluated, "GRAD": grad, **observe, **options}
 
