@@ -17,9 +17,11 @@ _HOMES = {
         "NonFiniteError", "SplitError",
     ),
     "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
+    "density_ratio": ("SumDiscriminator", "fit_corrector"),
     "noisy": ("NoisyOutput",),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
+    "reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
     "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from fastrefine.calibration import Diagnosis as Diagnosis
     from fastrefine.calibration import calibrate as calibrate
     from fastrefine.calibration import diagnose as diagnose
+    from fastrefine.density_ratio import SumDiscriminator as SumDiscriminator
+    from fastrefine.density_ratio import fit_corrector as fit_corrector
     from fastrefine.noisy import NoisyOutput as NoisyOutput
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from fastrefine.priors import TruncatedNormal as TruncatedNormal
     from fastrefine.priors import Uniform as Uniform
     from fastrefine.refiner import Refiner as Refiner
+    from fastrefine.reliability import reliability_plot as reliability_plot
     from fastrefine.result import Result as Result
     from fastrefine.result import Snapshot as Snapshot
     from fastrefine.result import Status as Status

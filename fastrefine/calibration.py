@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastrefine import checks
-from fastrefine.errors import InputError
+from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.result import Result
 from fastrefine.samplers.base import check_choice
-from fastrefine.selection import logits_of
+
+TOLERANCE = 0.05  # of the calibration error: the density ratio off by a fifth where D is undecided
+BOUNDED = 2000  # images, as many as z is judged on at most: a bias of 0.03 in the mean probability, however many there are
 
 _Map = Callable[[np.ndarray], np.ndarray]
 
 
+def logits_of(logits: Tensor | Result, what: str) -> Tensor:
+    """(N,) float64 logits of a tensor, taken as logits, or of a result; InputError for a critic's scale."""
+    if isinstance(logits, Result):
+        if logits.scale == "critic":
+            raise InputError(
+                f"{what} needs logits of a probability, but the result comes from a Wasserstein critic; calibrate its "
+                "scores and pass them as a tensor"
+            )
+        logits = logits.logits
+    found = torch.as_tensor(logits).detach().double()
+    if found.dim() != 1:
+        raise InputError(f"{what} wants logits of shape (N,), got {tuple(found.shape)}")
+    return found
+
+
 @dataclass(frozen=True)
 class Diagnosis:
-    """Calibration of s(d) as the probability of being real, on as many real as generated images as were given.
+    """Calibration of s(d) as the probability of being real; real and generated images weigh the same, whatever their numbers.
 
     brier: mean squared error of the probability, 0 best (Brier 1950) = reliability - resolution + uncertainty up to the
-    spread within bins (Murphy 1973). z: sum(y - p) / sqrt(sum p (1 - p)), standard normal when calibrated ([MHGAN] 3.2).
+    spread within bins (Murphy 1973). z: sum(y - p) / sqrt(sum p (1 - p)) at equal numbers ([MHGAN] 3.2); its spread is at
+    most 1 when calibrated, and it grows with the root of the numbers when not.
     ece, mce: mean (weighted) and largest |mean p - share of real| over equal-width bins (Guo et al. 2017).
+    calibration_error: root of the reliability without what chance adds to it (Kumar et al. 2019), 0 where chance explains it.
+    bin_predicted, bin_share: (bins,) mean p and share of real, NaN in empty bins. bin_real, bin_fake: (bins,) images.
     """
 
     brier: float
@@ -37,45 +59,124 @@ class Diagnosis:
     uncertainty: float
     num_real: int
     num_fake: int
+    calibration_error: float
+    bin_predicted: np.ndarray = field(repr=False, compare=False)
+    bin_share: np.ndarray = field(repr=False, compare=False)
+    bin_real: np.ndarray = field(repr=False, compare=False)
+    bin_fake: np.ndarray = field(repr=False, compare=False)
 
     @property
     def trusted(self) -> bool:
-        """Whether exp(d) may be read as a density ratio: |z| at most 3 and ece at most 0.05, on this many images."""
-        return abs(self.z) <= 3 and self.ece <= 0.05
+        """Whether exp(d) may be read as a density ratio: by the size of what is wrong, not by its significance.
+
+        calibration_error at most 0.05, and |z| at most 3, z being scaled down to that of 2000 images where there are more:
+        a bound on z itself would refuse any bias, however small, on enough images, and one on ece any D on few. Below about
+        200 images a side chance has its say.
+        """
+        effective = 4 / (1 / self.num_real + 1 / self.num_fake)
+        return abs(self.z) * math.sqrt(min(1, BOUNDED / effective)) <= 3 and self.calibration_error <= TOLERANCE
 
 
 def diagnose(real_logits: Tensor | Result, fake_logits: Tensor | Result, *, bins: int = 10) -> Diagnosis:
-    """Diagnose logits (N,) of real and (M,) of generated images; use held-out real images and equal counts.
+    """Diagnose logits (N,) of real and (M,) of generated images; use real images that D was not trained on.
 
     Raises InputError for empty or non-finite logits, and for the scores of a critic.
     """
     checks.count("bins", bins, 1)
-    real, fake = logits_of(real_logits, "diagnose"), logits_of(fake_logits, "diagnose").to("cpu")
-    real = real.to("cpu")
+    real, fake = (logits_of(x, "diagnose").to("cpu") for x in (real_logits, fake_logits))
+    return _diagnose(real, fake, torch.ones_like(real), torch.ones_like(fake), bins)
+
+
+def _diagnose(real: Tensor, fake: Tensor, real_weight: Tensor, fake_weight: Tensor, bins: int = 10) -> Diagnosis:
+    """Each side's weights are scaled to a sum of one half."""
     if not len(real) or not len(fake):
         raise InputError(f"diagnose wants real and generated logits, got {len(real)} and {len(fake)}")
     p = torch.sigmoid(torch.cat([real, fake]))
     if not bool(torch.isfinite(p).all()):
         raise InputError("diagnose wants logits without NaN")
     y = torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
+    sides = [w / w.sum() for w in (real_weight, fake_weight)]
+    w = torch.cat(sides) / 2
     which = (p * bins).long().clamp(max=bins - 1)
-    count = torch.zeros(bins, dtype=torch.float64).index_add(0, which, torch.ones_like(p))
-    mean_p = torch.zeros(bins, dtype=torch.float64).index_add(0, which, p) / count.clamp(min=1)
-    mean_y = torch.zeros(bins, dtype=torch.float64).index_add(0, which, y) / count.clamp(min=1)
-    weight, gap, base = count / len(p), (mean_p - mean_y).abs(), y.mean()
-    variance = float((p * (1 - p)).sum())
-    excess = float((y - p).sum())
+
+    def binned(x: Tensor) -> Tensor:
+        return torch.zeros(bins, dtype=torch.float64).index_add(0, which, x)
+
+    mass = binned(w)
+    filled = mass > 0
+    mean_p, mean_y = binned(w * p) / mass, binned(w * y) / mass
+    gap = torch.where(filled, (mean_p - mean_y).abs(), 0)
+    # variance of w (y - p) over draws of either side when calibrated: there a real image at p stands for (1 - p) / p
+    # generated ones, so that all images tell of both sides
+    per_real, per_fake = (float((side**2).sum()) for side in sides)
+    chance = w * p * (1 - p) * ((1 - p) * per_real + p * per_fake) / 2
+    variance, excess = float(chance.sum()), float((w * (y - p)).sum())
+    reliability = float((mass * gap**2).sum())
     return Diagnosis(
-        brier=float(((p - y) ** 2).mean()),
+        brier=float((w * (p - y) ** 2).sum()),
         z=excess / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, excess) if excess else 0.0,
-        ece=float((weight * gap).sum()),
+        ece=float((mass * gap).sum()),
         mce=float(gap.max()),
-        reliability=float((weight * gap**2).sum()),
-        resolution=float((weight * (mean_y - base) ** 2).sum()),
-        uncertainty=float(base * (1 - base)),
+        reliability=reliability,
+        resolution=float((mass * (mean_y - 0.5) ** 2)[filled].sum()),
+        uncertainty=0.25,
         num_real=len(real),
         num_fake=len(fake),
+        calibration_error=math.sqrt(max(0.0, reliability - float((binned(chance) / mass)[filled].sum()))),
+        bin_predicted=mean_p.numpy(),
+        bin_share=mean_y.numpy(),
+        bin_real=which[: len(real)].bincount(minlength=bins).numpy(),
+        bin_fake=which[len(real) :].bincount(minlength=bins).numpy(),
     )
+
+
+def judge(logits: Tensor | Result, what: str, untrusted: str) -> None:
+    """Warn ("warn") or raise InputError ("refuse") where a result's real logits speak against its own; "allow" asks nothing.
+
+    Real images weigh as the classes of the samples do where both are labelled. Tensors are taken as calibrated.
+    """
+    check_choice("untrusted", untrusted, ("warn", "refuse", "allow"))
+    if untrusted == "allow" or not isinstance(logits, Result):
+        return
+    found = diagnosis_of(logits)
+    if found is None or found.trusted:
+        return
+    text = (
+        f"{what}: D's logits are no density ratio of these samples (z = {found.z:.1f}, ece = {found.ece:.3f}, without chance "
+        f"{found.calibration_error:.3f}); calibrate(...) them on held-out images and pass the calibrated tensor, "
+        "or pass untrusted='allow'"
+    )
+    if untrusted == "refuse":
+        raise InputError(text)
+    warnings.warn(text, FastrefineWarning, stacklevel=3)
+
+
+def diagnosis_of(result: Result) -> Diagnosis | None:
+    """Diagnosis of a result's logits against its ``real_logits``; None without them, or where no class is on both sides."""
+    if result.real_logits is None:
+        return None
+    real, fake = result.real_logits.double().cpu(), result.logits.double().cpu()
+    weights = [torch.ones_like(real), torch.isfinite(fake).double()]
+    if result.labels is not None and result.real_labels is not None:
+        given = [classes_of(y, "labels", len(y)).cpu() for y in (result.real_labels, result.labels)]
+        classes, which = torch.cat(given).unique(return_inverse=True)
+        of = which.split([len(real), len(fake)])
+        number = [torch.zeros(len(classes), dtype=torch.float64).index_add(0, of[k], weights[k]) for k in range(2)]
+        weights = [(number[1] / number[0])[of[0]], weights[1] * (number[0] > 0)[of[1]]]
+    kept = [w > 0 for w in weights]
+    if not (bool(kept[0].any()) and bool(kept[1].any())):
+        return None
+    return _diagnose(real[kept[0]], fake[kept[1]], weights[0][kept[0]], weights[1][kept[1]])
+
+
+def classes_of(labels: Any, name: str, n: int) -> Tensor:
+    """(n,) int64 classes of labels (n,), of vectors (n, C) by their largest entry, or of one class for all."""
+    try:
+        found = checks.labels(labels, n)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    assert found is not None
+    return found.argmax(1) if found.dim() > 1 else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +210,8 @@ def calibrate(real_logits: Tensor | Result, fake_logits: Tensor | Result, method
 
     "temperature"  w d, w >= 0 (Guo et al. 2017)      "platt"  w d + b, w >= 0 (Platt 1999)
     "beta"         a log s(d) - b log(1 - s(d)) + c, a, b >= 0 (Kull et al. 2017)
-    "isotonic"     the best non-decreasing step function (Zadrozny & Elkan 2002), with probabilities 1 / (N + M) from 0 and 1
+    "isotonic"     the best non-decreasing step function (Zadrozny & Elkan 2002), with one more generated image above all and
+                   one more real image below: else the topmost real ones get an endless density ratio, and hold every chain
 
     Raises InputError for fewer, for non-finite logits and for another method.
     """
@@ -153,9 +255,9 @@ def _logistic(columns: Callable[[np.ndarray], list[np.ndarray]], real: np.ndarra
 def _isotonic(real: np.ndarray, fake: np.ndarray) -> _Map:
     from sklearn.isotonic import IsotonicRegression
 
-    d, y, w = _training(real, fake)
-    least = 1 / len(d)
-    fit = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(d, y, sample_weight=w)
+    everything = np.concatenate([real, fake])
+    d, y, w = _training(np.append(real, everything.min()), np.append(fake, everything.max()))
+    fit = IsotonicRegression(out_of_bounds="clip").fit(d, y, sample_weight=w)
 
     def apply(x: np.ndarray) -> np.ndarray:
         if not len(x):

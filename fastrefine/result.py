@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastrefine import slots
 
+_WHOLE = ("real_logits", "real_labels")  # not a row for each sample
+
 
 class Status(enum.IntEnum):
     """Why a sample retired; the values of ``Result.status``."""
@@ -50,6 +52,8 @@ class Result:
     without a test. step_sizes: (N,) reached under backtracking or adaptation, None for other samplers.
     scale: "logit" | "critic". report: counts and speed of the run so far, see Refiner.
     snapshots: by the number of steps, where they were asked for.
+    real_logits: (R,) float64 on the CPU, of the refiner's ``real`` under the discriminator of this run, else None.
+    real_labels: (R,) their classes, or None. Both belong to the result as a whole: select and concatenate leave them alone.
     """
 
     images: Tensor
@@ -67,6 +71,8 @@ class Result:
     report: dict[str, Any]
     step_sizes: Tensor | None = None
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    real_logits: Tensor | None = None
+    real_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,10 +80,9 @@ class Result:
     def select(self, indices: Tensor | slice) -> Result:
         """The samples at ``indices`` (positions, not ids), e.g. those that metropolis_hastings chose."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {k: v[indices] if isinstance(v, Tensor) else v for k, v in values.items()}
-        chosen["report"] = dict(self.report)
-        chosen["snapshots"] = {step: snapshot.select(indices) for step, snapshot in self.snapshots.items()}
-        return Result(**chosen)
+        rows: dict[str, Any] = {k: v[indices] for k, v in values.items() if isinstance(v, Tensor) and k not in _WHOLE}
+        rows["snapshots"] = {step: snapshot.select(indices) for step, snapshot in self.snapshots.items()}
+        return Result(**values | rows | {"report": dict(self.report)})
 
     @classmethod
     def concatenate(cls, parts: list[Result]) -> Result:
@@ -85,7 +90,7 @@ class Result:
         first, last = parts[0], parts[-1]
         values: dict[str, Any] = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name not in _WHOLE:
                 values[name] = torch.cat([getattr(part, name) for part in parts])
         values["snapshots"] = {
             step: Snapshot(**{k: torch.cat([getattr(part.snapshots[step], k) for part in parts]) for k in vars(snapshot)})
@@ -94,14 +99,16 @@ class Result:
         return cls(**values | {"report": last.report})
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, those of the snapshots too."""
-        own = [t for t in vars(self).values() if isinstance(t, Tensor)]
+        """All tensors of samples, those of the snapshots too."""
+        own = [t for k, t in vars(self).items() if isinstance(t, Tensor) and k not in _WHOLE]
         return own + [t for snapshot in self.snapshots.values() for t in vars(snapshot).values()]
 
     def moved(self, tensors: list[Tensor]) -> Result:
         """The same result with these in place of ``tensors()``, in that order."""
         arriving = iter(tensors)
-        values: dict[str, Any] = {k: next(arriving) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        values: dict[str, Any] = vars(self) | {
+            k: next(arriving) for k, v in vars(self).items() if isinstance(v, Tensor) and k not in _WHOLE
+        }
         values["snapshots"] = {
             step: Snapshot(**{k: next(arriving) for k in vars(snapshot)}) for step, snapshot in self.snapshots.items()
         }

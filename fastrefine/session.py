@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,8 +58,10 @@ def _blocks(refiner: Refiner, source: Source, snapshots: tuple[int, ...]) -> Ite
                 with _modes(refiner, None, size, stream):
                     target = refiner._prepare(source)
                     target.resize(size)
+                known = copy.deepcopy(refiner._real_logits)  # the caller's own
+                real: dict[str, Any] = {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
                 if source.count == 0:
-                    yield _empty(target, source, refiner, progress, snapshots)
+                    yield replace(_empty(target, source, refiner, progress, snapshots), **real)
                     return
                 with _modes(refiner, target, size, stream):
                     blocks = _run(refiner, target, source, progress, bar, snapshots).parts()
@@ -71,7 +75,7 @@ def _blocks(refiner: Refiner, source: Source, snapshots: tuple[int, ...]) -> Ite
                         break
                     source = source.after(source.first + len(part))
                     _hand_over(part, stream)
-                    yield part
+                    yield replace(part, **real)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -153,8 +153,9 @@ def fit_discriminator(
             seed_noise(torch.device("cpu"), seed)
             discriminator = default_discriminator(tuple(held.shape[1:]))
         student = _trainable(discriminator, device)
+        still = _trainable(discriminator, device)  # were it the student, its updates would make every batch be traced anew
         source = Refiner(
-            g, student, _RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device,
+            g, still, _RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device,
             discriminator_output=discriminator_output,
         )  # fmt: skip
         trainer = _Trainer(student, source, "adam", learning_rate, betas, None, "train", seed)

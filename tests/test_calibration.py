@@ -73,6 +73,15 @@ def test_chains_over_calibrated_logits_follow_the_data():
     assert p_value(x[chosen]) > 1e-4 > p_value(x[raw])
 
 
+def test_a_step_of_few_real_images_gets_no_endless_ratio():
+    real, fake = samples(3_000, 2_903)
+    highest, next_to_it = torch.tensor([9.0, 9.1, 9.2]), torch.full((100,), 8.0)
+    found = fr.calibrate(torch.cat([real, highest]), torch.cat([fake, next_to_it]))(torch.tensor([20.0]))
+    assert float(found) == pytest.approx(math.log(3), abs=0.01)  # three real images, and one generated that might have been
+    lowest = fr.calibrate(real, torch.cat([fake, torch.tensor([-99.0])]))(torch.tensor([-200.0]))
+    assert -8 < float(lowest) < -2
+
+
 def test_a_critics_scores_serve_as_tensors_and_as_results():
     real, fake = samples(500, 500)
     assert fr.calibrate(5 * real + 2, 5 * fake + 2, method="platt").after.ece < 0.2

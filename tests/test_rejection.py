@@ -50,6 +50,12 @@ def test_rejection_accepts_with_the_published_probability(percentile, log_m):
     assert torch.equal(indices, indices.sort().values)
 
 
+def test_m_of_a_pilot_pass_rises_with_later_logits_and_not_before():
+    d = torch.linspace(-3, 3, 4_000, dtype=torch.float64)  # each is the largest so far: all are accepted alike
+    accepted = len(fr.rejection_sample(d, log_m=-9.0))
+    assert abs(accepted - 2_000) < stats.norm.isf(ALPHA / 2) * math.sqrt(1_000)
+
+
 def test_a_higher_percentile_accepts_fewer_and_better():
     d = optimal_logit(proposals(20_000))
     chosen = [fr.rejection_sample(d, percentile=p) for p in (50, 80, 95)]
@@ -89,7 +95,27 @@ def test_nonfinite_logits_are_never_chosen(bad):
         assert not {1, 3} & set(indices.tolist())
     assert fr.budgeted_rejection(d, 1.0).tolist() == [0, 2, 4, 5]
     nothing = torch.full((4,), bad)
-    assert len(fr.rejection_sample(nothing)) == len(fr.budgeted_rejection(nothing, 0.5)) == 0
+    for select in (fr.rejection_sample, lambda d: fr.budgeted_rejection(d, 0.5)):
+        with pytest.warns(fr.FastrefineWarning, match="accepted none of 4 proposals"):
+            assert len(select(nothing)) == 0
+
+
+def test_an_acceptance_near_zero_gives_a_partial_result_and_says_when_it_is_empty(recwarn):
+    """FAULTS 26"""
+    d = optimal_logit(proposals(20_000))
+    few = fr.rejection_sample(torch.cat([d, torch.full((20,), 60.0)]), percentile=100)
+    assert 0 < len(few) < 20 and (few >= 20_000).all() and not recwarn
+    with pytest.warns(fr.FastrefineWarning, match="rejection_sample: accepted none of 3 proposals"):
+        assert len(fr.rejection_sample(torch.tensor([-50.0, 0.0, -60.0]), percentile=100, log_m=-99.0, seed=1)) == 0
+    with pytest.warns(fr.FastrefineWarning, match="budgeted_rejection: accepted none of 20000 proposals") as told:
+        assert len(fr.budgeted_rejection(d, 1e-9)) == 0
+    assert told[0].filename == __file__
+
+
+def test_quantiles_are_those_of_torch():
+    x = proposals(1001)
+    for q in (0, 0.123, 0.5, 0.95, 1):
+        assert selection._quantile(x, q) == pytest.approx(float(torch.quantile(x, q)), rel=1e-12)
 
 
 def test_few_proposals_and_none():

@@ -57,6 +57,35 @@ def test_mutants_of_the_chain_are_rejected(mutant):
     assert min(p_value(chosen), variance_p_value(chosen)) < ALPHA
 
 
+# Three states: proposed with Q, data P, so that the density ratio is at most 4.5 and a chain's law is a power of a matrix.
+Q, P = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), torch.tensor([0.25, 0.3, 0.45], dtype=torch.float64)
+
+
+def law_after(tests):
+    ratio = P / Q
+    accept = (ratio[None, :] / ratio[:, None]).clamp(max=1) * Q[None, :]
+    move = accept + torch.diag(1 - accept.sum(1))
+    return Q @ torch.linalg.matrix_power(move, tests)
+
+
+@pytest.mark.parametrize("tests", [0, 1, 2, 5, 12])
+def test_chains_of_any_length_have_their_exact_law_which_is_within_the_bound(tests):
+    chains = 100_000
+    state = torch.multinomial(Q, chains * (tests + 1), replacement=True, generator=torch.Generator().manual_seed(tests))
+    found = state[fr.metropolis_hastings((P / Q).log()[state], tests + 1, seed=7).indices].bincount(minlength=3)
+
+    def p_value_of(law):
+        return stats.chisquare(found.numpy(), (chains * law).numpy()).pvalue
+
+    assert p_value_of(law_after(tests)) > ALPHA
+    if tests < 12:
+        assert p_value_of(law_after(tests + 1)) < ALPHA, "the test can fail"
+    distance = 0.5 * float((law_after(tests) - P).abs().sum())
+    assert distance <= (1 - 1 / 4.5) ** tests * (1 + 1e-9)
+    noise = 4 * math.sqrt(3 / chains)
+    assert 0.5 * float((found / chains - P).abs().sum()) <= (1 - 1 / 4.5) ** tests + noise
+
+
 def test_chains_that_start_from_real_logits_follow_the_data_law_at_once():
     # a chain started in its stationary law stays there; those that never moved are flagged and left out of the law
     length, chains = 31, 20_000
@@ -99,7 +128,9 @@ def test_backends_walk_the_same_chains(backend, chains, length, first):
 
 
 def test_a_chain_that_never_moves_takes_its_first_proposal_and_is_flagged():
-    result = fr.metropolis_hastings(torch.full((60,), -1e6), 20, initial_logits=torch.tensor([1e6]))
+    with pytest.warns(fr.FastrefineWarning, match="0 of 3 chains moved in 20 proposals") as told:
+        result = fr.metropolis_hastings(torch.full((60,), -1e6), 20, initial_logits=torch.tensor([1e6]))
+    assert len(told) == 1 and told[0].filename == __file__
     assert result.indices.tolist() == [0, 20, 40] and not result.moved.any() and result.acceptance_rate == 0
 
 
@@ -107,6 +138,11 @@ def test_logits_far_from_zero_do_not_overflow_and_nonfinite_ones_are_never_chose
     logits = torch.tensor([5000.0, 5001.0, math.nan, math.inf, -math.inf, 4990.0] * 10)
     result = fr.metropolis_hastings(logits, 6)
     assert torch.isfinite(logits[result.indices]).all()
+
+
+def test_chains_without_a_test_are_not_said_to_be_stuck(recwarn):
+    assert fr.metropolis_hastings(torch.zeros(5), 1).indices.tolist() == [0, 1, 2, 3, 4]
+    assert not recwarn
 
 
 def test_left_over_proposals_are_unused_and_bad_input_is_named():
