@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import fastrefine as fr
@@ -58,6 +60,7 @@ KL = Quality("kl", "KL (nats)", 0.05)
 DISTANCE = Quality("distance", "distance", 0.25, relative=True)
 FRECHET = Quality("frechet_distance", "Frechet distance", 0.25, relative=True)
 SCORE = Quality("classifier_score", "classifier score", 0.25, higher=True)
+STEPS = Quality("mean_steps", "mean steps", 1.0)
 QUALITIES = {
     "ring": (GOOD, KL), "ring, latent": (GOOD, KL), "ring, shaped D": (GOOD, KL), "Swiss roll": (DISTANCE, GOOD),
     "digits": (FRECHET, SCORE), "MNIST": (FRECHET, SCORE),
@@ -91,7 +94,7 @@ class Recipe:
 
 QUICK = Recipe(
     ring=replace(rings.RING, steps=20, batch_size=100), roll=replace(rings.ROLL, steps=20, batch_size=100),
-    point_steps=(0.1, 10.0), image_steps=(0.3, 30.0), max_steps=5, shaping_iterations=3, shaping_batch=50, points=200,
+    point_steps=(1.0,), image_steps=(1.0,), max_steps=5, shaping_iterations=3, shaping_batch=50, points=200,
     images=100, seeds=1, classifier_steps=20,
 )  # fmt: skip
 
@@ -260,33 +263,39 @@ def _finite(value: Any) -> Any:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A PNG from rows, a result.json's too: a column for each set, its two figures of merit and mean steps by step size."""
+    """A PNG from rows, a result.json's too: a row of panels for each set, its figures of merit and mean steps by step size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["set"] for row in rows))
-    figure, axes = plt.subplots(3, len(names), figsize=(2.25 * len(names), 5.6), sharex="col", squeeze=False)
-    for column, name in zip(axes.T, names, strict=True):
-        labels = {q.key: q.label for q in QUALITIES[name]} | {"mean_steps": "mean steps"}
-        column[0].set_title(name, fontsize=10)
-        for axis, (key, label) in zip(column, labels.items(), strict=True):
-            known = [row for row in rows if row.get(key) is not None]
-            for control, style in zip(CONTROLS, (dict(color="C1", marker="o"), dict(color="C0", marker="s")), strict=True):
-                points = curve(known, name, control, key)
-                axis.plot(points.keys(), points.values(), label=control, linewidth=1.4, markersize=3.5, **style)
-            for raw in curve(known, name, "none", key).values():
-                axis.axhline(raw, color="0.45", linestyle="--", linewidth=1, label="not refined")
+    height = 1.6 * len(names) + 0.6
+    figure, axes = plt.subplots(len(names), 3, figsize=(8.5, height), sharex="row", squeeze=False)
+    for line_of_axes, name in zip(axes, names, strict=True):
+        line_of_axes[0].set_ylabel(name, fontsize=10, fontweight="bold")
+        for axis, q in zip(line_of_axes, (*QUALITIES[name], STEPS), strict=True):
+            known = [row for row in rows if row.get(q.key) is not None]
+            for control, color in zip(CONTROLS, ("C1", "C0"), strict=True):
+                points = curve(known, name, control, q.key)
+                axis.plot(points.keys(), points.values(), label=control, color=color, marker="o", linewidth=1.5, markersize=3.5)
+            for raw in () if q is STEPS else curve(known, name, "none", q.key).values():
+                axis.axhline(raw, color="0.4", linestyle="--", linewidth=1, label="not refined")
             axis.set_xscale("log")
-            axis.tick_params(labelsize=7)
-            axis.set_ylabel(label, fontsize=8, labelpad=2)
+            low, high = axis.get_ylim()
+            missing = max(3 * q.alike * (abs(low) if q.relative else 1) - (high - low), 0) / 2  # or mere noise fills a panel
+            axis.set_ylim(*(0, high) if q is STEPS else (low - missing, high + missing))
+            better = "" if q is STEPS else ", higher is better" if q.higher else ", lower is better"
+            axis.set_title(q.label + better, fontsize=8, pad=3)
+            axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
-        column[2].set_ylim(0)
-        column[2].set_xlabel("step size", fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.95), pad=0.5)
-    figure.savefig(path, dpi=75)
+    for axis in axes[-1]:
+        axis.set_xlabel("step size", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height), pad=0.5, h_pad=0.4)
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     plt.close(figure)
 
 
