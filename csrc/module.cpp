@@ -37,12 +37,12 @@ PYBIND11_MODULE(_native, m) {
       FIELD(real64) FIELD(num_slots) FIELD(features) FIELD(pool_rows) FIELD(output_rows)
       FIELD(activation) FIELD(position) FIELD(sample_id) FIELD(source) FIELD(step) FIELD(last_step) FIELD(logit_falls)
       FIELD(threshold) FIELD(reference_logit) FIELD(initial_logit) FIELD(grad_peak) FIELD(logit)
-      FIELD(best) FIELD(best_logit) FIELD(scalars) FIELD(vectors)
+      FIELD(best) FIELD(best_logit) FIELD(scalars) FIELD(vectors) FIELD(num_scalars) FIELD(num_vectors)
       FIELD(pool_activation) FIELD(pool_last_step) FIELD(pool_threshold) FIELD(pool_reference_logit) FIELD(counters)
       FIELD(output_activation) FIELD(output_logit) FIELD(output_initial_logit)
-      FIELD(output_steps) FIELD(output_logit_falls) FIELD(output_status)
-      FIELD(rule) FIELD(hyper) FIELD(noise_scale) FIELD(max_grad_norm) FIELD(clamp) FIELD(low) FIELD(high)
-      FIELD(lockstep) FIELD(seed);
+      FIELD(output_steps) FIELD(output_logit_falls) FIELD(output_status) FIELD(output_scalars)
+      FIELD(rule) FIELD(hyper) FIELD(noise) FIELD(latent) FIELD(schedule) FIELD(schedule_length) FIELD(max_grad_norm)
+      FIELD(clamp) FIELD(low) FIELD(high) FIELD(lockstep) FIELD(seed);
   m.def("refine_step", &refine_step, py::arg("params"), py::arg("logit"), py::arg("loss"), py::arg("grad"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("normal", &normal_at, py::arg("seed"), py::arg("ids"), py::arg("steps"), py::arg("count"), py::arg("numel"),

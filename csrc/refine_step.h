@@ -21,15 +21,19 @@ struct Params {
   Address step = 0, last_step = 0, logit_falls = 0;              // (S,) int32
   Address threshold = 0, reference_logit = 0, initial_logit = 0, grad_peak = 0, logit = 0;  // (S,) real
   Address best = 0, best_logit = 0;                              // (S, F), (S,) real; 0 unless keep_best
-  std::array<Address, 2> scalars{}, vectors{};                   // the rule's, (S,) and (S, F) real
+  Address scalars = 0, vectors = 0;                              // the rule's, (n, S) and (n, S, F) real
+  std::int64_t num_scalars = 0, num_vectors = 0;
 
   Address pool_activation = 0, pool_last_step = 0, pool_threshold = 0, pool_reference_logit = 0, counters = 0;
   Address output_activation = 0, output_logit = 0, output_initial_logit = 0;
   Address output_steps = 0, output_logit_falls = 0, output_status = 0;
+  Address output_scalars = 0;                                    // (n, output_rows + 1) real
 
   std::string rule;
-  std::array<double, 5> hyper{};
-  double noise_scale = 0;
+  std::array<double, 7> hyper{};
+  bool noise = false;                 // whether the rule reads normals
+  Address latent = 0, schedule = 0;   // (3, F), (2, schedule_length) real; 0: the rule has none
+  std::int64_t schedule_length = 0;
   double max_grad_norm = -1;  // negative: none
   bool clamp = false, lockstep = false;
   double low = 0, high = 0;
@@ -38,7 +42,7 @@ struct Params {
 
 // logit, loss (S,) and grad (S, F) of the evaluation at the activations; logit 0: refill only; grad 0: only the
 // slots at their last step are served.
-// Throws std::invalid_argument for a rule that does not exist. Equal for any number of threads.
+// Throws std::invalid_argument for a rule that does not exist or does not fit the tensors. Equal for any number of threads.
 void refine_step(const Params& params, Address logit, Address loss, Address grad, int threads);
 
 }  // namespace fastrefine

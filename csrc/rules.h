@@ -1,17 +1,47 @@
 // The update rules: formulas only. The PyTorch formulas in fastrefine/samplers are their specification.
 //
-// observe   per slot: takes in a finite evaluation (loss inf for a trial that is to be rejected), returns "accept"
-// start     per slot: the scalars of a sample that enters
-// propose   per element: the next activation, from the standing position and the (clipped) gradient of the loss
+// start     per slot: the scalars of a sample that enters; its vectors are 0
+// terms     per element, for rules with sums: what it adds to each sum over the slot's features, before `observe`
+// observe   per slot: takes in an evaluation (loss inf for a trial that is to be rejected), returns "accept"
+// advance   per slot that goes on: the scalars that change with the proposal
+// propose   per element: the next activation; vectors are updated in place
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 
 namespace fastrefine {
 
 template <class T>
-struct Scalars {
-  T first = 0, second = 0;
+using Scalars = std::array<T, 3>;  // the rule's, in the order of Kernel.scalars
+
+template <class T>
+struct Trial {  // what `observe` takes in
+  T logit, loss;
+  int step;
+  const double* sums;
+  T uniform;  // in (0, 1), for rules with a test
+  std::int64_t features;
+};
+
+template <class T>
+struct Standing {  // what `propose` knows of its slot
+  Scalars<T> own;
+  T logit;
+  int step;
+  bool accept;  // whether the trial became the standing point
+  const T* schedule;
+  std::int64_t schedule_length;
+};
+
+template <class T>
+struct Element {
+  T a, position;  // the activation that was evaluated, where the sample stands
+  T g;            // gradient of the loss at `a`, clipped
+  T normal;       // for rules with noise
+  T precision, low, high;  // for rules with a latent
+  T v[3];                  // in the order of Kernel.vectors
 };
 
 template <class T>
@@ -20,20 +50,34 @@ inline T sigmoid(T d) {
 }
 
 template <class T>
-struct Rule {
-  static constexpr bool rejects = false;
-  static constexpr int scalars = 0, vectors = 0;
-
-  static bool observe(T, T, bool, Scalars<T>&, const double*) { return true; }
-  static Scalars<T> start(T, const double*) { return {}; }
-};
+inline T clamp(T a, T low, T high) {
+  return a < low ? low : a > high ? high : a;  // NaN stays
+}
 
 template <class T>
-struct Sgd : Rule<T> {
-  T size;
+struct Rule {
+  static constexpr bool rejects = false, tests = false;  // tests: needs every finite gradient, and a uniform
+  static constexpr bool noise = false, recalls = false;  // recalls: `terms` reads the normals of the last transition
+  static constexpr bool latent = false, clips = false;   // reads the table; is clipped to it, where there is one
+  static constexpr int scalars = 0, vectors = 0, sums = 0;
 
-  Sgd(const double* hyper, Scalars<T>, T, int) : size(static_cast<T>(hyper[0])) {}
-  T propose(T a, T g, bool, T&, T&) const { return a - size * g; }
+  // Whether a transition ends, and the next begins: only then are sums and normals made.
+  static bool turns(int, const double*) { return true; }
+  static Scalars<T> start(T, const double*) { return {}; }
+  static bool observe(const Trial<T>&, Scalars<T>&, const double*) { return true; }
+  static void advance(T, int, Scalars<T>&, const double*) {}
+};
+
+template <class T, bool noisy>
+struct Sgd : Rule<T> {
+  static constexpr bool noise = noisy;
+  T size, scale;
+
+  Sgd(const Standing<T>&, const double* hyper) : size(static_cast<T>(hyper[0])), scale(static_cast<T>(hyper[1])) {}
+  T propose(Element<T>& e) const {
+    const T a = e.position - size * e.g;
+    return noisy ? a + scale * e.normal : a;
+  }
 };
 
 template <class T>
@@ -41,20 +85,21 @@ struct Backtracking : Rule<T> {  // scalars: loss and step size of the best poin
   static constexpr bool rejects = true;
   static constexpr int scalars = 2, vectors = 1;
   T size;
+  bool accept;
 
-  static bool observe(T, T loss, bool first, Scalars<T>& own, const double* hyper) {
-    const bool accept = first || loss <= own.first + static_cast<T>(hyper[4]);
-    const T size = own.second, largest = static_cast<T>(hyper[3] * hyper[0]);
-    if (!first) own.second = accept ? std::min(size * static_cast<T>(hyper[1]), largest) : size * static_cast<T>(hyper[2]);
-    if (accept) own.first = loss;
+  static Scalars<T> start(T, const double* hyper) { return {0, static_cast<T>(hyper[0])}; }
+  static bool observe(const Trial<T>& trial, Scalars<T>& own, const double* hyper) {
+    const bool first = trial.step == 0, accept = first || trial.loss <= own[0] + static_cast<T>(hyper[4]);
+    const T size = own[1], largest = static_cast<T>(hyper[3] * hyper[0]);
+    if (!first) own[1] = accept ? std::min(size * static_cast<T>(hyper[1]), largest) : size * static_cast<T>(hyper[2]);
+    if (accept) own[0] = trial.loss;
     return accept;
   }
-  static Scalars<T> start(T, const double* hyper) { return {0, static_cast<T>(hyper[0])}; }
 
-  Backtracking(const double*, Scalars<T> own, T, int) : size(own.second) {}
-  T propose(T a, T g, bool accept, T& standing, T&) const {
-    standing = accept ? g : standing;
-    return a - size * standing;
+  Backtracking(const Standing<T>& slot, const double*) : size(slot.own[1]), accept(slot.accept) {}
+  T propose(Element<T>& e) const {
+    e.v[0] = accept ? e.g : e.v[0];
+    return e.position - size * e.v[0];
   }
 };
 
@@ -63,13 +108,13 @@ struct Adaptive : Rule<T> {  // scalar: s(d*) of the sample's real reference
   static constexpr int scalars = 1;
   T size;
 
-  static Scalars<T> start(T reference_logit, const double*) { return {sigmoid(reference_logit), 0}; }
+  static Scalars<T> start(T reference_logit, const double*) { return {sigmoid(reference_logit)}; }
 
-  Adaptive(const double* hyper, Scalars<T> own, T logit, int) {
-    const T lead = own.first - sigmoid(logit);
+  Adaptive(const Standing<T>& slot, const double* hyper) {
+    const T lead = slot.own[0] - sigmoid(slot.logit);
     size = static_cast<T>(hyper[0]) * (lead < 0 ? 0 : lead);  // a NaN reference stays NaN
   }
-  T propose(T a, T g, bool, T&, T&) const { return a - size * g; }
+  T propose(Element<T>& e) const { return e.position - size * e.g; }
 };
 
 template <class T>
@@ -77,29 +122,37 @@ struct Momentum : Rule<T> {
   static constexpr int vectors = 1;
   T size, momentum;
 
-  Momentum(const double* hyper, Scalars<T>, T, int)
+  Momentum(const Standing<T>&, const double* hyper)
       : size(static_cast<T>(hyper[0])), momentum(static_cast<T>(hyper[1])) {}
-  T propose(T a, T g, bool, T& velocity, T&) const {
-    velocity = momentum * velocity + size * g;
-    return a - velocity;
+  T propose(Element<T>& e) const {
+    e.v[0] = momentum * e.v[0] + size * e.g;
+    return e.position - e.v[0];
+  }
+};
+
+template <class T>
+struct AdamUpdate {  // hyper: step size, two decays, epsilon
+  T keep1, take1, keep2, take2, epsilon, size, correction;
+
+  AdamUpdate(int step, const double* hyper)
+      : keep1(static_cast<T>(hyper[1])), take1(static_cast<T>(1 - hyper[1])), keep2(static_cast<T>(hyper[2])),
+        take2(static_cast<T>(1 - hyper[2])), epsilon(static_cast<T>(hyper[3])),
+        size(static_cast<T>(hyper[0] / (1 - std::pow(hyper[1], step + 1)))),
+        correction(static_cast<T>(1 - std::pow(hyper[2], step + 1))) {}
+  T operator()(T g, T& m, T& v) const {
+    m = keep1 * m + take1 * g;
+    v = keep2 * v + take2 * g * g;
+    return size * m / (std::sqrt(v / correction) + epsilon);
   }
 };
 
 template <class T>
 struct Adam : Rule<T> {
   static constexpr int vectors = 2;
-  T keep1, take1, keep2, take2, epsilon, size, correction;
+  AdamUpdate<T> update;
 
-  Adam(const double* hyper, Scalars<T>, T, int step)
-      : keep1(static_cast<T>(hyper[1])), take1(static_cast<T>(1 - hyper[1])), keep2(static_cast<T>(hyper[2])),
-        take2(static_cast<T>(1 - hyper[2])), epsilon(static_cast<T>(hyper[3])),
-        size(static_cast<T>(hyper[0] / (1 - std::pow(hyper[1], step + 1)))),
-        correction(static_cast<T>(1 - std::pow(hyper[2], step + 1))) {}
-  T propose(T a, T g, bool, T& m, T& v) const {
-    m = keep1 * m + take1 * g;
-    v = keep2 * v + take2 * g * g;
-    return a - size * m / (std::sqrt(v / correction) + epsilon);
-  }
+  Adam(const Standing<T>& slot, const double* hyper) : update(slot.step, hyper) {}
+  T propose(Element<T>& e) const { return e.position - update(e.g, e.v[0], e.v[1]); }
 };
 
 template <class T>
@@ -108,20 +161,19 @@ struct Ladam : Rule<T> {  // scalar: smoothed gap between the discriminator's me
   T rate, epsilon;
   bool first;
 
-  static bool observe(T logit, T, bool first, Scalars<T>& own, const double* hyper) {
+  static void advance(T logit, int step, Scalars<T>& own, const double* hyper) {
     const T gap = static_cast<T>(hyper[2]) - sigmoid(logit);
-    own.first = first ? gap : T(0.5) * own.first + T(0.5) * gap;
-    return true;
+    own[0] = step == 0 ? gap : T(0.5) * own[0] + T(0.5) * gap;
   }
 
-  Ladam(const double* hyper, Scalars<T> own, T, int step) : epsilon(static_cast<T>(hyper[1])), first(step == 0) {
-    const T lead = std::max(own.first + T(0.5), T(0));
+  Ladam(const Standing<T>& slot, const double* hyper) : epsilon(static_cast<T>(hyper[1])), first(slot.step == 0) {
+    const T lead = std::max(slot.own[0] + T(0.5), T(0));
     rate = static_cast<T>(hyper[0]) * (lead * lead);
   }
-  T propose(T a, T g, bool, T& m, T& v) const {
-    m = first ? g : T(0.9) * m + T(0.1) * g;
-    v = first ? g * g : T(0.5) * v + T(0.5) * g * g;
-    return a - rate * m / (std::sqrt(v) + epsilon);
+  T propose(Element<T>& e) const {
+    e.v[0] = first ? e.g : T(0.9) * e.v[0] + T(0.1) * e.g;
+    e.v[1] = first ? e.g * e.g : T(0.5) * e.v[1] + T(0.5) * e.g * e.g;
+    return e.position - rate * e.v[0] / (std::sqrt(e.v[1]) + epsilon);
   }
 };
 

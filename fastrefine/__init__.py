@@ -17,6 +17,7 @@ _HOMES = {
         "NonFiniteError", "SplitError",
     ),
     "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
+    "density_ratio": ("SumDiscriminator", "fit_corrector"),
     "noisy": ("NoisyOutput",),
     "ops": ("use_backend",),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from fastrefine.calibration import Diagnosis as Diagnosis
     from fastrefine.calibration import calibrate as calibrate
     from fastrefine.calibration import diagnose as diagnose
+    from fastrefine.density_ratio import SumDiscriminator as SumDiscriminator
+    from fastrefine.density_ratio import fit_corrector as fit_corrector
     from fastrefine.noisy import NoisyOutput as NoisyOutput
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal

@@ -57,8 +57,8 @@ def check(refiner: Refiner) -> None:
     if refiner.max_steps % steps:
         fits = refiner.max_steps // steps * steps
         raise InputError(
-            f"max_steps is {refiner.max_steps}, but one transition of {name} takes {steps} steps; wanted a multiple, such as "
-            f"{fits or steps} or {fits + steps}"
+            f"max_steps is {refiner.max_steps}, but one transition of {name} takes {steps} steps; wanted a multiple, {fits} or "
+            f"{fits + steps}"
         )
     if not sampler.targets_prior:
         return

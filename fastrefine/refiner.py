@@ -211,7 +211,7 @@ class Refiner:
     @property
     def refines_latents(self) -> bool:
         """Whether the activation is the latent itself, so that the prior is its law."""
-        return self.at == "input" and isinstance(self.generator, nn.Module)
+        return self.at == "input" and isinstance(self.generator, nn.Module) and not isinstance(self.generator, Split)
 
     def latent(self) -> Latent:
         """The prior's numbers for samplers whose target it is part of."""

@@ -153,7 +153,7 @@ def fit_discriminator(
             seed_noise(torch.device("cpu"), seed)
             discriminator = default_discriminator(tuple(held.shape[1:]))
         student = _trainable(discriminator, device)
-        still = _trainable(student, device)  # not the student: a network that was updated would be traced anew each time
+        still = _trainable(discriminator, device)  # were it the student, its updates would make every batch be traced anew
         source = Refiner(
             g, still, _RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device,
             discriminator_output=discriminator_output,

@@ -78,7 +78,8 @@ class Tally:
 def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
     """Diagnose the step size of ``sampler`` from a result of its, whose latents were drawn from the prior.
 
-    A fixed step without noise is beyond stability where most updates lower the logit. MALA and HMC accept less than a
+    A fixed step without noise is beyond stability where most updates lower the logit; fewer falls do not prove that it is
+    sound (docs/samplers.md shows steps that ruin samples at a sixth). MALA and HMC accept less than a
     tenth of their proposals. The laws of DDLS, MALA and HMC have a mean logit at least that of the prior (its derivative
     in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell tells of steps that are too large.
     """

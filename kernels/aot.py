@@ -1,7 +1,8 @@
 """Compile the Triton kernels without a GPU: ``python -m fastrefine.kernels.aot [80 90] [--jobs N] [--verbose]``.
 
 Finds what the interpreter does not: types and operations that do not compile. Covers every rule, dtype, view and kind
-of step that the package launches; options are all on or all off. Run it without TRITON_INTERPRET.
+of step that the package launches; options that a rule may or may not have are all on or all off. Run it without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -43,7 +44,15 @@ INTEGER = {
     "step_ptr", "last_step_ptr", "logit_falls_ptr", "pool_last_step_ptr", "out_steps_ptr", "out_falls_ptr",
     "out_status_ptr",
 }  # fmt: skip
-DOUBLE = {"norm_ptr", "hyper_ptr"}
+DOUBLE = {"norm_ptr", "hyper_ptr", "sums_ptr"}
+# Options that a rule always or never has; all else may be on or off
+_DESCENT = {"noise": False, "latent": False}
+_CHAIN = {"noise": True, "clamp": False, "latent": True}
+_DOT = {"noise": False, "clamp": False}
+FIXED: dict[str, dict[str, bool]] = {
+    "sgd": {"latent": False}, **dict.fromkeys(("backtracking", "adaptive", "momentum", "adam", "ladam"), _DESCENT),
+    "ddls": {"clamp": False, "latent": True}, "mala": _CHAIN, "hmc": _CHAIN, "dot_adam": _DOT, "dot_sgd": _DOT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +103,12 @@ def _step(
     return Specialisation(label, kernel, types, constants, **more)
 
 
+def _variant(rule: str, on: bool, **more: Any) -> Variant:
+    """A rule with all options on or off that it may have or not."""
+    options = dict(noise=on, clamp=on, clip=on, keep_best=on, lockstep=on, latent=on)
+    return Variant(rule, **{**options, **FIXED[rule]}, **more)
+
+
 def _steps() -> Iterator[Specialisation]:
     for real, views in VIEWS.items():
         for view in views:
@@ -101,28 +116,38 @@ def _steps() -> Iterator[Specialisation]:
                 reduce = Variant("sgd", clip=clip).reduce
                 yield _step(f"refine_reduce {real}, {view} gradient, clip={clip}", refine_reduce, real, reduce, view)
         for rule in RULES:
-            for on in (False, True):
-                options = dict(noise=on, clamp=on, clip=on, keep_best=on, lockstep=on)
-                yield from _kinds(f"{rule} {real}, options={on}", real, None, Variant(rule, **options))
+            fewer = real == torch.float64 and FIXED[rule].get("latent", True)  # these take the longest
+            for on in (True,) if fewer else (False, True):
+                yield from _kinds(f"{rule} {real}, options={on}", real, None, _variant(rule, on))
             for view, tile in itertools.product(views, (0, CHANNEL_TILE)):
                 # What a view adds does not depend on the rule: one in every dtype and order, the rest in one
+                variant = _variant(rule, True, view=True, channel_tile=tile)
+                label = f"{rule} {real}, {view} view, tile {tile}"
                 if rule == "backtracking" or (view, tile) == (torch.bfloat16, CHANNEL_TILE):
-                    variant = Variant(rule, **options, view=True, channel_tile=tile)
-                    yield from _kinds(f"{rule} {real}, {view} view, tile {tile}", real, view, variant)
+                    yield from _kinds(label, real, view, variant)
+                elif rule == "mala":
+                    yield _step(f"refine_reduce {label}", refine_reduce, real, variant.reduce, view)
     # What alignment and a constant change: pointers into other tensors, and a sample of one feature
-    all_on = Variant("backtracking", **options, view=True, channel_tile=CHANNEL_TILE)
-    for kernel, constants in ((refine_reduce, all_on.reduce), (refine_decide, all_on.decide), (refine_apply, all_on.apply)):
-        label = f"{kernel.__name__} unaligned"
-        yield _step(label, kernel, torch.float32, constants, torch.bfloat16, aligned=False)
-    for kernel, constants in ((refine_reduce, all_on.reduce), (refine_apply, Variant("sgd", **options).apply)):
-        label = f"{kernel.__name__} one feature"
-        yield _step(label, kernel, torch.float32, {"features": 1, **constants})
+    for rule in ("backtracking", "hmc"):
+        all_on = _variant(rule, True, view=True, channel_tile=CHANNEL_TILE)
+        for kernel, constants in ((refine_reduce, all_on.reduce), (refine_decide, all_on.decide), (refine_apply, all_on.apply)):
+            label = f"{kernel.__name__} {rule} unaligned"
+            yield _step(label, kernel, torch.float32, constants, torch.bfloat16, aligned=False)
+    for rule in ("sgd", "hmc"):
+        all_on = _variant(rule, True)
+        for kernel, constants in ((refine_reduce, all_on.reduce), (refine_apply, all_on.apply)):
+            label = f"{kernel.__name__} {rule} one feature"
+            yield _step(label, kernel, torch.float32, {"features": 1, **constants})
 
 
 def _kinds(label: str, real: torch.dtype, view: torch.dtype | None, variant: Variant) -> Iterator[Specialisation]:
     """The steps of a run: with a gradient, forward only, refill only."""
     for kind, given in (("", {}), (", forward", {"grad": False}), (", refill", {"grad": False, "evaluated": False})):
         step = Variant(**{**vars(variant), **given})
+        if RULES[step.rule].tests and step.evaluated and not step.grad:
+            continue  # its last gradient is read
+        if step.reduces and RULES[step.rule].terms:
+            yield _step(f"refine_reduce {label}{kind}", refine_reduce, real, step.reduce, view)
         yield _step(f"refine_decide {label}{kind}", refine_decide, real, step.decide)
         yield _step(f"refine_apply {label}{kind}", refine_apply, real, step.apply, view)
 

@@ -27,30 +27,45 @@ class Variant:
     grad: bool = True
     view: bool = False
     channel_tile: int = 0  # 0: the view has the order of the activation
+    latent: bool = False
 
     # Options that do not matter are off: kinds with the same code then share it.
 
     @property
+    def reduces(self) -> bool:
+        """Whether refine_reduce is launched."""
+        return self.evaluated and (self.grad or RULES[self.rule].terms > 0)
+
+    @property
     def reduce(self) -> dict[str, Any]:
-        """The constants of refine_reduce; launched only with a gradient."""
-        return {"CLIP": self.clip, "BLOCK": BLOCK}
+        """The constants of refine_reduce."""
+        fused = RULES[self.rule]
+        sums = fused.terms > 0
+        state = {"SCALARS": fused.scalars if sums else 0, "VECTORS": fused.vectors if sums else 0}
+        order = {"LATENT": self.latent and fused.tests, "REORDERED": self.channel_tile > 0 and sums and self.grad}
+        options = {"GRAD": self.grad, "CLIP": self.clip and self.grad, "BLOCK": BLOCK}
+        return {"SUMS": fused.sums, "TERMS": fused.terms, **state, **order, **options}
 
     @property
     def decide(self) -> dict[str, Any]:
         """The constants of refine_decide."""
         fused, evaluated, grad = RULES[self.rule], self.evaluated, self.evaluated and self.grad
-        observe = {"OBSERVE": fused.observe, "REJECTS": fused.rejects and evaluated, "NOISE": self.noise and evaluated}
+        rule = fused if evaluated else RULES["sgd"]
+        observe = {"OBSERVE": rule.observe, "REJECTS": rule.rejects, "TERMS": rule.terms, "TESTS": rule.tests}
+        observe |= {"LATE": rule.late, "NOISE": self.noise and evaluated, "START": fused.start, "SCALARS": fused.scalars}
         options = {"CLIP": self.clip and grad, "KEEP_BEST": self.keep_best and evaluated, "LOCKSTEP": self.lockstep}
-        return {"START": fused.start, "SCALARS": fused.scalars, "EVALUATED": evaluated, "GRAD": grad, **observe, **options}
+        return {"EVALUATED": evaluated, "GRAD": grad, **observe, **options}
 
     @property
     def apply(self) -> dict[str, Any]:
         """The constants of refine_apply; without a gradient nothing is proposed."""
         fused, grad = RULES[self.rule], self.evaluated and self.grad
-        propose = {"PROPOSE": (fused if grad else RULES["sgd"]).propose, "SCALARS": fused.scalars if grad else 0}
+        rule = fused if grad else RULES["sgd"]
+        propose = {"PROPOSE": rule.propose, "SCALARS": rule.scalars, "TESTS": rule.tests, "SCHEDULE": rule.schedule}
+        propose |= {"VECTORS": fused.vectors, "LATENT": self.latent and grad}
         options: dict[str, Any] = {"NOISE": self.noise and grad, "CLAMP": self.clamp and grad, "CLIP": self.clip and grad}
         options |= {"KEEP_BEST": self.keep_best and self.evaluated, "VIEW": self.view, "CHANNEL_TILE": self.channel_tile}
-        return {"VECTORS": fused.vectors, "GRAD": grad, "BLOCK": BLOCK, **propose, **options}
+        return {"GRAD": grad, "BLOCK": BLOCK, **propose, **options}
 
 
 def channel_tile(channels: int, pixels: int) -> int:

@@ -56,7 +56,7 @@ def device_of(backend):
 
 
 def bound(sampler, features, dtype, device):
-    """The sampler with what a Refiner would tell it: a prior of normal, uniform and truncated elements in turn."""
+    """The sampler with what a Refiner would tell it: its own prior, or normal, uniform and truncated elements in turn."""
     if not sampler.reads_prior:
         return sampler
     table = torch.tensor([[1, 0, 1], [-torch.inf, -1, -1.5], [torch.inf, 1, 1.5]], dtype=dtype)
@@ -64,6 +64,7 @@ def bound(sampler, features, dtype, device):
         sampler = replace(sampler, projection="none")
     if isinstance(sampler, DOT) and sampler.projection != "none":
         table = table[:, :1]  # the radial part is of normal priors alone
+    table = table if sampler.latent is None else sampler.latent.table.to(dtype)
     latent = Latent(table.repeat(1, features)[:, :features].contiguous().to(device))
     return sampler.over(latent) if isinstance(sampler, DDLS) else replace(sampler, latent=latent)
 

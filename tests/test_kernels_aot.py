@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastrefine import ops, slots
-from fastrefine.samplers import Evaluation
-from tests.step_machine import SAMPLERS, Recorder, device_of
+from fastrefine.samplers import DOT, Evaluation
+from tests.step_machine import SAMPLERS, Recorder, bound, device_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +41,8 @@ for one in specialisations():
 def test_a_sample_of_the_kernels_compiles():
     labels = [
         "refine_reduce torch.float32, torch.bfloat16 gradient, clip=True",
+        "refine_reduce mala torch.float32, torch.bfloat16 view, tile 32",
+        "refine_decide hmc torch.float32, options=True",
         "refine_decide backtracking torch.float32, options=True",
         "refine_apply backtracking torch.float32, torch.bfloat16 view, tile 32",
         "follow_rows uint8",
@@ -73,17 +75,19 @@ def test_every_kernel_and_rule_is_compiled():
     every = specialisations()
     assert {one.kernel.__name__ for one in every} == kernels
     rules = pytest.importorskip("fastrefine.kernels.rules").RULES
-    for part in ("propose", "observe", "start"):
+    for part in ("propose", "observe", "start", "sums"):
         compiled = {one.constants.get(part.upper()) for one in every}
         assert {getattr(rule, part) for rule in rules.values()} <= compiled
     applied = [one.constants for one in every if one.kernel.__name__ == "refine_apply"]
-    for option in ("NOISE", "CLAMP", "CLIP", "KEEP_BEST"):
-        assert {(c["PROPOSE"], c[option]) for c in applied} >= {(r.propose, on) for r in rules.values() for on in (0, 1)}
+    fixed = pytest.importorskip("fastrefine.kernels.aot").FIXED
+    for option in ("NOISE", "CLAMP", "CLIP", "KEEP_BEST", "LATENT"):
+        wanted = {(r.propose, on) for name, r in rules.items() for on in (0, 1) if fixed[name].get(option.lower(), on) == on}
+        assert {(c["PROPOSE"], c[option]) for c in applied if c["GRAD"]} == wanted
 
 
 def code(name, constants, types):
     """What selects the code besides options, which are compiled all on and all off."""
-    options = ("NOISE", "CLAMP", "CLIP", "KEEP_BEST", "LOCKSTEP", "LANES", "num_warps", "enable_fp_fusion")
+    options = ("NOISE", "CLAMP", "CLIP", "KEEP_BEST", "LOCKSTEP", "LATENT", "LANES", "num_warps", "enable_fp_fusion")
     chosen = {k: getattr(v, "__name__", str(v)) for k, v in constants.items() if k not in options}
     if "CHANNEL_TILE" in chosen:
         chosen["CHANNEL_TILE"] = chosen["CHANNEL_TILE"] != "0"
@@ -99,6 +103,7 @@ def code(name, constants, types):
 def test_what_is_launched_is_compiled(real, view, channels, on, monkeypatch):
     launched, device = set(), device_of("triton")
     launch = pytest.importorskip("fastrefine.kernels.launch")
+    fixed = pytest.importorskip("fastrefine.kernels.aot").FIXED
 
     class Noted(Recorder):
         def __getitem__(self, grid):
@@ -111,7 +116,11 @@ def test_what_is_launched_is_compiled(real, view, channels, on, monkeypatch):
     for name in ("refine_reduce", "refine_decide", "refine_apply"):
         monkeypatch.setattr(launch, name, Noted(getattr(launch, name), None))
     for sampler in SAMPLERS.values():
+        sampler = bound(sampler, 8, real, device) if on or not isinstance(sampler, DOT) else sampler
         clamped = replace(sampler, clamp=(0.0, 1.0)) if on and hasattr(sampler, "clamp") else sampler
+        kernel = clamped.kernel()
+        options = {"noise": kernel.noise, "clamp": kernel.clamp is not None, "latent": kernel.latent is not None}
+        assert options | fixed[kernel.rule] == options, kernel
         rule = slots.Rule(clamped, 0, on, on, 1.0 if on else None)
         own, pool, outputs = slots.allocate(2, 8, 3, 3, rule, real, torch.device(device), None, view, channels)
         grad = torch.zeros(2, 8, dtype=view or real, device=device)
@@ -120,6 +129,7 @@ def test_what_is_launched_is_compiled(real, view, channels, on, monkeypatch):
             Evaluation(own.threshold, own.threshold, grad),
             Evaluation(own.threshold, own.threshold, None),
         ):
-            ops.refine_step(own, evaluation, pool, outputs, rule, backend="triton")
+            if evaluation is None or evaluation.grad is not None or not sampler.reads_last_gradient:
+                ops.refine_step(own, evaluation, pool, outputs, rule, backend="triton")
     compiled = {code(one.kernel.__name__, one.constants, one.types) for one in specialisations() if one.aligned}
     assert launched and not launched - compiled, launched - compiled

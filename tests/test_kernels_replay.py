@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastrefine import ops, slots
-from fastrefine.samplers import DGflow, Evaluation
-from tests.step_machine import SAMPLERS, Recorder, device_of, needs_gpu, random_evaluation, record
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, DGflow, Evaluation, Latent
+from tests.step_machine import SAMPLERS, Recorder, bound, device_of, needs_gpu, random_evaluation, record
 
 S, F, P = 3, 5, 6
 
@@ -53,14 +53,33 @@ def in_a_graph(step, monkeypatch):
     return graph.replay
 
 
+def changed(sampler):
+    """Another sampler of the same kind, with other numbers and tables everywhere, and it with the tables it had."""
+    if isinstance(sampler, DGflow):
+        return replace(sampler, step_size=0.07, gamma=0.1), None
+    if sampler.latent is None:
+        return replace(sampler, step_size=0.07, clamp=(-1.0, 0.75)), None
+    numbers = {
+        DDLS: dict(step_size=(0.2, 0.1), noise_scale=(0.3, 0.6, 0.5)), MALA: dict(step_size=0.07, adapt=2, target=0.2),
+        HMC: dict(step_size=0.07, adapt=3, leapfrog=3), DOT: dict(step_size=0.07, lipschitz=1.5),
+    }  # fmt: skip
+    other = replace(sampler, **numbers[type(sampler)])
+    precision, low, high = sampler.latent.table
+    latent = Latent(torch.stack([1.5 - precision, low.clamp(min=-2) * 0.5, high.clamp(max=3) * 0.5]))
+    if isinstance(sampler, DDLS):
+        return other.over(latent), other.over(sampler.latent)
+    return replace(other, latent=latent), other
+
+
 @pytest.mark.parametrize("recorded", [on_tape, pytest.param(in_a_graph, marks=needs_gpu)])
 @pytest.mark.parametrize("rule", SAMPLERS)
 def test_recorded_launches_serve_another_rule_of_the_same_kind(rule, recorded, monkeypatch):
     device = device_of("triton")
-    options = {} if rule == "noise" else {"clamp": (-2.0, 2.0)}
-    old = slots.Rule(replace(SAMPLERS[rule], **options), 1, keep_best=True, max_grad_norm=9.0)
-    changed = {"gamma": 0.1} if rule == "noise" else {"clamp": (-1.0, 0.75)}
-    new = slots.Rule(replace(old.sampler, step_size=0.07, **changed), 2**63 + 7, keep_best=True, max_grad_norm=1.5)
+    sampler = bound(SAMPLERS[rule], F, torch.float32, device)
+    sampler = replace(sampler, clamp=(-2.0, 2.0)) if hasattr(sampler, "clamp") else sampler
+    old = slots.Rule(sampler, 1, keep_best=True, max_grad_norm=9.0)
+    other, half = changed(sampler)
+    new = slots.Rule(other, 2**63 + 7, keep_best=True, max_grad_norm=1.5)
     assert ops.baked(old, "triton") == ops.baked(new, "triton")
 
     def machine(rule):
@@ -69,14 +88,21 @@ def test_recorded_launches_serve_another_rule_of_the_same_kind(rule, recorded, m
     generator = torch.Generator().manual_seed(4)
     script = [random_evaluation(S, F, torch.float32, generator) for _ in range(8)]
     script = [e._replace(grad=torch.ones(S, F) if e.grad is None else e.grad) for e in script]
-    expected = []
-    eager = machine(new)
-    filled(*eager)
-    ops.refine_step(eager[0], None, *eager[1:], new, backend="triton")
-    for evaluation in script:
-        given = Evaluation(*(t.to(device) for t in evaluation[:3]))
-        ops.refine_step(eager[0], given, *eager[1:], new, backend="triton")
-        expected.append(record(*eager))
+
+    def eagerly(rule):
+        eager, records = machine(rule), []
+        filled(*eager)
+        ops.refine_step(eager[0], None, *eager[1:], rule, backend="triton")
+        for evaluation in script:
+            given = Evaluation(*(t.to(device) for t in evaluation[:3]))
+            ops.refine_step(eager[0], given, *eager[1:], rule, backend="triton")
+            records.append(record(*eager))
+        return records
+
+    expected = eagerly(new)
+    if half is not None:  # the tables matter
+        moved = [torch.stack([r["slots.activation"] for r in run]) for run in (expected, eagerly(replace(new, sampler=half)))]
+        assert not torch.equal(*moved)
 
     own = machine(old)
     filled(*own)
@@ -109,6 +135,11 @@ def test_only_what_selects_the_code_is_baked_into_triton_kernels():
     kinds = [RULE, *OTHER_KINDS[:-1]]
     assert len({ops.baked(rule, "triton") for rule in kinds}) == len(kinds)
     assert ops.baked(OTHER_KINDS[-1], "triton") == ops.baked(OTHER_KINDS[4], "triton")  # flow without noise is sgd
+    chains = [slots.Rule(bound(SAMPLERS[name], F, torch.float32, "cpu"), 0) for name in ("ddls", "mala", "hmc", "dot_clip")]
+    ddls, dot = chains[0].sampler, chains[-1].sampler
+    chains += [replace(RULE, sampler=replace(dot, latent=None)), replace(RULE, sampler=replace(ddls, noise_scale=0.0))]
+    chains += [replace(RULE, sampler=replace(ddls, step_size=0.1, noise_scale=1.0).over(ddls.latent))]
+    assert len({ops.baked(rule, "triton") for rule in kinds + chains}) == len(kinds) + len(chains)
     numbers = replace(RULE, seed=5, sampler=replace(SAMPLERS["momentum"], step_size=0.1, momentum=0.5))
     assert ops.baked(numbers, "triton") == ops.baked(RULE, "triton")
 

@@ -5,7 +5,7 @@ import torch
 
 from fastrefine import ops, slots
 from fastrefine.samplers import Evaluation
-from tests.step_machine import SAMPLERS, Options, compare, device_of, drive
+from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
 
 SHAPES = {0: (3, 11), 3: (3, 12), 40: (2, 2000)}  # by channels; the last has several tiles each way, cut off at the edges
 
@@ -17,7 +17,7 @@ def reordered(activation, channels):
 
 @pytest.mark.parametrize("channels", SHAPES)
 @pytest.mark.parametrize("view", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", ["backtracking", "adam", "noise"])
+@pytest.mark.parametrize("rule", ["backtracking", "adam", "noise", "ddls", "mala", "hmc", "dot_adam"])
 def test_triton_equals_the_reference(rule, view, channels):
     options = Options(keep_best=True, max_grad_norm=1.0, view=view, view_channels=channels)
     args = (SAMPLERS[rule], SHAPES[channels], torch.float32, options, 8)
@@ -47,7 +47,8 @@ def test_the_order_of_the_view_changes_no_bit_of_the_samples(rule):
 
     def run(channels):
         view = torch.float32 if channels else None
-        rule_ = slots.Rule(SAMPLERS[rule], seed=5)
+        sampler = bound(SAMPLERS[rule], 12, torch.float32, "cpu")
+        rule_ = slots.Rule(sampler, seed=5)
         own, pool, outputs = slots.allocate(2, 12, 4, 4, rule_, torch.float32, torch.device("cpu"), None, view, channels)
         generator = torch.Generator().manual_seed(0)
         pool.activation.normal_(generator=generator)

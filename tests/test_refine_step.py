@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fastrefine import ops, slots
-from fastrefine.samplers import Collaborative, DGflow, Evaluation
-from tests.step_machine import SAMPLERS, Options, compare, device_of, drive
+from fastrefine.ops.noise import Noise, Stream
+from fastrefine.samplers import DDLS, HMC, MALA, Collaborative, DGflow, Evaluation, Latent, dot
+from fastrefine.samplers.metropolis import MetropolisSampler
+from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
 
 BACKENDS = ("cpu", "triton")
 RUNS = [
@@ -38,7 +40,7 @@ def test_options_do_not_interfere(rule, norm, lockstep, keep_best):
 
 
 @pytest.mark.parametrize("clamp", [(0.0, 0.25), (-0.5, 0.0)])
-@pytest.mark.parametrize("rule", [name for name in SAMPLERS if name != "noise"])
+@pytest.mark.parametrize("rule", [name for name, sampler in SAMPLERS.items() if hasattr(sampler, "clamp")])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_clamp_bound_of_zero_is_a_bound(backend, rule, clamp):
     args = (replace(SAMPLERS[rule], clamp=clamp), (3, 7), torch.float32)
@@ -46,6 +48,28 @@ def test_a_clamp_bound_of_zero_is_a_bound(backend, rule, clamp):
     compare(records, drive("reference", *args))
     moved = torch.cat([r["slots.activation"][(r["slots.step"] > 0) & (r["slots.sample_id"] >= 0)] for r in records])
     assert len(moved) and moved.min() >= clamp[0] and moved.max() <= clamp[1]
+
+
+BOX = Latent(torch.tensor([[1, 0], [-8, -8], [8, 8]]))  # no proposal of the script lies outside
+WIDE = [MALA(0.01, adapt=3, latent=BOX), HMC(0.05, leapfrog=2, adapt=4, latent=BOX)]  # steps that are accepted at times
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sampler", WIDE, ids=["mala", "hmc"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tests_with_sums_over_many_features_equal_the_reference(backend, sampler, dtype):
+    args = (sampler, (4, 1025), dtype, Options(max_grad_norm=20.0), 15)
+    expected = drive("reference", *args)
+    compare(drive(backend, *args), expected)
+    tests = torch.cat([r["slots.step"][r["slots.sample_id"] >= 0] for r in expected]) // sampler.transition
+    accepted = torch.cat([r["state.accepted"] for r in expected])
+    assert (accepted > 0).any() and (accepted < tests).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_langevin_steps_without_noise_equal_the_reference(backend):
+    args = (DDLS(0.3, 0.0), (3, 7), torch.float64)
+    compare(drive(backend, *args), drive("reference", *args))
 
 
 def served(before, after):
@@ -88,6 +112,58 @@ def test_five_percent_too_much_noise_and_a_wrong_step_size_are_found(backend, wr
     expected = drive("reference", SAMPLERS["noise"], *args)
     with pytest.raises(AssertionError, match=r"slots\.activation"):
         compare(drive(backend, replace(SAMPLERS["noise"], **wrong), *args), expected)
+
+
+TEST, FOLD, UNIFORM = MetropolisSampler.test, Latent.fold, Noise.uniform
+FREE = Latent(torch.tensor([[0.0], [-torch.inf], [torch.inf]]))
+FIELDS = {  # what the sampler of the reference may have wrong
+    "ddls": [{"step_size": (0.3, 0.3)}, {"noise_scale": (1.0, 0.5)}, {"latent": FREE}],
+    "mala": [{"target": 0.6}, {"adapt": 4}, {"step_size": 0.3003}, {"latent": FREE}],
+    "hmc": [{"target": 0.7}, {"adapt": 2}, {"leapfrog": 1}, {"leapfrog": 3}, {"latent": FREE}],
+    "dot_adam": [{"projection": "none"}, {"lipschitz": 2.01}, {"step_size": 0.3003}],
+    "dot_sgd": [{"projection": "radial"}, {"lipschitz": 2.01}],
+    "dot_clip": [{"latent": FREE}],
+}
+FORMULAS = {  # and what may be wrong of its formulas: where, by what, for whom
+    "a uniform of another stream": (Noise, "uniform", lambda own: UNIFORM(own, Stream.PROPOSAL), ("mala", "hmc")),
+    "no correction of the ratio": (MetropolisSampler, "test", lambda *x: TEST(*x[:4], 0 * x[4], *x[5:]), ("mala", "hmc")),
+    "clipped for folded": (Latent, "fold", lambda own, a: (a.clamp(*own.table[1:]), FOLD(own, a)[1]), ("ddls", "hmc")),
+    "momenta that never turn": (Latent, "fold", lambda own, a: (FOLD(own, a)[0], torch.zeros_like(a).bool()), ("hmc",)),
+    "no prior score": (Latent, "score", lambda own, a: torch.zeros_like(a), ("ddls", "mala", "hmc")),
+    "another shift": (dot, "SHIFT", 2e-3, ("dot_adam", "dot_sgd", "dot_clip")),
+}
+
+
+def differs(ours, expected):
+    with pytest.raises(AssertionError, match=r"step \d+, "):
+        compare(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong"),
+    [(r, w) for r, found in FIELDS.items() for w in found],
+    ids=lambda x: x if isinstance(x, str) else str(*x),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wrong_field_is_found(backend, rule, wrong):
+    args = ((4, 5), torch.float32, Options(), 20)
+    differs(drive(backend, SAMPLERS[rule], *args), drive("reference", replace(SAMPLERS[rule], **wrong), *args))
+
+
+@pytest.mark.parametrize(("rule", "name"), [(rule, name) for name, found in FORMULAS.items() for rule in found[3]])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wrong_formula_is_found(backend, rule, name, monkeypatch):
+    args = (SAMPLERS[rule], (4, 5), torch.float32, Options(), 20)
+    ours = drive(backend, *args)
+    monkeypatch.setattr(*FORMULAS[name][:3])
+    differs(ours, drive("reference", *args))
+
+
+@pytest.mark.parametrize("rule", FIELDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_not_clipped_is_found(backend, rule):
+    args = (SAMPLERS[rule], (4, 5), torch.float32)
+    differs(drive(backend, *args, Options(max_grad_norm=1.0), 20), drive("reference", *args, Options(), 20))
 
 
 # The reference against its specification: one sample at a time, in plain Python floats.
@@ -185,7 +261,7 @@ def test_each_sample_goes_its_own_way_whatever_its_neighbours(backend, sampler, 
 def machine(sampler, backend, num_slots=2, features=3, count=6, last_step=4, **options):
     """A filled machine of float64 and a function that steps it with the same numbers for every slot."""
     device = device_of(backend)
-    rule = slots.Rule(sampler, 0, **options)
+    rule = slots.Rule(bound(sampler, features, torch.float64, device), 0, **options)
     own, pool, outputs = slots.allocate(num_slots, features, count, count, rule, torch.float64, torch.device(device))
     pool.activation.copy_(torch.arange(count, dtype=torch.float64)[:, None] + 1)
     pool.last_step.copy_(torch.tensor(last_step))
@@ -243,6 +319,17 @@ def test_the_gradient_of_a_last_evaluation_is_never_read(backend, grad):
 
 
 @every_backend
+@pytest.mark.parametrize(("grad", "accepted"), [(math.nan, 0.0), (0.5, 1.0)])
+def test_a_metropolis_test_reads_the_gradient_of_the_last_evaluation(backend, grad, accepted):
+    _, _, outputs, step = machine(MALA(0.3, latent=BOX), backend, last_step=1)
+    step()
+    step(logit=100.0, loss=-100.0, grad=grad)
+    assert outputs.status[:2].tolist() == [slots.EXHAUSTED] * 2 and outputs.scalars[2, :2].tolist() == [accepted] * 2
+    assert outputs.logit[:2].tolist() == [100 * accepted] * 2
+    assert ((outputs.activation[:2, 0].cpu() == torch.tensor([1.0, 2.0])) == (accepted == 0)).all()
+
+
+@every_backend
 def test_counters_tell_the_least_and_most_updates_that_live_slots_have_left(backend):
     own, pool, _, step = machine(SAMPLERS["sgd"], backend, num_slots=3, count=4, last_step=[1, 5, 7, 9])
     seen = [pool.counters[slots.SHORTEST :].tolist()]
@@ -254,7 +341,7 @@ def test_counters_tell_the_least_and_most_updates_that_live_slots_have_left(back
 
 
 @every_backend
-@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "backtracking", "noise"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "backtracking", "noise", "ddls", "dot_adam"])
 def test_a_slot_that_waits_goes_the_same_way_as_without_the_extra_evaluation(backend, rule):
     """Slot 0 gets its last evaluation without a gradient, in a step of its own, or together with slot 1."""
 
@@ -268,7 +355,8 @@ def test_a_slot_that_waits_goes_the_same_way_as_without_the_extra_evaluation(bac
             step(logit=logit, loss=-logit)
         counters = pool.counters.tolist()
         assert counters == [2, 2, 0, 2, 7, 5 + wait, 0, 0]
-        return {f.name: getattr(outputs, f.name)[1] for f in fields(outputs)}
+        rows = {f.name: getattr(outputs, f.name) for f in fields(outputs)}
+        return {name: tensor[:, 1] if name == "scalars" else tensor[1] for name, tensor in rows.items()}
 
     straight = run(False)
     for name, tensor in run(True).items():
@@ -295,9 +383,10 @@ def test_best_is_kept_when_the_last_iterate_is_worse(backend):
     torch.testing.assert_close(outputs.activation[:2, 0].cpu(), torch.tensor([0.85, 1.85], dtype=torch.float64))
 
 
-def test_threads_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("rule", ["noise", "ddls", "mala", "hmc", "dot_adam", "dot_sgd"])
+def test_threads_change_no_bit(rule, monkeypatch):
     device_of("cpu")
-    args = (SAMPLERS["noise"], (40, 5000), torch.float32, Options(max_grad_norm=30.0), 6)
+    args = (SAMPLERS[rule], (40, 5000), torch.float32, Options(max_grad_norm=30.0), 6)
     one = drive("cpu", *args)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     three = drive("cpu", *args)

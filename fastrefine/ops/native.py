@@ -16,12 +16,14 @@ from fastrefine.ops.metropolis import metropolis
 from fastrefine.ops.noise import uniform
 from fastrefine.ops.registry import Absent
 from fastrefine.samplers.base import Evaluation
-from fastrefine.slots import Outputs, Pool, Rule, Slots
+from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
 
 # The last three are PyTorch's here too: C++ has nothing to add to copies of rows and a scan of whole vectors.
 __all__ = ["RULES", "follow", "metropolis", "normal", "refine_step", "uniform"]
 
-RULES = frozenset({"sgd", "backtracking", "adaptive", "momentum", "adam", "ladam"})
+RULES = frozenset(
+    {"sgd", "backtracking", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam", "dot_sgd"}
+)
 
 _SMALL = 1 << 16  # elements below which a second thread costs more than it brings
 
@@ -60,6 +62,7 @@ class _Bound:
     """The C++ view of a run's tensors, which must be written in place from here on, and what it was made from."""
 
     params: Any
+    tables: tuple[Tensor | None, Tensor | None]  # the sampler's, which lie where the addresses say while they are held
     pool: Pool
     outputs: Outputs
     rule: Rule
@@ -72,11 +75,12 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     """As ``ops.refine_step``, on CPU tensors, for the rules in ``RULES``."""
     bound = slots.cache.get("cpu")
     if not isinstance(bound, _Bound) or (bound.pool, bound.outputs, bound.rule) != (pool, outputs, rule):
-        bound = _Bound(_params(slots, pool, outputs, rule), pool, outputs, rule)
+        bound = _Bound(*_params(slots, pool, outputs, rule), pool, outputs, rule)
         slots.cache["cpu"] = bound
     if evaluation is None:
         _native.refine_step(bound.params, 0, 0, 0, 1)
         return
+    assert evaluation.grad is not None or not rule.sampler.reads_last_gradient, rule.sampler
     s, f = slots.activation.shape
     dtype = slots.activation.dtype
     logit, loss = evaluation.logit.contiguous(), evaluation.loss.contiguous()
@@ -94,14 +98,17 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> Any:
+def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
     assert slots.view is None, "the networks read the activation itself on a CPU"
     kernel = rule.sampler.kernel()
     assert kernel is not None and kernel.rule in RULES, kernel
     real, long, integer = slots.activation.dtype, torch.int64, torch.int32
     assert real in (torch.float32, torch.float64), real
     (s, f), rows, window = slots.activation.shape, len(pool.threshold), len(outputs.status)
-    state = slots.state
+    state, count = slots.state, (len(kernel.scalars), len(kernel.vectors))
+    names = rows_of(state, slots.threshold), rows_of(state, slots.activation)
+    assert names == (kernel.scalars, kernel.vectors), (names, kernel)
+    length = 0 if kernel.schedule is None else kernel.schedule.shape[1]
     fields: dict[str, Any] = {
         "real64": real == torch.float64,
         "num_slots": s,
@@ -109,12 +116,17 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> Any:
         "pool_rows": rows,
         "output_rows": window - 1,
         "rule": kernel.rule,
-        "hyper": _padded(kernel.hyper, 5),
-        "scalars": _padded(tuple(_address(state[name], real, s) for name in kernel.scalars), 2),
-        "vectors": _padded(tuple(_address(state[name], real, s, f) for name in kernel.vectors), 2),
+        "hyper": (*kernel.hyper, *[0.0] * (7 - len(kernel.hyper))),
+        "scalars": _address(slots.scalars, real, count[0], s),
+        "vectors": _address(slots.vectors, real, count[1], s, f),
+        "num_scalars": count[0],
+        "num_vectors": count[1],
         "position": _address(state["position"], real, s, f),
         "logit": _address(state["logit"], real, s),
-        "noise_scale": kernel.noise_scale,
+        "noise": kernel.noise,
+        "latent": _address(kernel.latent, real, 3, f),
+        "schedule": _address(kernel.schedule, real, 2, length),
+        "schedule_length": length,
         "max_grad_norm": -1.0 if rule.max_grad_norm is None else rule.max_grad_norm,
         "clamp": kernel.clamp is not None,
         "lockstep": rule.lockstep,
@@ -137,12 +149,9 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> Any:
     fields["output_status"] = _address(outputs.status, integer, window)
     fields["pool_activation"] = _address(pool.activation, real, rows, f)
     fields["output_activation"] = _address(outputs.activation, real, window, f)
+    fields["output_scalars"] = _address(outputs.scalars, real, count[0], window)
 
     params = _native.Params()
     for name, value in fields.items():
         setattr(params, name, value)
-    return params
-
-
-def _padded(values: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    return (*values, *([0] * (size - len(values))))
+    return params, (kernel.latent, kernel.schedule)
