@@ -12,7 +12,6 @@ SCALE = 2.828  # [DOT] divides a grid of spacing 2 and a standard deviation of .
 SIGMA = 0.05 / SCALE
 RADIUS = 4 * SIGMA  # a sample nearer than this to a centre is of high quality
 MODES = 25
-EMD_SAMPLES = 5000
 
 
 def centres(dtype: torch.dtype = torch.float32) -> Tensor:
