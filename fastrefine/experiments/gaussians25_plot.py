@@ -48,11 +48,14 @@ def mixing(path: Path, titles: Mapping[str, str], curves: Mapping[str, Curves], 
             axis.axhline(laws[key].get(quantity, 0.0), color="black", linestyle="--", linewidth=1, label="the law")
             axis.set_xscale("symlog", linthresh=10)
             axis.set(xlabel="K", ylabel=label)
-            shown = sorted({k for curve in curves[key].values() for k in curve})
+            shown: list[int] = []
+            for k in sorted({k for curve in curves[key].values() for k in curve}):
+                if not shown or k > 1.6 * shown[-1]:  # nearer ones would be printed over each other
+                    shown.append(k)
             axis.set_xticks(shown, [str(k) for k in shown], fontsize=7)
             axis.minorticks_off()
             axis.set_title(title, fontsize=9)
-        row[0].legend(fontsize=6)
+        row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=75)
     plt.close(figure)
