@@ -144,8 +144,8 @@ struct Dot : Rule<T> {
     const double *sums = trial.sums, pull = 1 / std::sqrt(sums[0]), along = sums[1] * hyper[4] + sums[2] * pull;
     const int projection = static_cast<int>(hyper[6]);
     own[0] = static_cast<T>(pull), own[1] = 0;
-    if (projection != kNone)
-      own[1] = static_cast<T>(along / (projection == kRadial ? sums[3] : std::sqrt(double(trial.features))));
+    const double length = projection == kRadial ? sums[3] : std::sqrt(double(trial.features));
+    if (projection != kNone && length > 0) own[1] = static_cast<T>(along / length);
     return true;
   }
 

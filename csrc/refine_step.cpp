@@ -177,7 +177,7 @@ class Step {
       R::advance(logit[s], step[s]++, own, p.hyper.data());
     store(s, own);
     if (plan.update) return;
-    const bool stalled = final && step[s] > 0 && peak == 0 && !p.noise;
+    const bool stalled = final && step[s] > 0 && peak == 0 && !p.noise && !R::latent && R::sums == 0;
     at<T>(p.output_logit)[row] = best_logit ? best_logit[s] : logit[s];
     at<T>(p.output_initial_logit)[row] = initial;
     at<std::int32_t>(p.output_steps)[row] = step[s];

@@ -133,7 +133,7 @@ class Run:
         if driver.lag:
             count = 1 << count.bit_length()  # runs of about this length share a captured step
         assert first.activation is not None
-        block_bytes = first.activation.nbytes + self.size * self.target.generator.row_bytes
+        block_bytes = first.activation.nbytes * (1 + len(self.rule.snapshots)) + self.size * self.target.generator.row_bytes
         memory = MEMORY
         if self.stream is not None:
             memory = torch.cuda.get_device_properties(self.proposals.device).total_memory

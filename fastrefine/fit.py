@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.priors import Prior
-from fastrefine.samplers.base import Sampler
+from fastrefine.samplers.base import Latent, Sampler
 from fastrefine.split import Split
 from fastrefine.stopping import FixedSteps
 
@@ -72,6 +73,25 @@ def check(refiner: Refiner) -> None:
         raise InputError(f"{name} samples p0(z) exp(d(G(z))): pass prior=, e.g. fastrefine.Normal(64)")
     if not isinstance(refiner.stop, FixedSteps) or refiner.keep == "best":
         _warn(f"{name} keeps its law only with stop=None and keep='last': what this run returns is not exact")
+    if refiner.max_grad_norm is not None and not sampler.reads_last_gradient:  # a Metropolis test makes up for it
+        _warn(f"{name} with max_grad_norm samples another law, for the gradient it clips is the law's: this run is not exact")
+
+
+def latent(refiner: Refiner) -> Latent:
+    """The prior as a table that samplers read; InputError where it is none."""
+    prior = refiner.prior
+    assert prior is not None
+    try:
+        table = prior.table().to(refiner.device, refiner.dtype).contiguous()
+    except NotImplementedError:
+        name = type(refiner.sampler).__name__
+        raise InputError(f"{prior!r} has no table(), by which {name} reads a prior; see fastrefine/priors.py") from None
+    if table.shape != (3, prior.numel):
+        raise InputError(f"table() of {prior!r} has shape {tuple(table.shape)}; wanted (3, {prior.numel})")
+    low, high = table[1:]
+    if bool((torch.isfinite(low) != torch.isfinite(high)).any() | (low >= high).any()):
+        raise InputError(f"table() of {prior!r} must give each element two finite bounds, low < high, or -inf and inf")
+    return Latent(table)
 
 
 def check_latents(refiner: Refiner, latents: Tensor) -> None:

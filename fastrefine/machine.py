@@ -107,7 +107,7 @@ class Machine:
     def _record(self, snapshots: slots.Snapshots) -> None:
         """Samples that have just been moved for the (k + 1)-th time: the sampler's state is of the k-th evaluation."""
         own, window = self.slots, len(self.outputs.status) - 1
-        position = own.state["position"] if own.best is None else own.best
+        position = self.rule.sampler.position(own.state) if own.best is None else own.best
         logit = own.state["logit"] if own.best_logit is None else own.best_logit
         for index, step in enumerate(snapshots.steps):
             rows = torch.where((own.sample_id >= 0) & (own.step == step + 1), own.sample_id % window, window)

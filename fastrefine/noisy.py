@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class NoisyOutput(nn.Module):
             raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module")
         check_number("scale", scale, 0.0, open_low=True)
         self.generator, self.scale = generator, float(scale)
-        self.latent_shape = _first_input(generator) if latent_shape is None else tuple(latent_shape)
+        self.latent_shape = _first_input(generator) if latent_shape is None else _checked(latent_shape)
 
     def forward(self, latent: Tensor) -> Tensor:
         """latent: (N, numel of z + numel of an image) -> images (N, ...)."""
@@ -61,6 +62,12 @@ class _Labelled(NoisyOutput):
 class _MaybeLabelled(NoisyOutput):
     def forward(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._noisy(latent) if labels is None else self._noisy(latent, labels)
+
+
+def _checked(shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, Sequence) and shape and all(isinstance(n, int) and n > 0 for n in shape):
+        return tuple(shape)
+    raise InputError(f"latent_shape is {shape!r}; wanted positive integers, e.g. (100, 1, 1)")
 
 
 def _first_input(generator: nn.Module) -> tuple[int, ...]:

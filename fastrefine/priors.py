@@ -38,12 +38,17 @@ class Prior:
         raise NotImplementedError
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p0 (n,) up to a constant, of latents flattened to (n, F); -inf outside the support."""
-        return Latent(self.table().to(z)).log_prob(z)
+        """log p0 (n,) up to a constant, of latents (n, *shape) or flattened (n, F); -inf outside the support."""
+        return Latent(self.table().to(z)).log_prob(self._flat(z))
 
     def score(self, z: Tensor) -> Tensor:
-        """grad log p0 (n, F), of latents flattened to (n, F), inside the support."""
-        return Latent(self.table().to(z)).score(z)
+        """grad log p0 inside the support, of latents (n, *shape) or flattened (n, F), in their shape."""
+        return Latent(self.table().to(z)).score(self._flat(z)).view_as(z)
+
+    def _flat(self, z: Tensor) -> Tensor:
+        if z.dim() < 2 or z.shape[1:].numel() != self.numel:
+            raise InputError(f"latents of shape {tuple(z.shape)} are not of {self}, which has {self.numel} elements each")
+        return z.flatten(1)
 
 
 def _table(numel: int, *column: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, drivers, fit, ops, readout, session, settings, stopping
+from fastrefine import checks, drivers, fit, ops, pilot, readout, session, settings, stopping
 from fastrefine.errors import InputError
 from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, attempt, check_labels, quiet_torch
 from fastrefine.pool import Source
@@ -213,28 +213,16 @@ class Refiner:
         """Whether the activation is the latent itself, so that the prior is its law."""
         return self.at == "input" and isinstance(self.generator, nn.Module) and not isinstance(self.generator, Split)
 
-    def latent(self) -> Latent:
-        """The prior's numbers for samplers whose target it is part of."""
-        assert self.refines_latents and self.prior is not None
-        return Latent(self.prior.table().to(self.device, self.dtype))
+    def latent(self, required: bool = True) -> Latent | None:
+        """The prior's numbers for a sampler that reads them; None where it may do without and there are none."""
+        if required:
+            return fit.latent(self)
+        known = self.refines_latents and self.prior is not None and type(self.prior).table is not Prior.table
+        return fit.latent(self) if known else None
 
     def probe(self, n: int, why: str) -> tuple[Tensor, Tensor]:
-        """Activations (n, F) and logits (n,) of proposals of no sample id, two and two of one label.
-
-        To be called while a sampler is bound. InputError naming ``why`` without a prior.
-        """
-        if self.prior is None:
-            raise InputError(f"{why} needs proposals to look at: pass a number, or prior= to the Refiner")
-        side, judge = self._generator_side, self._discriminator_side
-        assert side is not None and judge is not None
-        activations, logits = [], []
-        for ids in torch.arange(PROBE, PROBE + n).split(self.num_slots):
-            z = self.prior.sample(ids, 0, self.dtype, ops.Stream.PROBE).to(self.device)
-            y = None if self._probed_labels is None else self._probed_labels[(ids // 2).to(self.device) % PROBE]
-            a, context = side.prefix(z, y)
-            activations.append(a.flatten(1))
-            logits.append(judge.logits(judge.module, side.render(a, context), y).mean(1))
-        return torch.cat(activations), torch.cat(logits)
+        """Activations (n, F) and logits (n,) of proposals of no sample id, while a sampler is bound; see ``pilot``."""
+        return pilot.activations_and_logits(self, n, why)
 
     def _source(self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any) -> Source:
         first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
@@ -259,7 +247,7 @@ class Refiner:
         if self._generator_key != key:
             self._forget()
         z, y = self._probe_batch(source, tuple(shape))
-        self._probed_labels = y
+        self._probed = z, y
         if self._generator_side is None:
             self._generator_side = GeneratorSide(self.generator, self.at, z, y, self.generator_kwargs, self.coupling)
         side = self._generator_side
@@ -280,7 +268,7 @@ class Refiner:
                 side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep", self.compile
             )
             target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
-            self._bound = self._bound[0].told(target.loss_error()), self._bound[1]
+            self._bound = self._bound[0].told(pilot.loss_error(self, target)), self._bound[1]
         self._target, self._key, self._generator_key = target, key, key
         return target
 
@@ -346,11 +334,13 @@ class Refiner:
             side = self._discriminator_side = self._discriminator_side.updated(discriminator)
             self._target.refresh(side)
             self._scorer = self._real_logits = None
+            assert self._bound is not None
             if self._needs_real:
                 self._bind(side)
-            assert self._bound is not None
+            else:
+                self._bound = self.sampler.bind(self), self._bound[1]
             with settings.arithmetic(self.precision, self.deterministic):
-                self._bound = self.sampler.bind(self).told(self._target.loss_error()), self._bound[1]
+                self._bound = self._bound[0].told(pilot.loss_error(self, self._target)), self._bound[1]
 
     def _side_for(self, x: Tensor, y: Tensor | None) -> DiscriminatorSide:
         """The prepared discriminator, or one prepared on these images (N, ...) where that one is labelled otherwise."""

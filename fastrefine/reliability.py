@@ -37,8 +37,9 @@ def reliability_plot(found: Diagnosis | Calibration, path: str | Path | None = N
         from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
     except ImportError:
         raise InputError("reliability_plot needs matplotlib: pip install fastrefine[plot]") from None
+    figure: Any = Figure(figsize=(4.8, 6), dpi=150) if ax is None else ax.figure
     if ax is None:
-        ax = Figure(figsize=(4.8, 6), dpi=150).add_subplot()
+        ax = figure.add_subplot()
     ax.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
     for name, (diagnosis, color) in shown.items():
         _curve(ax, diagnosis, color, name)
@@ -48,7 +49,6 @@ def reliability_plot(found: Diagnosis | Calibration, path: str | Path | None = N
     below = make_axes_locatable(ax).append_axes("bottom", size="25%", pad=0.1, sharex=ax)
     _histogram(below, *list(shown.values())[-1])
     below.set(xlabel="predicted probability of being real")
-    figure: Any = ax.get_figure(root=True)
     if path is not None:
         figure.savefig(path, bbox_inches="tight")
     return figure

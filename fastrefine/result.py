@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrefine import slots
+from fastrefine.errors import InputError
 
 _WHOLE = ("real_logits", "real_labels")  # not a row for each sample
 
@@ -88,6 +89,8 @@ class Result:
     def concatenate(cls, parts: list[Result]) -> Result:
         """One result from consecutive parts of a stream; the report is the last one's."""
         first, last = parts[0], parts[-1]
+        if any(part.snapshots.keys() != first.snapshots.keys() for part in parts):
+            raise InputError("the parts have snapshots after different numbers of steps")
         values: dict[str, Any] = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, value in values.items():
             if isinstance(value, Tensor) and name not in _WHOLE:

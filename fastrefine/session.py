@@ -155,7 +155,8 @@ def _empty(
     none, whole = torch.zeros(0, dtype=refiner.dtype), torch.zeros(0, dtype=torch.int32)
     latents = source.latents if source.latents is not None else none.view(0, *refiner.prior.shape)  # type: ignore[union-attr]
     images, activations = none.view(0, *side.image_shape), none.view(0, *side.shape)
-    numbers = refiner.sampler.init(none.view(0, 1), Sample(whole.long(), source.labels, none))
+    assert refiner._bound is not None
+    numbers = refiner._bound[0].init(none.view(0, 1), Sample(whole.long(), source.labels, none))
     empty = Result(
         images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole, source.labels,
         none if "accepted" in numbers else None, refiner.scale, progress.report(),

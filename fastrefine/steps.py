@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrefine.errors import InputError
 from fastrefine.result import Result, Status
 from fastrefine.samplers.base import Sampler
 
 RARE, SURE = 0.1, 0.98  # acceptance below and above which a step size is called too large, or needlessly small
-ERRORS = 4.0  # standard errors by which the mean logit must fall before it counts
+ERRORS, FEWEST = 4.0, 16  # standard errors by which the mean logit of how many samples must fall before it counts
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Tally:
         variance = max(square - known * mean * mean, 0.0) / (known - 1) if known > 1 else math.nan
         share, error = falls / updates if updates else 0.0, math.sqrt(variance / known) if known > 1 else math.nan
         acceptance, n = accepted / tested if tested else None, max(self.samples, 1)
-        problem = _problem(sampler, share, mean, error, acceptance)
+        problem = _problem(sampler, share, mean, error if known >= FEWEST else math.inf, acceptance)
         return StepDiagnosis(
             updates=int(updates), falls=share, gain=mean, gain_error=error, acceptance=acceptance, step_sizes=step_sizes,
             reached=reached / n, nonfinite=nonfinite / n, stable=not problem, advice=problem or _hint(sampler, acceptance),
@@ -79,10 +80,13 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
     """Diagnose the step size of ``sampler`` from a result of its, whose latents were drawn from the prior.
 
     A fixed step without noise is beyond stability where most updates lower the logit; fewer falls do not prove that it is
-    sound (docs/samplers.md shows steps that ruin samples at a sixth). MALA and HMC accept less than a
-    tenth of their proposals. The laws of DDLS, MALA and HMC have a mean logit at least that of the prior (its derivative
-    in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell tells of steps that are too large.
+    sound (docs/samplers.md shows steps that ruin samples at a sixth). MALA and HMC accept less than a tenth of their
+    proposals where a step is too large. The law of DDLS with noise_scale 1 has a mean logit at least that of the prior
+    (its derivative in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell, of 16 samples or
+    more, tells of steps that are too large. Raises InputError for anything but a Result and a sampler.
     """
+    if not isinstance(result, Result) or not isinstance(sampler, Sampler):
+        raise InputError(f"wanted a Result and the sampler it came from, got {type(result).__name__}, {type(sampler).__name__}")
     tally = Tally()
     tally.add(result)
     sizes = result.step_sizes
@@ -92,7 +96,8 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
 def _problem(sampler: Sampler, falls: float, gain: float, gain_error: float, acceptance: float | None) -> str:
     """What says that the step size is too large, or nothing."""
     if acceptance is not None and acceptance < RARE:
-        return f"{acceptance:.1%} of the proposals were accepted: the step size is too large; adapt= finds one by itself"
+        advice = "adapt for longer, or from a smaller one" if getattr(sampler, "adapt", 0) else "adapt= finds one by itself"
+        return f"{acceptance:.1%} of the proposals were accepted: the step size is too large; {advice}"
     if acceptance is not None or not sampler.ascends or sampler.rejects:
         return ""
     if not sampler.noisy and falls > 0.5:

@@ -84,11 +84,18 @@ class Target:
         self._convert()
         self._trace_if_faithful()
 
-    def loss_error(self) -> float:
-        """Root mean square rounding error of a loss on the probe batch, in reduced precision; 0 in float32 and float64."""
-        if self.precision in ("float64", "float32"):
+    @property
+    def is_exact(self) -> bool:
+        """Whether rounding errors of the networks do not count."""
+        return self.precision in ("float64", "float32")
+
+    def loss_error(self, a: Tensor | None = None, context: tuple[Tensor, ...] = ()) -> float:
+        """Root mean square rounding error of a loss in reduced precision, at activations (n, ...) or the probe batch's."""
+        if self.is_exact:
             return 0.0
-        a, context = self._reference
+        if a is None:
+            a, context = self._reference
+        a = a.flatten(1)
         rounded = self._values(a, *context)[1]
         frozen = self.tail, self.d, self.channels_last, self.compute
         self.tail, self.d, self.channels_last, self.compute = (

@@ -104,7 +104,7 @@ def refine_decide(
     pool_last_step_ptr, pool_threshold_ptr, pool_reference_ptr, counters_ptr,
     out_logit_ptr, out_initial_ptr, out_steps_ptr, out_falls_ptr, out_status_ptr, out_scalars_ptr,
     plan_ptr, clip_ptr, hyper_ptr, seed_ptr, sums_ptr, num_slots, pool_rows, output_rows, features,
-    OBSERVE: tl.constexpr, START: tl.constexpr, SCALARS: tl.constexpr, REJECTS: tl.constexpr, NOISE: tl.constexpr,
+    OBSERVE: tl.constexpr, START: tl.constexpr, SCALARS: tl.constexpr, REJECTS: tl.constexpr, STALLS: tl.constexpr,
     TERMS: tl.constexpr, TESTS: tl.constexpr, LATE: tl.constexpr, CLIP: tl.constexpr, KEEP_BEST: tl.constexpr,
     LOCKSTEP: tl.constexpr, EVALUATED: tl.constexpr, GRAD: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def refine_decide(
         done = bad | reached | (served & last)
         update = served & (done == 0)
         status = tl.full([LANES], 1, tl.int32)
-        if not NOISE:
+        if STALLS:
             status = tl.where(last & (step > 0) & (grad_peak == 0), 3, status)
         status = tl.where(bad, 2, tl.where(reached, 0, status))
         row = tl.where(done, sample_id % output_rows, 0)

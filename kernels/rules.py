@@ -161,7 +161,8 @@ def dot_observe(logit, loss, first, step, scalars, sums, uniform, features, hype
     mode = tl.load(hyper + 6)  # 0: none, 1: radial, 2: published
     pull = 1 / tl.sqrt(sums[0])
     along = sums[1] * tl.load(hyper + 4) + sums[2] * pull
-    radial = along / tl.where(mode == 2, tl.sqrt(features.to(tl.float64)), sums[3])
+    length = tl.where(mode == 2, tl.sqrt(features.to(tl.float64)), sums[3])
+    radial = tl.where(length == 0, 0.0, along / tl.where(length == 0, 1.0, length))
     return first | True, (pull.to(DTYPE), tl.where(mode == 0, 0.0, radial).to(DTYPE), scalars[2])
 
 

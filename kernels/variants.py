@@ -47,12 +47,17 @@ class Variant:
         return {"SUMS": fused.sums, "TERMS": fused.terms, **state, **order, **options}
 
     @property
+    def moves(self) -> bool:
+        """Whether a sample moves without a gradient of D: by noise or by the prior."""
+        return self.noise or RULES[self.rule].schedule or RULES[self.rule].sums is not None
+
+    @property
     def decide(self) -> dict[str, Any]:
         """The constants of refine_decide."""
         fused, evaluated, grad = RULES[self.rule], self.evaluated, self.evaluated and self.grad
         rule = fused if evaluated else RULES["sgd"]
         observe = {"OBSERVE": rule.observe, "REJECTS": rule.rejects, "TERMS": rule.terms, "TESTS": rule.tests}
-        observe |= {"LATE": rule.late, "NOISE": self.noise and evaluated, "START": fused.start, "SCALARS": fused.scalars}
+        observe |= {"LATE": rule.late, "STALLS": evaluated and not self.moves, "START": fused.start, "SCALARS": fused.scalars}
         options = {"CLIP": self.clip and grad, "KEEP_BEST": self.keep_best and evaluated, "LOCKSTEP": self.lockstep}
         return {"EVALUATED": evaluated, "GRAD": grad, **observe, **options}
 

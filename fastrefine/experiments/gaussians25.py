@@ -45,7 +45,7 @@ class Recipe:
     emd_samples: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
     critic_seeds: tuple[int, ...] = (0,)
-    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200, 300)
+    steps: tuple[int, ...] = (0, 10, 25, 50, 100, 300, 1000)
     warm_up: int = 50
     chain_length: int = 20
     num_slots: int = 500

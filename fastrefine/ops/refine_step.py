@@ -13,13 +13,14 @@ from fastrefine.slots import Outputs, Pool, Rule, Slots
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(mask if old.dim() == 1 else per_slot(mask), new, old)
+    return torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
 def _merge(mask: Tensor, new: State, old: State) -> None:
     """Write ``new`` into the persistent entries ``old`` where ``mask``."""
     for name, tensor in old.items():
-        tensor.copy_(_where(mask, new[name], tensor))
+        if name in new:
+            tensor.copy_(_where(mask, new[name], tensor))
 
 
 @op
@@ -38,8 +39,8 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
                  log_prior and prior_score are of ``sampler.latent``, where it has one
       bad        not finite, and first or the sampler cannot reject: the standing state stays
       retire     bad (NONFINITE) | standing logit >= threshold (REACHED) | last (EXHAUSTED, or STALLED when every
-                 gradient before was exactly 0 and the sampler has no noise): position, or the best iterate with
-                 keep_best, to output row id % W; so do all scalars of its state
+                 gradient before was exactly 0 and nothing else moves the sample, neither noise nor its prior): position,
+                 or the best iterate with keep_best, to output row id % W; so do all scalars of its state
       propose    otherwise: activation <- sampler.propose, step += 1
     Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
     slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
@@ -135,7 +136,7 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
 
     reached = live & ~bad & (logit >= slots.threshold)
     done = bad | reached | (live & last)
-    stalled = last & (slots.step > 0) & (slots.grad_peak == 0) & (not sampler.noisy)
+    stalled = last & (slots.step > 0) & (slots.grad_peak == 0) & (not (sampler.noisy or sampler.reads_prior))
     status = torch.where(stalled, S.STALLED, S.EXHAUSTED)
     status = torch.where(bad, S.NONFINITE, torch.where(reached, S.REACHED, status))
     kept = position if slots.best is None else slots.best

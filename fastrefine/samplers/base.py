@@ -59,7 +59,7 @@ class Latent:
     """A prior over flattened latents: independent elements, normal or uniform, on a box.
 
     table: (3, F) in the dtype and on the device of the activations: precision (1: standard normal, 0: uniform), lowest
-    and highest value (-inf, inf where there is none). log p0(z) = -sum precision z^2 / 2 inside, -inf outside.
+    and highest value (both finite, or -inf and inf). log p0(z) = -sum precision z^2 / 2 inside, -inf outside.
     """
 
     table: Tensor
@@ -110,7 +110,8 @@ class Sampler:
     """Base of all samplers. A state always holds ``position`` (S, F), the sample as it stands, and its ``logit`` (S,).
 
     State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until
-    ``propose``. Persistent (S,) entries are returned with the samples: "step_size" and "accepted" under these names.
+    ``propose``. Persistent (S,) entries in the activation's dtype are returned with the samples: "step_size" and
+    "accepted" under these names.
     """
 
     loss: str = "nonsaturating"

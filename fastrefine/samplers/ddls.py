@@ -56,7 +56,7 @@ class DDLS(Sampler):
         for name, open_low in (("step_size", True), ("noise_scale", False)):
             values = getattr(self, name)
             if isinstance(values, Sequence | Tensor) and not isinstance(values, str):
-                values = tuple(values.tolist() if isinstance(values, Tensor) else values)
+                values = tuple(values.flatten().tolist() if isinstance(values, Tensor) else values)
                 object.__setattr__(self, name, values)
                 if not values:
                     raise InputError(f"{name} is empty; wanted a number, or a number for each step")
@@ -68,8 +68,15 @@ class DDLS(Sampler):
     def noisy(self) -> bool:  # type: ignore[override]
         return any(scale > 0 for scale in _sequence(self.noise_scale))
 
+    @property
+    def ascends(self) -> bool:  # type: ignore[override]
+        """With other noise the law is that of U / s^2, which may well have a lower mean logit than the prior."""
+        return all(scale == 1 for scale in _sequence(self.noise_scale))
+
     def bind(self, refiner: Refiner) -> DDLS:
-        return self.over(refiner.latent())
+        latent = refiner.latent()
+        assert latent is not None
+        return self.over(latent)
 
     def over(self, latent: Latent) -> DDLS:
         """The sampler with the prior and the schedule's numbers, eps / 2 and sqrt(eps) noise_scale, in its dtype."""

@@ -65,7 +65,7 @@ class DOT(Sampler):
             check_number("lipschitz", self.lipschitz, 0.0, open_low=True)
 
     def bind(self, refiner: Refiner) -> DOT:
-        latent = refiner.latent() if refiner.refines_latents and refiner.prior is not None else None
+        latent = refiner.latent(required=False)
         projection = self.projection if latent is not None and latent.is_normal else "none"
         lipschitz = self.lipschitz
         if lipschitz is None:
@@ -87,7 +87,8 @@ class DOT(Sampler):
         radial = torch.zeros_like(pull)
         if self.projection != "none":
             along = (grad * z).sum(1) / self.lipschitz + (offset * z).sum(1) * pull
-            radial = along / ((z * z).sum(1) if self.projection == "radial" else math.sqrt(a.shape[1]))
+            length = (z * z).sum(1) if self.projection == "radial" else torch.full_like(along, math.sqrt(a.shape[1]))
+            radial = torch.where(length > 0, along / length, 0.0)
         found = super().observe(a, evaluation, state, step, noise)
         return {**found, "origin": origin, "pull": pull.to(a.dtype), "radial": radial.to(a.dtype)}
 

@@ -26,6 +26,7 @@ class HMC(MetropolisSampler):
     """
 
     leapfrog: int = 10
+    logit_scale: float = 1.0
     target: float = field(default=0.65, kw_only=True)
 
     def __post_init__(self) -> None:

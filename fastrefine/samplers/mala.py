@@ -24,6 +24,7 @@ class MALA(MetropolisSampler):
     Needs at="input" with a prior. Raises InputError on values out of range.
     """
 
+    logit_scale: float = 1.0
     target: float = field(default=0.574, kw_only=True)
 
     def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:

@@ -32,7 +32,6 @@ class MetropolisSampler(Sampler):
 
     step_size: float
     _: KW_ONLY
-    logit_scale: float = 1.0
     adapt: int = 0
     target: float = 0.0
     latent: Latent | None = field(default=None, repr=False)
