@@ -13,7 +13,7 @@ from fastrefine.result import Result, Status
 from fastrefine.samplers.base import Sampler
 
 RARE, SURE = 0.1, 0.98  # acceptance below and above which a step size is called too large, or needlessly small
-ERRORS, FEWEST = 4.0, 16  # standard errors by which the mean logit of how many samples must fall before it counts
+ERRORS, FEWEST = 4.0, 16  # standard errors by which the mean logit must fall, at least, and of how many samples
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class Tally:
         gain = part.logits.double() - part.initial_logits.double()
         known = torch.isfinite(gain)
         gain = torch.where(known, gain, 0.0)
+        first = torch.where(known, part.initial_logits.double(), 0.0)
         accepted = torch.full_like(gain, torch.nan) if part.acceptance is None else part.acceptance.double()
         tested = ~torch.isnan(accepted)
         columns = [
             part.steps, part.logit_falls, known, gain, gain * gain, tested, torch.where(tested, accepted, 0.0),
-            part.status == Status.REACHED, part.status == Status.NONFINITE,
+            part.status == Status.REACHED, part.status == Status.NONFINITE, first, first * first,
         ]  # fmt: skip
         sums = torch.stack([column.double().sum() for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -63,13 +64,13 @@ class Tally:
 
     def diagnosis(self, sampler: Sampler, step_sizes: tuple[float, float, float] | None = None) -> StepDiagnosis:
         """Of all parts so far, which came from ``sampler``."""
-        sums = [0.0] * 9 if self._sums is None else self._sums.tolist()
-        updates, falls, known, gain, square, tested, accepted, reached, nonfinite = sums
+        sums = [0.0] * 11 if self._sums is None else self._sums.tolist()
+        updates, falls, known, gain, square, tested, accepted, reached, nonfinite, first, first_square = sums
         mean = gain / known if known else math.nan
-        variance = max(square - known * mean * mean, 0.0) / (known - 1) if known > 1 else math.nan
-        share, error = falls / updates if updates else 0.0, math.sqrt(variance / known) if known > 1 else math.nan
+        share, error = falls / updates if updates else 0.0, _spread(known, gain, square) / math.sqrt(max(known, 1))
         acceptance, n = accepted / tested if tested else None, max(self.samples, 1)
-        problem = _problem(sampler, share, mean, error if known >= FEWEST else math.inf, acceptance)
+        least = max(ERRORS * error, _spread(known, first, first_square)) if known >= FEWEST else math.inf
+        problem = _problem(sampler, share, mean, least, acceptance)
         return StepDiagnosis(
             updates=int(updates), falls=share, gain=mean, gain_error=error, acceptance=acceptance, step_sizes=step_sizes,
             reached=reached / n, nonfinite=nonfinite / n, stable=not problem, advice=problem or _hint(sampler, acceptance),
@@ -82,8 +83,10 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
     A fixed step without noise is beyond stability where most updates lower the logit; fewer falls do not prove that it is
     sound (docs/samplers.md shows steps that ruin samples at a sixth). MALA and HMC accept less than a tenth of their
     proposals where a step is too large. The law of DDLS with noise_scale 1 has a mean logit at least that of the prior
-    (its derivative in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell, of 16 samples or
-    more, tells of steps that are too large. Raises InputError for anything but a Result and a sampler.
+    (its derivative in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell by more than the
+    proposals' standard deviation, of 16 samples or more, tells of steps that are too large.
+
+    Raises InputError for anything but a Result and a sampler.
     """
     if not isinstance(result, Result) or not isinstance(sampler, Sampler):
         raise InputError(f"wanted a Result and the sampler it came from, got {type(result).__name__}, {type(sampler).__name__}")
@@ -93,8 +96,13 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
     return tally.diagnosis(sampler, None if sizes is None or not len(sizes) else _quantiles(sizes))
 
 
-def _problem(sampler: Sampler, falls: float, gain: float, gain_error: float, acceptance: float | None) -> str:
-    """What says that the step size is too large, or nothing."""
+def _spread(count: float, total: float, square: float) -> float:
+    """Standard deviation of ``count`` values from their sums; NaN of fewer than two."""
+    return math.sqrt(max(square - total * total / count, 0.0) / (count - 1)) if count > 1 else math.nan
+
+
+def _problem(sampler: Sampler, falls: float, gain: float, least: float, acceptance: float | None) -> str:
+    """What says that the step size is too large, or nothing; least: how much the mean logit must fall to count."""
     if acceptance is not None and acceptance < RARE:
         advice = "adapt for longer, or from a smaller one" if getattr(sampler, "adapt", 0) else "adapt= finds one by itself"
         return f"{acceptance:.1%} of the proposals were accepted: the step size is too large; {advice}"
@@ -102,7 +110,7 @@ def _problem(sampler: Sampler, falls: float, gain: float, gain_error: float, acc
         return ""
     if not sampler.noisy and falls > 0.5:
         return f"{falls:.0%} of the updates lowered the logit: the step size is too large"
-    if sampler.noisy and gain < -ERRORS * gain_error:
+    if sampler.noisy and gain < -least:
         return f"the mean logit fell by {-gain:.3g}: the step size, or the noise, is too large"
     return ""
 

@@ -240,10 +240,11 @@ def test_a_step_that_hangs_is_ended_and_failed(tmp_path):
     assert step.state == "failed" and "began" in step.tail and "limit" in step.tail and step.seconds < 20
 
 
-def test_a_pytest_step_that_hangs_leaves_its_junit_file(tmp_path):
+def test_a_pytest_step_that_hangs_leaves_its_junit_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it must have begun when its time is over
     (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'x.xml'}"]
-    step = Step("tests", [*command, "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")], 6, output="x.xml")
+    step = Step("tests", [*command, "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")], 10, output="x.xml")
     step.run(tmp_path, 100)
     assert step.state == "failed" and step.found["tests"] >= 1 and "test_it.py:3" in step.tail
 
