@@ -88,8 +88,9 @@ class Step:
         log = folder / f"{slug(self.name)}.log"
         with log.open("w") as sink:
             process = subprocess.Popen(
-                command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )
+                command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+            )  # fmt: skip
             code: int | None = None
             try:
                 code = process.wait(limit)

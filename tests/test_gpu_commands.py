@@ -1,6 +1,7 @@
 """The GPU commands without a GPU: plans, stand-ins, what they write when a row fails or time runs out, table and plot."""
 
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -240,12 +241,17 @@ def test_a_step_that_hangs_is_ended_and_failed(tmp_path):
     assert step.state == "failed" and "began" in step.tail and "limit" in step.tail and step.seconds < 20
 
 
-def test_a_pytest_step_that_hangs_leaves_its_junit_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler], ids=["background", "foreground"])
+def test_a_pytest_step_that_hangs_leaves_its_junit_file(tmp_path, monkeypatch, handler):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it must have begun when its time is over
     (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'x.xml'}"]
-    step = Step("tests", [*command, "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")], 10, output="x.xml")
-    step.run(tmp_path, 100)
+    step = Step("tests", [*command, "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")], 6, output="x.xml")
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        step.run(tmp_path, 100)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert step.state == "failed" and step.found["tests"] >= 1 and "test_it.py:3" in step.tail
 
 
