@@ -57,7 +57,7 @@ def run(
     recipe = DIGITS if data is None else MNIST
     outdir.mkdir(parents=True, exist_ok=True)
     started, n = time.perf_counter(), samples or recipe.samples
-    with _one_thread():
+    with one_thread():
         images = recipe.load(data)
         _say(f"training the classifier that judges ({recipe.classifier_steps} steps)")
         judge = Judge(recipe, images, seed)
@@ -209,7 +209,7 @@ def table(metrics: dict[str, Any], recipe: Recipe) -> str:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Small networks run fastest on one thread, ours and the baseline alike, and training repeats its bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ import fastrefine as fr
 from fastrefine.experiments import gaussians25_plot as plot
 from fastrefine.experiments import gaussians25_rows as rows
 from fastrefine.experiments import toy_data, wgan
-from fastrefine.experiments.demo import _one_thread as one_thread
+from fastrefine.experiments.demo import one_thread
 from fastrefine.experiments.latent_law import LatentGrid, evaluate
 from fastrefine.experiments.train import build
 
