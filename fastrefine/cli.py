@@ -53,9 +53,14 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line on stderr and exit code 1."""
+    """Entry point of ``fastrefine``."""
+    guarded(cli)
+
+
+def guarded(command: click.Command) -> None:
+    """Run a command and exit: an error of ours is one line on stderr and exit code 1."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = command.main(standalone_mode=False)
     except click.UsageError as error:
         error.show()
         code = 2

@@ -1,6 +1,7 @@
-"""Do the latent samplers draw from their law? A WGAN-GP on the 25 Gaussians of [DOT], its law known by quadrature.
+"""25 Gaussians, twice: the grid of [DOT] and [DDLS] with every sampler beside its exact law, and the grid of [CS].
 
-python -m fastrefine.experiments.gaussians25 --outdir DIR [--quick] [--seed S]
+The first is a WGAN-GP on the grid of [DOT], its laws known by quadrature; the second the GAN of [CS] 4.1 with its table of
+standard, DRS, MH, refined and collaborative samples.
 """
 
 from __future__ import annotations
@@ -8,23 +9,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import click
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastrefine as fr
+from fastrefine import settings
 from fastrefine.experiments import gaussians25_plot as plot
 from fastrefine.experiments import gaussians25_rows as rows
-from fastrefine.experiments import toy_data, wgan
-from fastrefine.experiments.demo import one_thread
+from fastrefine.experiments import plane_plot, plane_rows, result_file, toy_data, wgan
+from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.latent_law import LatentGrid, evaluate
+from fastrefine.experiments.mixtures import GAUSSIANS25
+from fastrefine.experiments.plane import GRID, Fresh, smaller
+from fastrefine.experiments.result_file import Row, against, claim, pick
 from fastrefine.experiments.train import build
 
 TOLERANCE = 0.02
+# [CS] published 5,000 iterations of shaping, and batches of 1,000 on the ring; its figures at 100,000 iterations.
+CS_PUBLISHED = plane_rows.Recipe(GRID, (100_000, 300_000, 500_000, 700_000, 900_000), 5000, 1000, 1e-2, 0.05)
+CS_FULL = plane_rows.Recipe(smaller(GRID, 500), (100_000,), 2000, 500, 1e-2, 0.05)
+CS_QUICK = plane_rows.Recipe(smaller(GRID, 50), (5,), 2, 20, 1e-2, 0.05, max_steps=3, samples=50, chain_length=2, real=50)
+CS_FIGURES = {  # [CS] Figure 4d-f at 100,000 iterations
+    "standard": {"good": 0.405, "kl": 0.077, "js": 0.283}, "DRS": {"good": 0.60, "js": 0.192},
+    "MH": {"good": 0.48, "js": 0.243}, "refine": {"good": 0.865, "kl": 0.016, "js": 0.051},
+    "collaborative": {"good": 0.87, "kl": 0.013, "js": 0.049},
+}  # fmt: skip
+DDLS_FIGURES = (  # [DDLS] Table 1 and 2
+    ("generator", "high_quality", 0.70, "higher"), ("DRS", "high_quality", 0.90, "higher"),
+    ("DDLS (ULA), eps .0002", "high_quality", 0.98, "higher"), ("DDLS (ULA), eps .0002", "modes", 24.8, "higher"),
+    ("generator", "emd", 0.043, "lower"), ("DOT, latent", "emd", 0.052, "lower"),
+    ("DDLS (ULA), eps .0002", "emd", 0.036, "lower"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,9 @@ class Recipe:
     """Everything that a run is made of but the seed; FULL was fixed on seed 0 of the training.
 
     fit: (iterations, batch size, learning rate) of each call of fit_discriminator, the next one starting from the last
-    one's weights. steps: chains are recorded after each of these, up to their own K (Setting.last). grid: points per
-    axis; the law is compared with that of half as many. critic_seeds: of the rows on the critic, which costs more.
+    one's weights. shaping: the same of shape_discriminator. steps: chains are recorded after each of these, up to their
+    own K (Setting.last). grid: points per axis; the law is compared with that of half as many. critic_seeds: of the rows
+    on the critic, which costs more.
     """
 
     gan_steps: int = 12_000
@@ -49,54 +68,75 @@ class Recipe:
     warm_up: int = 50
     chain_length: int = 20
     num_slots: int = 500
+    shaping: tuple[int, int, float] = (500, 500, 1e-4)
 
 
 FULL = Recipe()
 QUICK = Recipe(
     gan_steps=30, fit=((20, 64, 1e-3),), real=2000, calibration=500, grid=80, samples=60, emd_samples=60, seeds=(0,),
-    steps=(0, 2, 4), warm_up=4, chain_length=3, num_slots=60,
+    steps=(0, 2, 4), warm_up=4, chain_length=3, num_slots=60, shaping=(2, 20, 1e-4),
 )  # fmt: skip
 
 
-def run(outdir: Path, recipe: Recipe = FULL, seed: int = 0) -> dict[str, Any]:
-    """Train, fit, calibrate, integrate, sample; writes result.json and two pictures into ``outdir``, returns the result.
-
-    Trained networks are kept there as safetensors and taken up again by a later run of the same recipe and seed.
-    """
-    outdir.mkdir(parents=True, exist_ok=True)
-    with one_thread():
-        g, critic = _gan(outdir, recipe, seed)
-        d = _fitted(outdir, recipe, seed, g)
-        energies, facts = calibrated(g, d, critic, recipe, seed)
-        grid, half = LatentGrid(g, recipe.grid), LatentGrid(g, recipe.grid // 2)
-        modes = toy_data.modes_of(grid.images)
-        laws = {name: rows.law_of(grid, modes, energy) for name, energy in energies.items()}
-        laws["generator"] = rows.law_of(grid, modes, rows.Energy(lambda x: torch.zeros(len(x))))
-        coarse = rows.law_of(half, toy_data.modes_of(half.images), energies["fitted"])
-        table, curves, panels = rows.all_rows(g, {"fitted": d, "critic": critic}, energies, laws, grid, recipe)
-    claims = claims_of(table, laws)
-    result = {
-        "experiment": "gaussians25",
-        "rows": table,
-        "laws": {name: law.facts() for name, law in laws.items()},
-        "grid_halved_changes_a_share_by": float((laws["fitted"].shares - coarse.shares).abs().max()),
-        "calibration": facts,
-        "curves": curves,
-        "seeds": {"training": seed, "sampling": list(recipe.seeds)},
-        "recipe": asdict(recipe) | {"samplers": rows.described(energies["fitted"].scale)},
-        "reduced": recipe != FULL,
-        "claims": claims,
-        **rows.provenance(),
-    }
-    (outdir / "result.json").write_text(rows.text(result))
-    plot.samples(outdir / "samples.png", panels)
+def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
+    """The experiment for one training seed, the first; writes result.json and pictures into ``outdir``, returns the record."""
+    seed, recipe, cs = seeds[0], QUICK if quick else FULL, CS_QUICK if quick else CS_FULL
+    suffix = "-quick" if quick else ""
+    with settings.threads_for(flops=0.0):  # these networks are small
+        found = _against_laws(Cells(outdir / f"cells{suffix}", recipe), recipe, seed)
+        table = plane_rows.Table(Cells(outdir / f"cells-cs{suffix}", cs), cs, GAUSSIANS25, seed)
+        cs_rows = []
+        for row in table.rows():
+            cs_rows.append({"version": "[CS]", **row})
+            plane_rows.show(row)
+    laws = {name: law.facts() for name, law in found.laws.items()}
+    record = result_file.write(
+        outdir, "gaussians25", rows=found.table + cs_rows, laws=laws, curves=found.curves, **found.facts,
+        seeds={"training": [seed], "sampling": list(recipe.seeds)}, reduced=True,
+        recipe={"[DDLS]": asdict(recipe) | {"samplers": rows.described(found.energies["fitted"].scale)}, "[CS]": asdict(cs)},
+        reductions=["one training seed", *(f"[CS] {text}" for text in plane_rows.reductions(cs, CS_PUBLISHED))],
+        claims=claims_of(found.table, found.laws) + cs_claims(cs_rows),
+        comparison=[] if quick else comparison(found.table, cs_rows),
+    )  # fmt: skip
+    plot.samples(outdir / "samples.png", found.panels)
     titles = {"fitted": "calibrated logit of fit_discriminator", "critic": "raw WGAN critic"}
-    plot.mixing(outdir / "mixing.png", titles, curves, {name: law.facts() for name, law in laws.items()})
-    return result
+    plot.mixing(outdir / "mixing.png", titles, found.curves, laws)
+    names = ("standard", "DRS", "MH", "refine", "collaborative", "collaborative, median stop")
+    panels = {(f"{k} its", name): table.points(k, name) for k in cs.checkpoints for name in names}
+    plane_plot.densities(outdir / "densities.png", panels, 2.6)
+    return record
 
 
-def _gan(outdir: Path, recipe: Recipe, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """(G, critic), trained or from the cache."""
+@dataclass(frozen=True)
+class _Found:
+    table: list[Row]
+    laws: dict[str, rows.Law]
+    energies: dict[str, rows.Energy]
+    curves: dict[str, Any]
+    panels: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def _against_laws(cells: Cells, recipe: Recipe, seed: int) -> _Found:
+    """Train, fit, calibrate, integrate, sample."""
+    g, critic = _gan(cells, recipe, seed)
+    d = _fitted(cells, recipe, seed, g)
+    networks = {"fitted": d, "critic": critic, "shaped": _shaped(cells, recipe, seed, g, d)}
+    energies, facts = calibrated(g, d, critic, recipe, seed)
+    grid, half = LatentGrid(g, recipe.grid), LatentGrid(g, recipe.grid // 2)
+    modes = toy_data.modes_of(grid.images)
+    laws = {name: rows.law_of(grid, modes, energy) for name, energy in energies.items()}
+    laws["generator"] = rows.law_of(grid, modes, rows.Energy(lambda x: torch.zeros(len(x))))
+    coarse = rows.law_of(half, toy_data.modes_of(half.images), energies["fitted"])
+    made = rows.Rows(cells, g, networks, energies, laws, grid, recipe)
+    made.make()
+    changed = float((laws["fitted"].shares - coarse.shares).abs().max())
+    told = {"grid_halved_changes_a_share_by": changed, "calibration": facts}
+    return _Found(made.table, laws, energies, made.curves, made.panels, told)
+
+
+def _gan(cells: Cells, recipe: Recipe, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """(G, critic)."""
 
     def train() -> nn.ModuleList:
         with tqdm(total=recipe.gan_steps, desc="WGAN-GP", disable=None) as bar:
@@ -107,12 +147,12 @@ def _gan(outdir: Path, recipe: Recipe, seed: int) -> tuple[nn.Sequential, nn.Seq
             )
 
     empty = nn.ModuleList([build(wgan.generator, seed), build(wgan.critic, seed)])
-    g, critic = _cached(outdir / f"wgan-{recipe.gan_steps}-{seed}.safetensors", empty, train)
-    return g, critic
+    pair = cells.network(f"wgan-{seed}", empty, train)
+    return cast("tuple[nn.Sequential, nn.Sequential]", tuple(pair))
 
 
-def _fitted(outdir: Path, recipe: Recipe, seed: int, g: nn.Module) -> nn.Module:
-    """The logit of fit_discriminator, fitted or from the cache."""
+def _fitted(cells: Cells, recipe: Recipe, seed: int, g: nn.Module) -> nn.Module:
+    """The logit of fit_discriminator."""
 
     def fit() -> nn.Module:
         real = toy_data.draw(recipe.real, torch.Generator().manual_seed(seed + 1))
@@ -124,18 +164,22 @@ def _fitted(outdir: Path, recipe: Recipe, seed: int, g: nn.Module) -> nn.Module:
             )  # fmt: skip
         return d
 
-    stages = "-".join(str(iterations) for iterations, _, _ in recipe.fit)
-    return _cached(outdir / f"ratio-{recipe.gan_steps}-{stages}-{seed}.safetensors", build(wgan.ratio, seed), fit)
+    return cells.network(f"ratio-{seed}", build(wgan.ratio, seed), fit)
 
 
-def _cached(path: Path, empty: Any, make: Callable[[], Any]) -> Any:
-    """The network at ``path``, loaded into ``empty``; else made, and kept there once it is complete."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        save_file(make().state_dict(), part)
-        part.replace(path)
-    empty.load_state_dict(load_file(path))
-    return empty.eval()
+def _shaped(cells: Cells, recipe: Recipe, seed: int, g: nn.Module, d: nn.Module) -> nn.Module:
+    """The fitted logit, shaped for refinement in data space."""
+
+    def shape() -> nn.Module:
+        iterations, batch, rate = recipe.shaping
+        setting = rows.SETTINGS["refine, shaped D"]
+        refiner = fr.Refiner(
+            g, d, setting.sampler(1.0), at=setting.at, prior=rows.PRIOR, max_steps=setting.last, num_slots=recipe.num_slots
+        )
+        fresh = Fresh(toy_data.draw, batch, seed + 3)
+        return fr.shape_discriminator(refiner, fresh, iterations, batch, rate, seed=seed, progress=None)
+
+    return cells.network(f"shaped-{seed}", build(wgan.ratio, seed), shape)
 
 
 def calibrated(
@@ -167,48 +211,53 @@ def calibrated(
     return energies, facts
 
 
-def claims_of(table: list[dict[str, Any]], laws: dict[str, rows.Law]) -> dict[str, Any]:
-    """The claims of the experiment, each with its figures and whether it holds."""
+def claims_of(table: list[Row], laws: dict[str, rows.Law]) -> list[Row]:
+    """The claims on the grid of [DOT], each with its figures and whether it holds."""
     by_name = {row["name"]: row for row in table}
-    law, base = laws["fitted"], by_name["generator"]
-    sampled = by_name["the law, sampled"]
-    claims = {
-        "the law of the calibrated logit has high quality of at least .95 and all 25 modes": {
-            "high_quality": law.high_quality, "smallest_share": float(law.shares.min()), "modes": sampled["modes"],
-            "holds": law.high_quality >= 0.95 and sampled["modes"] == toy_data.MODES,
-        }
-    }  # fmt: skip
+    law, base, sampled = laws["fitted"], by_name["generator"], by_name["the law, sampled"]
+    found = [
+        claim(
+            "the law of the calibrated logit has high quality of at least .95 and all 25 modes",
+            law.high_quality >= 0.95 and sampled["modes"] == toy_data.MODES,
+            high_quality=law.high_quality, smallest_share=float(law.shares.min()), modes=sampled["modes"],
+        )
+    ]  # fmt: skip
     for key, title in (("fitted", "the calibrated logit"), ("critic", "the raw critic")):
-        chains = [row for row in table if row["energy"] == key and row["markov_chain"]]
-        for row in chains:
-            near = max(row["high_quality_distance"], row["share_distance"]) <= TOLERANCE
-            claims[f"{row['name']} is within {TOLERANCE} of the law of {title} in high quality and every mode share"] = {
-                "high_quality_distance": row["high_quality_distance"], "share_distance": row["share_distance"], "holds": near,
-            }  # fmt: skip
+        for row in (row for row in table if row["energy"] == key and row["markov_chain"]):
+            quality, share = row["high_quality_distance"], row["share_distance"]
+            text = f"{row['name']} is within {TOLERANCE} of the law of {title} in high quality and every mode share"
+            found.append(claim(text, max(quality, share) <= TOLERANCE, high_quality_distance=quality, share_distance=share))
     for row in table:
         if row["energy"] != "none":
-            claims[f"{row['name']}: lower EMD than the generator"] = {
-                "emd": row["emd"], "generator": base["emd"], "holds": row["emd"] < base["emd"],
-            }  # fmt: skip
-    return claims
+            text = f"{row['name']}: lower EMD than the generator"
+            found.append(claim(text, row["emd"] < base["emd"], emd=row["emd"], generator=base["emd"]))
+    return found
 
 
-@click.command()
-@click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--quick", is_flag=True, help="A few steps of everything: says that it runs, nothing else.")
-@click.option("--seed", default=0, show_default=True, help="Of the training; the sampling has three of its own.")
-def main(outdir: Path, quick: bool, seed: int) -> None:
-    """Latent samplers against their exact law on 25 Gaussians."""
-    result = run(outdir, QUICK if quick else FULL, seed)
-    for row in result["rows"]:
-        click.echo(
-            f"{row['name']:<34}K {row['steps']:>4}  HQ {row['high_quality']:.3f}  modes {row['modes']:>2}  "
-            f"to law: HQ {row['high_quality_distance']:.3f}, share {row['share_distance']:.3f}  "
-            f"std {row['std']:.4f}  EMD {row['emd']:.4f}"
-        )
-    for name, claim in result["claims"].items():
-        click.echo(f"{'holds' if claim['holds'] else 'FAILS':<6} {name}")
+def cs_claims(table: list[Row]) -> list[Row]:
+    """The claims on the grid of [CS]."""
+    by_name = {row["name"]: row for row in table}
+    found = []
+    for name in ("refine", "collaborative"):
+        for key, better in (("good", 1), ("js", -1)):
+            ours, others = by_name[name][key], {other: by_name[other][key] for other in ("standard", "DRS", "MH")}
+            holds = all(better * ours > better * value for value in others.values())
+            found.append(claim(f"[CS] {name}: better {key} than standard, DRS and MH", holds, ours=ours, **others))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def comparison(table: list[Row], cs_table: list[Row]) -> list[Row]:
+    """Every published figure beside ours; of sampling seeds on one training."""
+    found = []
+    for name, key, published, better in DDLS_FIGURES:
+        headline = name.startswith("DDLS") and key == "high_quality"
+        found.append(against(f"[DDLS] {name}", key, published, pick(table, key, name=name), better, headline=headline))
+    law = pick(table, "high_quality", name="the law, sampled")
+    found.append(against("[DDLS] the exact law of the logit", "high_quality", None, law, "near", headline=True))
+    for name, figures in CS_FIGURES.items():
+        for key, published in figures.items():
+            better = "higher" if key == "good" else "lower"
+            headline = name == "collaborative" and key == "good"
+            case = f"[CS] {name}, 100,000 iterations"
+            found.append(against(case, key, published, pick(cs_table, key, name=name), better, headline=headline))
+    return found

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import subprocess
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +13,7 @@ from torch import Tensor, nn
 
 import fastrefine as fr
 from fastrefine.experiments import toy_data
+from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.latent_law import LatentGrid, LatentLaw, evaluate
 
 if TYPE_CHECKING:
@@ -32,7 +29,8 @@ class Setting:
 
     energy: name of the energy whose logit it follows. chain: whether it is a Markov chain of that energy's law.
     start: "prior" | "warm", after a warm-up from the prior | "mh", from the latents that Metropolis-Hastings chose.
-    last: K, steps of a warm-up not counted.
+    last: K, steps of a warm-up not counted. network: the discriminator, where it is not the energy's. select: as many
+    proposals for each sample as Metropolis-Hastings has, which then chooses by the refined logits.
     """
 
     energy: str
@@ -41,6 +39,8 @@ class Setting:
     chain: bool = False
     start: str = "prior"
     last: int = 100
+    network: str = ""
+    select: bool = False
 
 
 def _warm_up(weight: float, steps: int) -> fr.MALA:
@@ -61,6 +61,9 @@ SETTINGS = {
     "DGflow KL, data": Setting("fitted", "output", lambda w: fr.DGflow(0.0001), last=50),
     "DOT, latent": Setting("fitted", "input", lambda w: fr.DOT(0.01), last=50),
     "DOT, data": Setting("fitted", "output", lambda w: fr.DOT(0.01), last=50),
+    "refine, D as it is": Setting("fitted", "output", lambda w: fr.Collaborative(0.001), last=50),
+    "refine, shaped D": Setting("fitted", "output", lambda w: fr.Collaborative(0.001), last=50, network="shaped"),
+    "collaborative": Setting("fitted", "output", lambda w: fr.Collaborative(0.001), last=50, network="shaped", select=True),
     "DDLS (ULA) on the critic, eps .1": Setting("critic", "input", lambda w: fr.DDLS(0.1), True, last=50),
     "MALA on the critic": Setting("critic", "input", lambda w: fr.MALA(0.1), True, last=50),
 }
@@ -101,68 +104,109 @@ def law_of(grid: LatentGrid, modes: Tensor, energy: Energy) -> Law:
     return Law(law, law.shares(modes, toy_data.MODES), law.mean(potential))
 
 
-def all_rows(
-    g: nn.Module, networks: Mapping[str, nn.Module], energies: Mapping[str, Energy], laws: Mapping[str, Law], grid: LatentGrid,
-    recipe: Recipe,
-) -> tuple[list[Row], dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
-    """(rows, mixing curves by energy and name, samples of the first seed by name)."""
-    table: list[Row] = []
-    curves: dict[str, dict[str, Any]] = {"fitted": {}, "critic": {}}
-    panels: dict[str, np.ndarray] = {}
-    judge = _Judge(recipe)
-    panels["real data"] = judge.real[0].numpy()
+class Rows:
+    """Every row of the table, the mixing curve of those that move the latent, and the first seed's samples.
 
-    def add(name: str, energy: str, sets: list[Tensor], law: Law, **facts: Any) -> None:
-        table.append({"name": name, "energy": energy, "markov_chain": False, "steps": 0, **facts, **judge(sets, law)})
-        panels[name] = sets[0].numpy()
+    A row is kept in ``cells`` when it is done. networks: "fitted", "shaped", "critic".
+    """
 
-    table.append({"name": "real data", "energy": "none", "markov_chain": False, "steps": 0,
-                  **judge(judge.more_real(), laws["fitted"])})  # fmt: skip
-    raw = {seed: _raw(g, recipe.samples * recipe.chain_length, seed) for seed in recipe.seeds}
-    add("generator", "none", [x[: recipe.samples] for x in raw.values()], laws["fitted"])
-    for key, title in (("fitted", "the law, sampled"), ("critic", "the critic's law, sampled")):
-        cells = [laws[key].law.sample(recipe.samples, torch.Generator().manual_seed(seed)) for seed in recipe.seeds]
-        add(title, key, [grid.images[cell] for cell in cells], laws[key])
-    chosen, efficiency = _rejected(raw, energies["isotonic"], recipe)
-    add("DRS", "isotonic", chosen, laws["isotonic"], efficiency=efficiency)
-    indices, rate = _metropolis(raw, energies["isotonic"], recipe)
-    mh = [raw[seed][kept] for seed, kept in indices.items()]
-    add("MH", "isotonic", mh, laws["isotonic"], acceptance=rate, steps=recipe.chain_length)
-    warm = Setting("fitted", "input", lambda w: _warm_up(w, recipe.warm_up), last=recipe.warm_up)
-    warmed = _run(g, networks["fitted"], warm, energies["fitted"].scale, {}, recipe)
-    starts = {
-        "mh": {seed: PRIOR.sample(kept, seed) for seed, kept in indices.items()},
-        "warm": {seed: out.latents for seed, out in zip(recipe.seeds, warmed, strict=True)},
-    }
-    for name, setting in SETTINGS.items():
-        key = setting.energy
-        outs = _run(g, networks[key], setting, energies[key].scale, starts.get(setting.start, {}), recipe)
-        facts: dict[str, Any] = {"at": setting.at, "steps": max(outs[0].snapshots), "markov_chain": setting.chain}
-        facts["start"], facts["backend"] = setting.start, outs[0].report["backend"]
+    def __init__(
+        self, cells: Cells, g: nn.Module, networks: Mapping[str, nn.Module], energies: Mapping[str, Energy],
+        laws: Mapping[str, Law], grid: LatentGrid, recipe: Recipe,
+    ):  # fmt: skip
+        self.cells, self.g, self.networks, self.energies = cells, g, networks, energies
+        self.laws, self.grid, self.recipe = laws, grid, recipe
+        self.judge = _Judge(recipe)
+        self.table: list[Row] = []
+        self.curves: dict[str, dict[str, Any]] = {"fitted": {}, "critic": {}}
+        self.panels: dict[str, np.ndarray] = {}
+        self.warmed: dict[int, Tensor] = {}
+
+    def make(self) -> None:
+        """Fill ``table``, ``curves`` and ``panels``."""
+        recipe, laws = self.recipe, self.laws
+        more_real = self.judge.more_real()
+        raw = {seed: _raw(self.g, recipe.samples * recipe.chain_length, seed) for seed in recipe.seeds}
+        self._add("real data", "none", lambda: (more_real, {}, None))
+        self._add("generator", "none", lambda: ([x[: recipe.samples] for x in raw.values()], {}, None))
+        for key, title in (("fitted", "the law, sampled"), ("critic", "the critic's law, sampled")):
+            cells = [laws[key].law.sample(recipe.samples, torch.Generator().manual_seed(seed)) for seed in recipe.seeds]
+            self._add(title, key, lambda c=cells: ([self.grid.images[cell] for cell in c], {}, None))  # type: ignore[misc]
+        self._add("DRS", "isotonic", lambda: _rejected(raw, self.energies["isotonic"], recipe))
+        indices, rate = _metropolis(raw, self.energies["isotonic"], recipe)
+        chains = {"acceptance": rate, "steps": recipe.chain_length}
+        self._add("MH", "isotonic", lambda: ([raw[seed][kept] for seed, kept in indices.items()], chains, None))
+        for name, setting in SETTINGS.items():
+            self._add(name, setting.energy, lambda s=setting: self._refined(s, indices))  # type: ignore[misc]
+
+    def _add(self, name: str, energy: str, make: Callable[[], tuple[list[Tensor], Row, Any]]) -> None:
+        law = self.laws["fitted" if energy == "none" else energy]
+
+        def cell() -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
+                sets, facts, curve = make()
+            self.cells.put(f"samples-{name}", {"samples": sets[0]})
+            head = {"version": "[DDLS]", "name": name, "energy": energy, "markov_chain": False, "steps": 0}
+            return [{**head, **facts, **self.judge(sets, law)}, curve]
+
+        row, curve = self.cells.row(f"row-{name}", cell)
+        self.table.append(row)
+        self.panels[name] = self.cells.tensors(f"samples-{name}", dict)["samples"].numpy()
+        if curve:
+            self.curves[energy][name] = {int(k): point for k, point in curve.items()}
+
+    def _refined(self, setting: Setting, indices: Mapping[int, Tensor]) -> tuple[list[Tensor], Row, Any]:
+        key, scale = setting.energy, self.energies[setting.energy].scale
+        starts: Mapping[int, Tensor] = {}
+        if setting.start == "mh":
+            starts = {seed: PRIOR.sample(kept, seed) for seed, kept in indices.items()}
+        elif setting.start == "warm":
+            starts = self._warm_starts(scale)
+        outs = self._run(setting, scale, starts)
+        facts: Row = {
+            "at": setting.at, "steps": setting.last, "markov_chain": setting.chain, "start": setting.start,
+            "backend": outs[0].report["backend"],
+        }  # fmt: skip
+        if outs[0].snapshots:
+            facts["steps"] = max(outs[0].snapshots)
         accepted = [float(out.acceptance.mean()) for out in outs if out.acceptance is not None]
         if accepted:
             facts["acceptance"] = float(np.mean(accepted))
-        add(name, key, [out.images for out in outs], laws[key], **facts)
+        if setting.select:
+            chosen = [
+                fr.metropolis_hastings(out.logits, self.recipe.chain_length, seed=seed)
+                for seed, out in zip(self.recipe.seeds, outs, strict=True)
+            ]
+            facts["acceptance"] = float(np.mean([c.acceptance_rate for c in chosen]))
+            return [out.images[c.indices] for out, c in zip(outs, chosen, strict=True)], facts, None
+        curve = None
         if setting.at == "input":
             snapshots = [out.snapshots for out in outs]
-            curves[key][name] = {k: _point([s[k] for s in snapshots], laws[key], energies[key].scale) for k in snapshots[0]}
-    return table, curves, panels
+            curve = {k: _point([s[k] for s in snapshots], self.laws[key], scale) for k in snapshots[0]}
+        return [out.images for out in outs], facts, curve
 
+    def _warm_starts(self, scale: float) -> dict[int, Tensor]:
+        if not self.warmed:
+            warm = Setting("fitted", "input", lambda w: _warm_up(w, self.recipe.warm_up), last=self.recipe.warm_up)
+            outs = self._run(warm, scale, {})
+            self.warmed = {seed: out.latents for seed, out in zip(self.recipe.seeds, outs, strict=True)}
+        return self.warmed
 
-def _run(
-    g: nn.Module, d: nn.Module, setting: Setting, weight: float, starts: Mapping[int, Tensor], recipe: Recipe
-) -> list[fr.Result]:
-    """A result for each seed, with snapshots at the recipe's steps, rounded up to whole transitions."""
-    sampler, is_critic = setting.sampler(weight), setting.energy == "critic"
-    steps = sorted({_whole(k, sampler) for k in recipe.steps if k <= setting.last})
-    refiner = fr.Refiner(
-        g, d, sampler, at=setting.at, prior=PRIOR, max_steps=steps[-1], num_slots=recipe.num_slots,
-        discriminator_output="critic" if is_critic else "logit",
-    )  # fmt: skip
-    seeds = recipe.critic_seeds if is_critic else recipe.seeds
-    if starts:  # noise of its own: the warm-up's, under the same seed, would come again
-        return [refiner.refine(starts[seed], seed=seed + 1000, snapshots=steps) for seed in seeds]
-    return [refiner.sample(recipe.samples, seed=seed, snapshots=steps) for seed in seeds]
+    def _run(self, setting: Setting, weight: float, starts: Mapping[int, Tensor]) -> list[fr.Result]:
+        """A result for each seed, of latents with snapshots at the recipe's steps, rounded up to whole transitions."""
+        recipe, sampler, is_critic = self.recipe, setting.sampler(weight), setting.energy == "critic"
+        steps = sorted({_whole(k, sampler) for k in recipe.steps if k <= setting.last})
+        refiner = fr.Refiner(
+            self.g, self.networks[setting.network or setting.energy], sampler, at=setting.at, prior=PRIOR,
+            max_steps=steps[-1], num_slots=recipe.num_slots, discriminator_output="critic" if is_critic else "logit",
+        )  # fmt: skip
+        seeds = recipe.critic_seeds if is_critic else recipe.seeds
+        snapshots = steps if setting.at == "input" else []
+        if starts:  # noise of its own: the warm-up's, under the same seed, would come again
+            return [refiner.refine(starts[seed], seed=seed + 1000, snapshots=snapshots) for seed in seeds]
+        n = recipe.samples * (recipe.chain_length if setting.select else 1)
+        return [refiner.sample(n, seed=seed, snapshots=snapshots) for seed in seeds]
 
 
 def _whole(steps: int, sampler: Any) -> int:
@@ -226,14 +270,14 @@ def _raw(g: nn.Module, n: int, seed: int) -> Tensor:
     return evaluate(g, PRIOR.sample(torch.arange(n), seed))
 
 
-def _rejected(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[list[Tensor], float]:
+def _rejected(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[list[Tensor], Row, None]:
     """DRS of the proposals, as many as the other rows have where so many are accepted; and the accepted share."""
     sets, accepted, proposed = [], 0, 0
     for seed, x in raw.items():
         kept = fr.rejection_sample(energy.logits(x), seed=seed)
         accepted, proposed = accepted + len(kept), proposed + len(x)
         sets.append(x[kept[: recipe.samples]])
-    return sets, accepted / proposed
+    return sets, {"efficiency": accepted / proposed}, None
 
 
 def _metropolis(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[dict[int, Tensor], float]:
@@ -246,54 +290,3 @@ def _metropolis(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tu
 def described(weight: float) -> dict[str, str]:
     """The samplers of the rows, written out."""
     return {name: repr(setting.sampler(weight)) for name, setting in SETTINGS.items()}
-
-
-def text(result: Mapping[str, Any]) -> str:
-    """JSON with a line for each row, law and claim, floats to five significant digits."""
-    parts = []
-    for key, value in result.items():
-        if isinstance(value, list) and value:
-            found = "[\n  " + ",\n  ".join(json.dumps(rounded(v)) for v in value) + "\n ]"
-        elif isinstance(value, dict):
-            found = "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(rounded(v))}" for k, v in value.items()) + "\n }"
-        else:
-            found = json.dumps(rounded(value))
-        parts.append(f" {json.dumps(key)}: {found}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def rounded(value: Any) -> Any:
-    """Floats to five significant digits, all the way down."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {str(k): rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def provenance() -> dict[str, Any]:
-    """Commit and hardware of the run."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    try:
-        solver = f"POT {importlib.metadata.version('POT')}"
-    except importlib.metadata.PackageNotFoundError:
-        solver = "scipy.optimize.linear_sum_assignment"
-    return {
-        "commit": commit,
-        "hardware": {"machine": platform.machine(), "processor": _processor(), "threads": 1, "torch": torch.__version__},
-        "emd_solver": solver,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastrefine.experiments.plane import LATENT_DIM, Fresh, Plane
 from fastrefine.result import Result
 
 Row = dict[str, Any]
+Proposals = Callable[[], tuple[Tensor, Tensor]]  # samples (n, 2), logits (n,)
 REAL = 12345  # seeds the real samples that stop, score and calibrate: never those of a training
 PART = 100_000  # refined proposals in memory at once
 
@@ -75,44 +77,55 @@ class Table:
             stop=fr.stopping.MedianOfReal() if stop == "median" else None, keep="last" if stop == "median" else "best",
         )  # fmt: skip
 
-    def shaped(self, checkpoint: int, g: nn.Module, d: nn.Module) -> nn.Module:
-        """D shaped for refinement."""
+    def trained(self, how: str, checkpoint: int, g: nn.Module, d: nn.Module) -> nn.Module:
+        """D trained on: how = "shaped" on refined samples, "tuned" on raw ones; otherwise alike."""
         recipe = self.recipe
 
-        def shape() -> nn.Module:
+        def train() -> nn.Module:
             refiner = self.refiner(g, d, "arg-max")
             refiner.keep = "last"
-            refiner.compile = recipe.shaping_iterations > 1000  # half a minute, won back
+            # half a minute of compiling, won back over thousands of iterations
+            refiner.compile = how == "shaped" and recipe.shaping_iterations > 1000
+            update = fr.shape_discriminator if how == "shaped" else fr.tune_discriminator
             fresh = Fresh(self.mixture.draw, recipe.shaping_batch, self.seed + 1)
-            return fr.shape_discriminator(
+            return update(
                 refiner, fresh, recipe.shaping_iterations, recipe.shaping_batch, recipe.shaping_rate, optimizer="sgd",
                 seed=self.seed, progress=None,
             )  # fmt: skip
 
         _, empty = self.recipe.plane.networks(0)
-        return self.cells.network(f"shaped-{self.seed}-{checkpoint}", empty, shape)
+        return self.cells.network(f"{how}-{self.seed}-{checkpoint}", empty, train)
 
     def _of(self, checkpoint: int, g: nn.Module, d: nn.Module) -> Iterator[Row]:
-        n, length = self.recipe.samples, self.recipe.chain_length
-        raw = self.refiner(g, d, "median", max_steps=0)
-        proposals = self._drawn(raw, n * length)
-        yield self._row(checkpoint, "standard", lambda: (proposals()[0][:n], {}))
-        yield self._row(checkpoint, "DRS", lambda: _rejected(*proposals(), n))
-        yield self._row(checkpoint, "MH", lambda: self._chains(*proposals(), raw))
-        yield self._row(checkpoint, "MH, calibrated", lambda: self._chains(*proposals(), raw, calibrated=True))
+        n = self.recipe.samples
+        for how, suffix in (("", ""), ("tuned", ", tuned D")):
+            critic = self.trained(how, checkpoint, g, d) if how else d
+            raw = self.refiner(g, critic, "median", max_steps=0)
+            yield from self._selected(checkpoint, raw, suffix)
         yield self._row(checkpoint, "refine, unshaped", lambda: _told(self.refiner(g, d, "arg-max").sample(n, seed=self.seed)))
-        better = self.shaped(checkpoint, g, d)
+        better = self.trained("shaped", checkpoint, g, d)
         for stop, suffix in (("arg-max", ""), ("median", ", median stop")):
-            refiner = self.refiner(g, better, stop)
-            refined = self._drawn(refiner, n * length)
-            yield self._row(checkpoint, "refine" + suffix, lambda r=refiner: _told(r.sample(n, seed=self.seed)))  # type: ignore[misc]
-            yield self._row(checkpoint, "collaborative" + suffix, lambda p=refined, r=refiner: self._chains(*p(), r))  # type: ignore[misc]
-            yield self._row(
-                checkpoint, f"collaborative, calibrated{suffix}",
-                lambda p=refined, r=refiner: self._chains(*p(), r, calibrated=True),  # type: ignore[misc]
-            )  # fmt: skip
+            yield from self._refined(checkpoint, self.refiner(g, better, stop), suffix)
 
-    def _row(self, checkpoint: int, name: str, make: Any) -> Row:
+    def _selected(self, checkpoint: int, raw: fr.Refiner, suffix: str) -> Iterator[Row]:
+        n = self.recipe.samples
+        proposals = self._drawn(raw, n * self.recipe.chain_length)
+        if not suffix:
+            yield self._row(checkpoint, "standard", lambda: (proposals()[0][:n], {}))
+        yield self._row(checkpoint, "DRS" + suffix, lambda: _rejected(*proposals(), n))
+        yield self._row(checkpoint, "MH" + suffix, lambda: self._chains(proposals, raw))
+        yield self._row(checkpoint, "MH, calibrated" + suffix, lambda: self._chains(proposals, raw, calibrated=True))
+
+    def _refined(self, checkpoint: int, refiner: fr.Refiner, suffix: str) -> Iterator[Row]:
+        n, name = self.recipe.samples, "collaborative"
+        proposals = self._drawn(refiner, n * self.recipe.chain_length)
+        yield self._row(checkpoint, f"refine{suffix}", lambda: _told(refiner.sample(n, seed=self.seed)))
+        yield self._row(checkpoint, f"{name}{suffix}", lambda: self._chains(proposals, refiner))
+        yield self._row(
+            checkpoint, f"{name}, calibrated{suffix}", lambda: self._chains(proposals, refiner, calibrated=True)
+        )  # fmt: skip
+
+    def _row(self, checkpoint: int, name: str, make: Callable[[], tuple[Tensor, Row]]) -> Row:
         def row() -> Row:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
@@ -126,7 +139,7 @@ class Table:
     def _key(self, checkpoint: int, name: str) -> str:
         return f"{self.seed}-{checkpoint}-{name}"
 
-    def _drawn(self, refiner: fr.Refiner, n: int) -> Any:
+    def _drawn(self, refiner: fr.Refiner, n: int) -> Proposals:
         """A function that gives (samples (n, 2), logits (n,)), drawn at the first call."""
         found: list[tuple[Tensor, Tensor]] = []
 
@@ -138,9 +151,9 @@ class Table:
 
         return draw
 
-    def _chains(self, x: Tensor, logits: Tensor, refiner: fr.Refiner, calibrated: bool = False) -> tuple[Tensor, Row]:
+    def _chains(self, proposals: Proposals, refiner: fr.Refiner, calibrated: bool = False) -> tuple[Tensor, Row]:
         """One chain for each sample, from a real logit; calibrated: isotonic, on real samples and the chains' own proposals."""
-        real = refiner.score(self.real)
+        (x, logits), real = proposals(), refiner.score(self.real)
         if calibrated:
             apply = fr.calibrate(real, logits[: len(real)])
             real, logits = apply(real), apply(logits)
@@ -157,3 +170,18 @@ def _rejected(x: Tensor, logits: Tensor, n: int) -> tuple[Tensor, Row]:
 
 def _told(out: Result) -> tuple[Tensor, Row]:
     return out.images, {"mean_steps": float(out.steps.double().mean()), "backend": out.report["backend"]}
+
+
+def show(row: Row) -> None:
+    """A row on stderr."""
+    figures = "  ".join(f"{key} {row[key]:.4f}" for key in ("good", "kl", "js"))
+    print(f"seed {row['seed']} {row['checkpoint']:>7}  {row['name']:<40}{figures}", file=sys.stderr, flush=True)
+
+
+def reductions(recipe: Recipe, full: Recipe) -> list[str]:
+    """In words: what of ``recipe`` is not the published ``full``."""
+    return [
+        f"{field.name.replace('_', ' ')}: {getattr(recipe, field.name)}, published {getattr(full, field.name)}"
+        for field in fields(Recipe)
+        if getattr(recipe, field.name) != getattr(full, field.name)
+    ]

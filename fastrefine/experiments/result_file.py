@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import statistics
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +15,25 @@ import torch
 
 import fastrefine as fr
 
+Row = dict[str, Any]
 
-def write(outdir: Path, experiment: str, *, cores: int, **content: Any) -> dict[str, Any]:
-    """Writes ``outdir``/result.json: ``content`` (rows, seeds, recipe, claims, ...) with commit, hardware and versions."""
-    record = {
+
+def write(outdir: Path, experiment: str, *, cores: int = 1, **content: Any) -> dict[str, Any]:
+    """Writes ``outdir``/result.json: ``content`` (rows, seeds, recipe, reduced, claims, ...), commit, hardware, versions.
+
+    A line for each row and claim; floats to six significant digits, None where they are not finite.
+    """
+    record = plain({
         "experiment": experiment,
         **content,
         "commit": _commit(),
         "hardware": {"cpu": _cpu(), "cores": cores},
         "versions": {"fastrefine": fr.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+    })  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
-    (outdir / "result.json").write_text(json.dumps(record, indent=1) + "\n")
+    part = outdir / "result.json.part"
+    part.write_text(_text(record))
+    part.replace(outdir / "result.json")
     return record
 
 
@@ -31,6 +41,62 @@ def tell(record: dict[str, Any]) -> None:
     """Prints what the record claims, and whether it holds."""
     for claim in record["claims"]:
         print(f"{'holds' if claim['holds'] else 'FAILS'}: {claim['claim']}")
+
+
+def claim(text: str, holds: bool, **figures: Any) -> Row:
+    """A claim with the figures that decide it."""
+    return {"claim": text, "holds": bool(holds), **figures}
+
+
+def against(
+    case: str, metric: str, published: float | None, values: Sequence[float], better: str, *, headline: bool = False
+) -> Row:
+    """A published figure beside ours: mean and standard deviation over seeds, and ours minus the published one.
+
+    better: "higher" | "lower" | "near". published: None where no paper has the figure. headline: goes into the summary.
+    """
+    mean, sd = spread(values)
+    row = {"case": case, "metric": metric, "published": published, "ours": mean, "sd": sd, "seeds": len(values)}
+    return {**row, "difference": None if published is None else mean - published, "better": better, "headline": headline}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, standard deviation), the latter None of one value."""
+    finite = all(math.isfinite(v) for v in values)
+    return statistics.fmean(values), statistics.stdev(values) if finite and len(values) > 1 else None
+
+
+def pick(rows: Iterable[Row], key: str, **where: Any) -> list[float]:
+    """Values of a column in the rows that match, in their order; None counts as infinite."""
+    found = [row[key] for row in rows if all(row.get(name) == value for name, value in where.items())]
+    return [math.inf if value is None else float(value) for value in found]
+
+
+def mean(rows: Iterable[Row], key: str, **where: Any) -> float:
+    """Mean of a column over the rows that match."""
+    return statistics.fmean(pick(rows, key, **where))
+
+
+def plain(value: Any) -> Any:
+    """``value`` for JSON: floats to six significant digits, None for those that it does not know, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    parts = []
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict | list):
+            found = "[\n  " + ",\n  ".join(json.dumps(v) for v in value) + "\n ]"
+        elif isinstance(value, dict):
+            found = "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n }"
+        else:
+            found = json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {found}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _cpu() -> str:

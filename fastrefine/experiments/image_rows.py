@@ -1,0 +1,216 @@
+"""The image protocol of the papers: one pair of networks, every way to sample from it, Frechet distance and classifier score.
+
+Both figures are on the features and classes of a classifier trained here; they compare only with figures of the same one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastrefine as fr
+from fastrefine.datasets import Images
+from fastrefine.experiments.cells import Cells
+from fastrefine.experiments.networks import Classifier, classify
+from fastrefine.experiments.train import accuracy, build, train_classifier
+from fastrefine.metrics import classifier_score, frechet_distance
+from fastrefine.priors import Prior
+from fastrefine.samplers.base import Sampler
+
+Row = dict[str, Any]
+SHOWN = 16  # images of each row that are kept for pictures: the first ids, not chosen ones
+PART = 5000  # refined proposals in memory at once
+_STOPS: dict[str, Callable[[], Any]] = {
+    "none": lambda: None, "median": fr.stopping.MedianOfReal, "uniform": fr.stopping.UniformStep,
+}  # fmt: skip
+
+
+def trained_classifier(make: Callable[[], Classifier], data: Images, *, seed: int, **training: Any) -> Classifier:
+    """``make()`` initialised from ``seed`` and trained on the training images."""
+    classifier = build(make, seed)
+    train_classifier(classifier, data.train, data.train_labels, seed=seed, **training)
+    return classifier
+
+
+class Judge:
+    """A classifier trained on real images, and the features of the held-out ones."""
+
+    def __init__(self, classifier: Classifier, data: Images):
+        self.classifier = classifier
+        self.accuracy = accuracy(classifier, data.test, data.test_labels)
+        self.reference, _ = classify(classifier, data.test)
+
+    @classmethod
+    def trained(cls, cells: Cells, make: Callable[[], Classifier], data: Images, *, seed: int, **training: Any) -> Judge:
+        """The classifier from ``cells``, or trained now; training: arguments of ``train_classifier``."""
+        classifier = cells.network(
+            f"classifier-{seed}", build(make, seed), lambda: trained_classifier(make, data, seed=seed, **training)
+        )
+        return cls(classifier, data)
+
+    def __call__(self, images: Tensor, small: int = 0) -> Row:
+        """frechet_distance, classifier_score of images (N, C, H, W); also those of the first ``small`` of them.
+
+        Both depend on N, the distance is biased upwards by O(1/N): compare figures of one N.
+        """
+        features, probabilities = classify(self.classifier, images)
+        found: Row = {
+            "frechet_distance": frechet_distance(features, self.reference),
+            "classifier_score": classifier_score(probabilities),
+        }
+        if small:
+            found[f"frechet_distance_{small}"] = frechet_distance(features[:small], self.reference)
+            found[f"classifier_score_{small}"] = classifier_score(probabilities[:small])
+        return found
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to sample: refine (sampler, or None for the generator as it is), then select.
+
+    stop: "none" | "median" (of real logits) | "uniform". shaped: by the shaped D in place of its own. select: "" | "drs" |
+    "mh", of raw samples ``chain_length`` for each output; of refined ones chains over the same proposals as the row of
+    that sampler without selection, so that there are samples // chain_length outputs.
+    """
+
+    name: str
+    sampler: Sampler | None = None
+    at: str = "input"
+    max_steps: int = 0
+    stop: str = "none"
+    keep: str = "last"
+    shaped: bool = False
+    select: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows share. reference: real images whose logits stop the samples and start the chains."""
+
+    samples: int = 10_000
+    chain_length: int = 5
+    reference: int = 1000
+    num_slots: int = 128
+    precision: str = "float32"
+    discriminator_output: str = "logit"
+
+    @property
+    def chains(self) -> int:
+        """Outputs of a row that selects among refined samples."""
+        return self.samples // self.chain_length
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Images (N, C, H, W), their logits (N,) after and before refinement, and what else a row tells of them."""
+
+    images: Tensor
+    logits: Tensor
+    before: Tensor
+    told: Row
+
+
+class ImageTable:
+    """Rows of one seed; each is kept in ``cells``, with its first images."""
+
+    def __init__(self, cells: Cells, protocol: Protocol, judge: Judge, prior: Prior, real: Tensor, seed: int):
+        self.cells, self.protocol, self.judge, self.prior, self.seed = cells, protocol, judge, prior, seed
+        self.real = real[: protocol.reference]
+        self._latest: tuple[Any, Any] = (None, None)  # what a row and the one that selects among its samples share
+
+    def rows(
+        self, facts: Mapping[str, Any], generator: nn.Module, discriminator: nn.Module, shaped: Callable[[], nn.Module],
+        ways: Sequence[Way],
+    ) -> Iterator[Row]:  # fmt: skip
+        """A row for each way; facts: what tells these networks from others of the table, e.g. {"checkpoint": 200}.
+
+        shaped: gives the shaped discriminator; called where a row is to be made that wants it. A way that selects is
+        cheapest right after the way whose samples it selects from.
+        """
+        for way in ways:
+
+            def make(way: Way = way) -> Row:
+                d = shaped() if way.shaped else discriminator
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
+                    images, told = self._drawn(way, self.refiner(way, generator, d), tuple(facts.items()))
+                self.cells.put(self._key(facts, way.name), {"images": images[:SHOWN]})
+                measured = self.judge(images, self.protocol.chains)
+                return {"seed": self.seed, **facts, "name": way.name, "samples": len(images), **measured, **told}
+
+            yield self.cells.row(self._key(facts, way.name), make)
+
+    def images(self, facts: Mapping[str, Any], name: str) -> Tensor:
+        """The first images of a row that was made."""
+        return self.cells.tensors(self._key(facts, name), dict)["images"]
+
+    def refiner(self, way: Way, generator: nn.Module, discriminator: nn.Module) -> fr.Refiner:
+        """The refiner of a way."""
+        p = self.protocol
+        return fr.Refiner(
+            generator, discriminator, way.sampler or fr.Collaborative(1.0), at=way.at, prior=self.prior, real=self.real,
+            max_steps=way.max_steps, stop=_STOPS[way.stop](), keep=way.keep, num_slots=p.num_slots, precision=p.precision,
+            discriminator_output=p.discriminator_output,
+        )  # fmt: skip
+
+    def _drawn(self, way: Way, refiner: fr.Refiner, facts: Any) -> tuple[Tensor, Row]:
+        if way.select and way.sampler is None:
+            return self._selected(way, refiner, facts)
+        drawn: _Drawn = self._shared((facts, "images", replace(way, name="", select="")), lambda: self._refined(refiner))
+        chosen, told = torch.arange(len(drawn.logits)), dict(drawn.told)
+        if way.select:
+            chosen, told["acceptance"] = self._choose(way, drawn.logits, refiner)
+        told |= {"logit_before": float(drawn.before[chosen].mean()), "logit_after": float(drawn.logits[chosen].mean())}
+        return drawn.images[chosen], told
+
+    def _refined(self, refiner: fr.Refiner) -> _Drawn:
+        images, logits, before, steps, acceptance = [], [], [], [], []
+        for part in refiner.stream(self.protocol.samples, seed=self.seed, chunk=PART):
+            images.append(part.images)
+            logits.append(part.logits)
+            before.append(part.initial_logits)
+            steps.append(part.steps)
+            if part.acceptance is not None:
+                acceptance.append(part.acceptance)
+        told: Row = {"sampler_acceptance": float(torch.cat(acceptance).mean())} if acceptance else {}
+        told |= {
+            "mean_steps": float(torch.cat(steps).double().mean()), "backend": part.report["backend"],
+            "images_per_second": part.report["images_per_second"],
+        }  # fmt: skip
+        return _Drawn(torch.cat(images), torch.cat(logits), torch.cat(before), told)
+
+    def _selected(self, way: Way, refiner: fr.Refiner, facts: Any) -> tuple[Tensor, Row]:
+        """Raw proposals are scored first; only those that were chosen are made again, from their latents."""
+        count = self.protocol.samples * self.protocol.chain_length
+        logits = self._shared(
+            (facts, "proposals", replace(way, name="", select="")),
+            lambda: torch.cat([part.logits for part in refiner.stream(count, seed=self.seed, chunk=PART)]),
+        )
+        chosen, acceptance = self._choose(way, logits, refiner)
+        images = refiner.refine(self.prior.sample(chosen, self.seed), seed=self.seed).images
+        return images, {"acceptance": acceptance, "mean_steps": 0.0, "logit_after": float(logits[chosen].mean())}
+
+    def _choose(self, way: Way, logits: Tensor, refiner: fr.Refiner) -> tuple[Tensor, float]:
+        """(positions of the chosen, acceptance rate); one chain for each output, from a real image's logit."""
+        if way.select == "drs":
+            kept = fr.rejection_sample(logits, seed=self.seed, untrusted="allow")
+            return kept[: self.protocol.samples], len(kept) / len(logits)
+        chain = fr.metropolis_hastings(
+            logits, self.protocol.chain_length, initial_logits=refiner.score(self.real), seed=self.seed, untrusted="allow"
+        )
+        return chain.indices, chain.acceptance_rate
+
+    def _shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The latest draw if it was of this key, else a new one."""
+        if self._latest[0] != key:
+            self._latest = None, None  # free the other first
+            self._latest = key, make()
+        return self._latest[1]
+
+    def _key(self, facts: Mapping[str, Any], name: str) -> str:
+        return "-".join([str(self.seed), *(str(value) for value in facts.values()), name])
