@@ -1,6 +1,6 @@
 """The command line. Nothing here imports torch until a command runs, so --help and usage errors answer at once.
 
-Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 usage, 3 incomplete but resumable, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from fastrefine import __version__
+from fastrefine import __version__, cli_production
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -52,6 +52,10 @@ def doctor() -> None:
         click.echo(f"{name:<18} {value}")
 
 
+for command in (cli_production.refine, cli_production.verify, cli_production.merge):
+    cli.add_command(command)
+
+
 def main() -> None:
     """Entry point of ``fastrefine``."""
     guarded(cli)
@@ -60,7 +64,7 @@ def main() -> None:
 def guarded(command: click.Command) -> None:
     """Run a command and exit: an error of ours is one line on stderr and exit code 1."""
     try:
-        code = command.main(standalone_mode=False)
+        code = command.main(standalone_mode=False) or 0
     except click.UsageError as error:
         error.show()
         code = 2

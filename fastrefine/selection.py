@@ -84,7 +84,7 @@ def metropolis_hastings(
         backend = ops.serving(table.device, "metropolis")
         position, accepted = ops.metropolis(table, current, seed, first, Stream.SELECTION, backend=backend)
     else:
-        position, accepted = _walk(table, current, seed, first, label, chain)
+        position, accepted = walk(table, current, seed, first, label, chain)
     tests, moved = len(table) * (chain_length - first), accepted > 0
     rate = int(accepted.sum()) / tests if tests else 0.0
     if tests and int(moved.sum()) < MOVED * len(moved):
@@ -95,11 +95,11 @@ def metropolis_hastings(
     return MHResult(positions.gather(1, position[:, None])[:, 0], rate, moved)
 
 
-def _walk(table: Tensor, current: Tensor, seed: int, first: int, label: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
+def walk(table: Tensor, current: Tensor, seed: int, first: int, label: Tensor | None, chain: Tensor) -> tuple[Tensor, Tensor]:
     """As ``ops.metropolis`` on a table without NaN and inf, with draws by (seed, class, chain of the class, test)."""
     position, accepted = torch.zeros_like(chain), torch.zeros_like(chain)
     for k in range(first, table.shape[1]):
-        accept = torch.log(_draw(seed, label, k, chain, Stream.SELECTION)) < table[:, k] - current
+        accept = torch.log(draw(seed, label, k, chain, Stream.SELECTION)) < table[:, k] - current
         current = torch.where(accept, table[:, k], current)
         position.masked_fill_(accept, k)
         accepted += accept
@@ -114,7 +114,7 @@ def _starts(logits: Tensor, labels: Any, label: Tensor | None, chain: Tensor, se
     if (labels is None) != (label is None):
         raise InputError("chains by class that start from real images need both labels and initial_labels")
     start = start.to(chain.device)
-    u = _draw(seed, label, 0, chain, Stream.REFERENCE)
+    u = draw(seed, label, 0, chain, Stream.REFERENCE)
     if label is None:
         return start[(u * len(start)).long().clamp(max=len(start) - 1)]
     groups = _grouped(labels, len(start), start.device, "initial_labels")
@@ -161,11 +161,15 @@ def rejection_sample(
 
     def accept(d: Tensor, known: Tensor, floor: float | None) -> Tensor:
         highest = d.max() if floor is None else torch.cummax(d, 0).values.clamp(min=floor)
-        delta = d - highest
-        score = delta - torch.log(-torch.expm1(delta - 1e-6))
-        return torch.sigmoid(score - _quantile(score[known], percentile / 100))
+        score = rejection_score(d - highest)
+        return torch.sigmoid(score - quantile(score[known], percentile / 100))
 
     return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), floors, strict=True)], seed, what)
+
+
+def rejection_score(delta: Tensor) -> Tensor:
+    """F before gamma is taken off ([DRS] Eq. 8), of delta = d - M <= 0."""
+    return delta - torch.log(-torch.expm1(delta - 1e-6))
 
 
 def _floor(log_m: float | Mapping[int, float] | None, label: int) -> float | None:
@@ -178,7 +182,7 @@ def _floor(log_m: float | Mapping[int, float] | None, label: int) -> float | Non
     return log_m
 
 
-def _quantile(x: Tensor, q: float) -> Tensor:
+def quantile(x: Tensor, q: float) -> Tensor:
     """As torch.quantile, for any number of values; NaN of none."""
     if len(x) == 0:
         return x.new_full((), torch.nan)
@@ -209,12 +213,12 @@ def budgeted_rejection(
     groups = _grouped(labels, len(d), d.device)
 
     def accept(d: Tensor, known: Tensor) -> Tensor:
-        return torch.exp(torch.clamp(d + _log_scale(d[known], budget * len(d)), max=0))
+        return torch.exp(torch.clamp(d + log_scale(d[known], budget * len(d)), max=0))
 
     return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), strict=True)], seed, what)
 
 
-def _log_scale(d: Tensor, wanted: float) -> Tensor:
+def log_scale(d: Tensor, wanted: float) -> Tensor:
     """t with sum(min(1, exp(d + t))) = wanted, exactly: the k largest are at 1, the others share what is left."""
     if len(d) <= wanted:
         return d.new_full((), torch.inf)
@@ -275,7 +279,7 @@ class _Groups:
         """(K,) ascending positions accepted with the probabilities (NaN: never), given class by class; warns of none."""
         if not probability:
             return self.order
-        u = _draw(seed, self.label, 0, self.rank, Stream.REJECTION)
+        u = draw(seed, self.label, 0, self.rank, Stream.REJECTION)
         chosen = u < torch.cat(probability)
         hit = torch.stack([of.any() for of in chosen.split(self.sizes)]).tolist()
         none = [label for label, any_of_it in zip(self.classes.tolist(), hit, strict=True) if not any_of_it]
@@ -303,7 +307,7 @@ def _proposals(logits: Tensor | Result, what: str) -> tuple[Tensor, Tensor]:
     return torch.where(known, d, -torch.inf), known
 
 
-def _draw(seed: int, label: Tensor | None, step: int, place: Tensor, stream: int) -> Tensor:
+def draw(seed: int, label: Tensor | None, step: int, place: Tensor, stream: int) -> Tensor:
     """Uniforms (S,) by (seed, class, step, place in the class, stream); of class 0 as of no classes, ``ops.uniform``."""
     zero = torch.zeros_like(place)
     words = ops.philox(seed, zero if label is None else label & 0xFFFFFFFF, zero + step, place, zero + stream)

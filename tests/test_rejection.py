@@ -74,7 +74,7 @@ def test_budgeted_rejection_samples_the_data_where_the_budget_allows_it():
 @pytest.mark.parametrize("budget", [1e-3, 0.1, 0.25, 0.9, 0.999, 1.0])
 def test_acceptance_equals_the_budget(budget):
     d = torch.cat([optimal_logit(proposals(5_000)), torch.zeros(100), torch.tensor([30.0, 31.0])]).double()
-    t = selection._log_scale(d, budget * len(d))
+    t = selection.log_scale(d, budget * len(d))
     accept = torch.exp(torch.clamp(d + t, max=0))
     assert float(accept.mean()) == pytest.approx(budget, rel=1e-9)
     indices = fr.budgeted_rejection(d, budget, seed=2)
@@ -115,7 +115,7 @@ def test_an_acceptance_near_zero_gives_a_partial_result_and_says_when_it_is_empt
 def test_quantiles_are_those_of_torch():
     x = proposals(1001)
     for q in (0, 0.123, 0.5, 0.95, 1):
-        assert selection._quantile(x, q) == pytest.approx(float(torch.quantile(x, q)), rel=1e-12)
+        assert selection.quantile(x, q) == pytest.approx(float(torch.quantile(x, q)), rel=1e-12)
 
 
 def test_few_proposals_and_none():

@@ -1,0 +1,218 @@
+"""Files of images: a shard as .npz, PNG folder, .tar (webdataset) or .safetensors, each the same bytes for the same images.
+
+Images are quantised as floor(127.5 x + 128), clipped, of x in [-1, 1]; .safetensors keeps the float32 values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrefine.errors import InputError
+
+PER_FOLDER = 1000  # of PNG files
+COLUMNS = ("ids", "labels", "logits", "steps", "status", "selected")
+SUFFIX = {"npz": ".npz", "png": "", "wds": ".tar", "safetensors": ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of consecutive ids and what is known of each.
+
+    images: (N, C, H, W) float32 in [low, high] of ``image_range``. columns: of COLUMNS, each (N,).
+    """
+
+    images: Tensor
+    columns: dict[str, np.ndarray]
+    image_range: tuple[float, float]
+
+    def pixels(self) -> np.ndarray:
+        """(N, H, W, C) uint8."""
+        low, high = self.image_range
+        x = self.images.numpy() if (low, high) == (-1, 1) else ((self.images - low) * (2 / (high - low)) - 1).numpy()
+        levels = np.clip(np.floor(127.5 * x + 128), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+
+
+def name_of(kind: str, index: int) -> str:
+    """The name of shard ``index`` in its folder."""
+    return f"{index:06d}" if kind == "png" else f"shard-{index:06d}{SUFFIX[kind]}"
+
+
+def write(kind: str, path: Path, batch: Batch) -> None:
+    """The shard at its final name, which it gets when it is complete and on the disk."""
+    if kind == "png":
+        path.mkdir(exist_ok=True)
+        for png, number in zip(_pngs(batch.pixels()), batch.columns["ids"], strict=True):
+            publish(path / f"{number:06d}.png", png)
+        publish(path / "columns.json", _json(batch.columns))
+        return
+    if kind == "npz":
+        content = _npz(batch)
+    elif kind == "wds":
+        content = _tar(batch)
+    else:
+        from safetensors.numpy import save
+
+        content = save({"images": batch.images.numpy(), **batch.columns})
+    publish(path, content)
+
+
+def read(kind: str, path: Path, image_range: tuple[float, float]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(pixels (N, H, W, C) uint8, columns) of a shard."""
+    if kind == "npz":
+        with np.load(path) as content:
+            return content["arr_0"], {name: content[name] for name in COLUMNS if name in content}
+    if kind == "png":
+        columns = {name: np.array(values) for name, values in json.loads((path / "columns.json").read_text()).items()}
+        return np.stack([_decoded((path / f"{number:06d}.png").read_bytes()) for number in columns["ids"]]), columns
+    if kind == "wds":
+        return _untar(path)
+    from safetensors.numpy import load_file
+
+    content = load_file(path)
+    images = torch.from_numpy(content.pop("images"))
+    return Batch(images, content, image_range).pixels(), content
+
+
+def digest(path: Path) -> str:
+    """sha256 of a shard's bytes; of a folder over its files in order of names, each with its name."""
+    total = hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.suffix in (".png", ".json")) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            total.update(file.name.encode() + b"\0")
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()
+
+
+def publish(path: Path, content: bytes) -> None:
+    """``content`` at ``path``: under a name of this process's own, to the disk, then renamed."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def merge_npz(
+    output: Path, count: int, shape: tuple[int, ...], parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
+) -> None:
+    """ADM's reference format: arr_0 uint8 (count, H, W, C), arr_1 int64 labels (count,) where there are any; streamed."""
+    part_path, labels = output.with_name(output.name + ".part"), []
+    with zipfile.ZipFile(part_path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            _header(member, np.dtype(np.uint8), (count, *shape))
+            for pixels, columns in parts:
+                member.write(pixels.tobytes())
+                if "labels" in columns:
+                    labels.append(columns["labels"])
+        if labels:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.concatenate(labels).astype(np.int64))
+    os.replace(part_path, output)
+
+
+def merge_png(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
+    """output/000000/000123.png, as NVlabs' tools write them."""
+    for pixels, columns in parts:
+        for png, number in zip(_pngs(pixels), columns["ids"].tolist(), strict=True):
+            folder = output / f"{number - number % PER_FOLDER:06d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            publish(folder / f"{number:06d}.png", png)
+
+
+def merge_tar(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
+    """One .tar as webdataset reads it."""
+    part_path = output.with_name(output.name + ".part")
+    with tarfile.open(part_path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for pixels, columns in parts:
+            _fill(archive, pixels, columns)
+    os.replace(part_path, output)
+
+
+def _npz(batch: Batch) -> bytes:
+    buffer = io.BytesIO()
+    columns = dict(batch.columns)
+    extra = {"arr_1": columns["labels"].astype(np.int64)} if "labels" in columns else {}
+    np.savez(buffer, arr_0=batch.pixels(), **extra, **columns)  # its members are dated 1980: no time enters
+    return buffer.getvalue()
+
+
+def _tar(batch: Batch) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        _fill(archive, batch.pixels(), batch.columns)
+    return buffer.getvalue()
+
+
+def _fill(archive: tarfile.TarFile, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    for row, png in enumerate(_pngs(pixels)):
+        facts = {name: values[row].item() for name, values in columns.items()}
+        members = {"png": png, "json": json.dumps(facts).encode()}
+        if "labels" in facts:
+            members["cls"] = str(facts["labels"]).encode()
+        for suffix, content in members.items():
+            info = tarfile.TarInfo(f"{facts['ids']:09d}.{suffix}")  # its time is 0
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def _untar(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    pixels, rows = [], []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            if content is None:
+                continue
+            if member.name.endswith(".png"):
+                pixels.append(_decoded(content.read()))
+            elif member.name.endswith(".json"):
+                rows.append(json.loads(content.read()))
+    return np.stack(pixels), {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _pngs(pixels: np.ndarray) -> Iterator[bytes]:
+    from PIL import Image
+
+    if pixels.shape[-1] not in (1, 3):
+        raise InputError(f"a PNG has 1 or 3 channels, got {pixels.shape[-1]}; use the npz or safetensors format")
+    for image in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+        yield buffer.getvalue()
+
+
+def _decoded(png: bytes) -> np.ndarray:
+    from PIL import Image
+
+    image = np.asarray(Image.open(io.BytesIO(png)))
+    return image[..., None] if image.ndim == 2 else image
+
+
+def _json(columns: dict[str, np.ndarray]) -> bytes:
+    return json.dumps({name: values.tolist() for name, values in columns.items()}).encode()
+
+
+def _header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )

@@ -1,0 +1,216 @@
+"""A generator and a discriminator as files: saved pairs, the embedded ones, and networks named by a configuration.
+
+A saved pair is a folder: config.json (where the architectures come from, prior, defaults) and two .safetensors files. It
+is data: loading it imports the named modules, and runs no code from the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastrefine import priors, samplers
+from fastrefine.configuration import Configuration, Network
+from fastrefine.errors import InputError
+from fastrefine.priors import Prior
+from fastrefine.samplers.base import Sampler
+from fastrefine.weights_file import load_weights, read_weights
+
+CONFIG = "config.json"
+DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes")
+PRIORS = {"normal": priors.Normal, "uniform": priors.Uniform, "truncated_normal": priors.TruncatedNormal}
+SAMPLERS = {
+    "collaborative": samplers.Collaborative, "ddls": samplers.DDLS, "mala": samplers.MALA, "hmc": samplers.HMC,
+    "dgflow": samplers.DGflow, "dot": samplers.DOT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two networks in eval mode, with the prior and the defaults that they were saved with."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    prior: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+def save_pair(
+    folder: str | Path, generator: nn.Module, discriminator: nn.Module, *, code: tuple[str, str], prior: Prior,
+    arguments: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}), at: str = "input",
+    discriminator_output: str = "logit", image_range: tuple[float, float] = (-1.0, 1.0), num_classes: int = 0,
+) -> Path:  # fmt: skip
+    """Writes a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``.
+
+    code: "package.module:callable" of (generator, discriminator), which ``arguments`` (keywords, JSON values) make the
+    architectures with. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
+
+    Returns the folder. Raises InputError where the code does not give modules that the weights fit, so a pair that was
+    saved can be loaded.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {}
+    for name, module, where, given in zip(
+        ("generator", "discriminator"), (generator, discriminator), code, arguments, strict=True
+    ):
+        empty, weights = _built(Network(where, dict(given)), name), {k: v.detach() for k, v in module.state_dict().items()}
+        load_weights(empty, weights, f"the {name}")
+        part = folder / f"{name}.part"
+        save_file({k: v.contiguous().clone() for k, v in weights.items()}, part)
+        part.replace(folder / f"{name}.safetensors")
+        described[name] = {"code": where, "arguments": dict(given), "weights": f"{name}.safetensors"}
+    config = {
+        **described, "prior": describe_prior(prior), "at": at, "discriminator_output": discriminator_output,
+        "image_range": list(image_range), "num_classes": num_classes,
+    }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
+    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong."""
+    if str(folder) in ("digits", "mnist") and not Path(folder).exists():
+        return _embedded(str(folder))
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        specs = [Network(**config[name]) for name in ("generator", "discriminator")]
+        prior = dict(config["prior"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} is no configuration of a pair ({type(error).__name__}: {error})") from error
+    networks = [
+        load_network(replace(spec, weights=str(folder / spec.weights)), name, allow_pickle=allow_pickle)
+        for spec, name in zip(specs, ("generator", "discriminator"), strict=True)
+    ]
+    return Pair(*networks, prior, {name: config[name] for name in DEFAULTS if name in config})
+
+
+def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:
+    """The network of a specification, on the CPU in eval mode; name: for errors."""
+    if network.code.endswith(".pt2"):
+        return _exported(Path(network.code), name)
+    module = _built(network, name)
+    if not network.weights:
+        raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
+    load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
+    return module.eval()
+
+
+def configured(configuration: Configuration, *, allow_pickle: bool = False) -> tuple[Pair, Configuration]:
+    """The networks of a configuration, and it with the pair's own values where it gives none."""
+    if configuration.pair:
+        pair = load_pair(configuration.pair, allow_pickle=allow_pickle)
+    else:
+        assert configuration.generator and configuration.discriminator
+        pair = Pair(
+            load_network(configuration.generator, "generator", allow_pickle=allow_pickle),
+            load_network(configuration.discriminator, "discriminator", allow_pickle=allow_pickle), {}, {},
+        )  # fmt: skip
+    own: dict[str, Any] = {}
+    if not configuration.prior:
+        if not pair.prior:
+            raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')
+        own["prior"] = pair.prior
+    for name, usual in (("at", "input"), ("discriminator_output", "logit")):
+        if not getattr(configuration, name):
+            own[name] = pair.defaults.get(name, usual)
+    if "image_range" in pair.defaults and configuration.image_range == Configuration.image_range:
+        own["image_range"] = tuple(pair.defaults["image_range"])
+    if not configuration.num_classes and pair.defaults.get("num_classes"):
+        own["num_classes"] = pair.defaults["num_classes"]
+    return pair, replace(configuration, **own)
+
+
+def make_prior(values: Mapping[str, Any]) -> Prior:
+    """{"name": "normal" | "uniform" | "truncated_normal", "shape": [...], ...} as a prior."""
+    given = dict(values)
+    kind, shape = PRIORS.get(str(given.pop("name", ""))), given.pop("shape", None)
+    if kind is None or not isinstance(shape, list | tuple):
+        raise InputError(f'prior is {dict(values)!r}; wanted e.g. {{"name": "normal", "shape": [64]}} of {", ".join(PRIORS)}')
+    try:
+        return kind(*shape, **given)
+    except TypeError as error:
+        raise InputError(f"prior is {dict(values)!r}: {error}") from error
+
+
+def describe_prior(prior: Prior) -> dict[str, Any]:
+    """What ``make_prior`` makes it of."""
+    for name, kind in PRIORS.items():
+        if type(prior) is kind:
+            extra = {key: value for key, value in vars(prior).items() if key != "shape"}
+            return {"name": name, "shape": list(prior.shape), **extra}
+    raise InputError(f"{prior!r} cannot be written down; wanted one of {', '.join(k.__name__ for k in PRIORS.values())}")
+
+
+def make_sampler(values: Mapping[str, Any]) -> Sampler:
+    """{"name": "collaborative" | "ddls" | ..., and its arguments} as a sampler."""
+    given = dict(values)
+    name = str(given.pop("name", ""))
+    if name not in SAMPLERS:
+        raise InputError(f"sampler is {name!r}; wanted one of {', '.join(SAMPLERS)}")
+    if isinstance(given.get("clamp"), list):
+        given["clamp"] = tuple(given["clamp"])
+    try:
+        return SAMPLERS[name](**given)
+    except TypeError as error:
+        raise InputError(f"sampler {name}: {error}") from error
+
+
+def _built(network: Network, name: str) -> nn.Module:
+    """The architecture, with whatever weights it starts from; torch's random state comes back as it was."""
+    module_name, colon, attribute = network.code.partition(":")
+    if not colon or not attribute:
+        raise InputError(f"the {name} is {network.code!r}; wanted package.module:callable, or a torch.export archive (.pt2)")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the {name}'s code {network.code!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        try:
+            made = target(**network.arguments) if not isinstance(target, nn.Module) else copy.deepcopy(target)
+        except TypeError as error:
+            raise InputError(f"the {name}'s {network.code} does not take {network.arguments}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"the {name}'s {network.code} gave a {type(made).__name__}; wanted a torch.nn.Module")
+    return made.eval()
+
+
+def _exported(path: Path, name: str) -> nn.Module:
+    if not path.is_file():
+        raise InputError(f"the {name}'s {path} is not there; wanted an archive of torch.export.save")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:
+        raise InputError(
+            f"the {name}'s {path} is no archive of torch.export.save ({str(error).splitlines()[0][:120]})"
+        ) from error
+
+
+def _embedded(name: str) -> Pair:
+    from importlib.resources import files
+
+    recipe = {"digits": ("digits", 32, "act2"), "mnist": ("mnist", 64, "act7")}[name]
+    path = Path(str(files("fastrefine"))) / "weights" / f"{name}.safetensors"
+    weights = read_weights(path)
+    networks = []
+    for role in ("generator", "discriminator"):
+        module = _built(Network(f"fastrefine.experiments.networks:{recipe[0]}_{role}"), role)
+        load_weights(module, {k: v for k, v in weights.items() if k.startswith(f"{role}.")}, str(path))
+        networks.append(module)
+    return Pair(networks[0], networks[1], {"name": "normal", "shape": [recipe[1]]}, {"at": recipe[2]})

@@ -1,0 +1,177 @@
+"""One worker of a run: its networks, its share of the shards, each made, written, marked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastrefine as fr
+from fastrefine import choosing, formats, ops, pairs
+from fastrefine.choosing import Chooser
+from fastrefine.configuration import Configuration, Shard
+from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.pictures import load_images
+from fastrefine.refiner import Refiner
+from fastrefine.result import Result, Status
+from fastrefine.shards import Folder
+from fastrefine.weights_file import digest
+
+log = logging.getLogger("fastrefine")
+HELD = 4096  # proposals in memory at once, about
+_RULES = {"median": "MedianOfReal", "reference": "ReferenceSample", "uniform": "UniformStep"}
+
+
+@dataclass
+class Outcome:
+    """What a worker did: shards made, found done, and images of both; seconds of the whole and of writing."""
+
+    made: int = 0
+    found: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    seconds_writing: float = 0.0
+    unselected: int = 0
+    nonfinite: int = 0
+
+
+class Worker:
+    """The networks of a configuration, prepared once; any number of shards may be made with it.
+
+    device: as for Refiner. Raises InputError on what does not fit.
+    """
+
+    def __init__(self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False):
+        pair, configuration = pairs.configured(configuration, allow_pickle=allow_pickle)
+        self.configuration = c = configuration
+        if c.select != "none" and c.discriminator_output == "critic":
+            raise InputError(f"select={c.select} reads logits of a probability, and a critic has none; use select=none")
+        real = load_images(c.real) if c.real else None
+        stop: Any = None if c.stop == "none" else c.stop
+        if isinstance(stop, str):
+            stop = getattr(fr.stopping, _RULES[stop])()
+        self.refiner = Refiner(
+            pair.generator, pair.discriminator, pairs.make_sampler(c.sampler), at=c.at, max_steps=c.max_steps, stop=stop,
+            prior=pairs.make_prior(c.prior), real=real, discriminator_output=c.discriminator_output,
+            num_slots=c.num_slots, device=device, precision=c.precision, keep=c.keep,
+        )  # fmt: skip
+        self.facts: dict[str, Any] = {
+            "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
+            "real_sha256": None if real is None else hashlib.sha256(real.numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
+        self.chooser = self._piloted()
+        self.facts["selection"] = choosing.described(self.chooser)
+
+    def folder(self, outdir: Path) -> Folder:
+        """The run's folder; InputError where it is another run's."""
+        return Folder.claim(outdir, self.configuration, self.facts)
+
+    def run(
+        self, outdir: Path, *, worker: int = 0, workers: int = 1, on_shard: Callable[[Shard, Outcome], None] | None = None
+    ) -> Outcome:
+        """Make this worker's share: every shard whose index in the run is ``worker`` modulo ``workers``, unless it is done."""
+        folder, outcome, started = self.folder(outdir), Outcome(), time.perf_counter()
+        for shard in folder.shards()[worker::workers]:
+            problem = folder.problem(shard)
+            if not problem:
+                outcome.found += 1
+                told = folder.facts(shard)
+            else:
+                if problem != "missing":
+                    log.warning("%s: %s; made anew", folder.file(shard).name, problem)
+                batch, told = self.make(shard)
+                writing = time.perf_counter()
+                folder.write(shard, batch, told)
+                outcome.seconds_writing += time.perf_counter() - writing
+                outcome.made += 1
+            outcome.images += shard.count
+            outcome.unselected += told.get("unselected", 0)
+            outcome.nonfinite += told.get("status", {}).get("NONFINITE", 0)
+            outcome.seconds = time.perf_counter() - started
+            if on_shard is not None:
+                on_shard(shard, outcome)
+        return outcome
+
+    def make(self, shard: Shard) -> tuple[formats.Batch, dict[str, Any]]:
+        """The shard's images, and what its marker tells besides count and hash; a pure function of the configuration."""
+        found = [self._images(run) for run in shard.runs]
+        images = torch.cat([out.images for out, _ in found])
+        if images.dim() != 4:
+            raise InputError(f"the generator makes outputs of shape {tuple(images.shape[1:])}; wanted images (C, H, W)")
+        outs = [out for out, _ in found]
+        columns = {"ids": np.array(shard.seeds, np.int64), **_columns(outs)}
+        if self.chooser is not None:
+            columns["selected"] = torch.cat([selected for _, selected in found]).numpy()
+        counts = Counter(Status(int(s)).name for s in columns["status"])
+        told: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
+        if self.chooser is not None:
+            told["unselected"] = int((~columns["selected"]).sum())
+        return formats.Batch(images, columns, self.configuration.image_range), told
+
+    def _images(self, seeds: range) -> tuple[Result, Tensor]:
+        """Results of consecutive seeds, and which of them were selected."""
+        c, length = self.configuration, self.configuration.proposals
+        held, chosen = [], []
+        labels = self._labels(torch.arange(seeds.start, seeds.stop))
+        proposed = None if labels is None else labels.repeat_interleave(length)
+        per_part = max(HELD // length, 1) * length
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastrefineWarning)  # a shard is a part of a run, which tells its own counts
+            for part in self.refiner.stream(
+                len(seeds) * length, first_id=seeds.start * length, seed=c.seed, chunk=per_part, labels=proposed
+            ):
+                selected = torch.ones(len(part) // length, dtype=torch.bool)
+                if self.chooser is not None:
+                    images = part.ids[::length] // length
+                    at, selected = self.chooser.choose(part.logits.view(-1, length), images)
+                    part = part.select(torch.arange(len(images)) * length + at)
+                held.append(part)
+                chosen.append(selected)
+        return Result.concatenate(held), torch.cat(chosen)
+
+    def _labels(self, ids: Tensor) -> Tensor | None:
+        c = self.configuration
+        if c.classes is None:
+            return None
+        if c.classes == "random":
+            u = ops.uniform(c.seed, ids, torch.ones_like(ids), 1, ops.Stream.BATCH)[:, 0]
+            return (u * c.num_classes).long().clamp(max=c.num_classes - 1)
+        return torch.full_like(ids, int(c.classes))
+
+    def _piloted(self) -> Chooser | None:
+        c = self.configuration
+        if c.select == "none":
+            return None
+        real = None
+        if c.select == "mh" and self.refiner.real is not None:
+            real = self.refiner.score(self.refiner.real).double().cpu()
+        if c.select == "mh":  # reads no figure of a pilot pass
+            return Chooser(c, {}, real)
+        labels = self._labels(torch.arange(choosing.PILOT))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastrefineWarning)
+            pilot = self.refiner.sample(choosing.PILOT, first_id=choosing.PILOT_FIRST, seed=c.seed, labels=labels)
+        return Chooser.piloted(c, pilot.logits.cpu())
+
+
+def _columns(outs: list[Result]) -> dict[str, np.ndarray]:
+    rows: dict[str, Any] = {name: torch.cat([getattr(out, name) for out in outs]) for name in ("logits", "steps", "status")}
+    if outs[0].labels is not None:
+        rows["labels"] = torch.cat([out.labels for out in outs if out.labels is not None])
+    return {name: tensor.cpu().numpy() for name, tensor in rows.items()}
+
+
+def machine() -> dict[str, str]:
+    """What bits may hang on besides the configuration."""
+    return {"fastrefine": fr.__version__, "torch": torch.__version__, "machine": platform.machine()}
