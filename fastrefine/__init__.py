@@ -20,6 +20,7 @@ _HOMES = {
     "density_ratio": ("SumDiscriminator", "fit_corrector"),
     "noisy": ("NoisyOutput",),
     "ops": ("use_backend",),
+    "pairs": ("Pair", "load_pair", "save_pair"),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from fastrefine.density_ratio import fit_corrector as fit_corrector
     from fastrefine.noisy import NoisyOutput as NoisyOutput
     from fastrefine.ops import use_backend as use_backend
+    from fastrefine.pairs import Pair as Pair
+    from fastrefine.pairs import load_pair as load_pair
+    from fastrefine.pairs import save_pair as save_pair
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product
     from fastrefine.priors import TruncatedNormal as TruncatedNormal
