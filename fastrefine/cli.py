@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from fastrefine import __version__, cli_production
+from fastrefine import __version__, cli_models, cli_production
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -52,7 +52,10 @@ def doctor() -> None:
         click.echo(f"{name:<18} {value}")
 
 
-for command in (cli_production.refine, cli_production.verify, cli_production.merge):
+for command in (
+    cli_production.refine, cli_production.verify, cli_production.merge, cli_models.evaluate, cli_models.shape,
+    cli_models.layers, cli_models.bench,
+):  # fmt: skip
     cli.add_command(command)
 
 

@@ -122,10 +122,7 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
     if shard_id >= num_shards:
         raise click.UsageError(f"--shard-id is {shard_id}; wanted it below --num-shards {num_shards}")
     allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
-    try:
-        configuration = _configuration(ctx, flags)
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
+    configuration = configuration_of(ctx, flags)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     from tqdm import tqdm
@@ -191,8 +188,15 @@ def merge(directory: Path, output: Path) -> None:
     click.echo(f"wrote {output}: {count} images")
 
 
+def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
+    """From --config and the flags; of a flag that was not given, the file's value wins. Raises UsageError."""
+    try:
+        return _configuration(ctx, flags)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
-    """From --config and the flags; of a flag that was not given, the file's value wins."""
     path = flags.pop("config", None)
     base: dict[str, Any] = {}
     if path is not None:
@@ -220,7 +224,7 @@ def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
     stop = flags.pop("stop")
     if given("stop") or "stop" not in base:
         values["stop"] = _number(stop)
-    if flags["classes"] is not None and flags["classes"] != "random":
+    if flags.get("classes") not in (None, "random"):
         if not flags["classes"].isdecimal():
             raise InputError(f"--class is {flags['classes']!r}; wanted a number, or random")
         flags["classes"] = int(flags["classes"])

@@ -152,7 +152,8 @@ class Shard:
 
 def shards(configuration: Configuration) -> Iterator[Shard]:
     """All shards in ascending order; which seeds lie in one does not hang on where the run begins or ends."""
-    size, pending = configuration.shard_size, {}
+    size = configuration.shard_size
+    pending: dict[int, list[range]] = {}
     for run in ranges(configuration.seeds):
         for index in range(run.start // size, -(-run.stop // size)):
             for done in [i for i in pending if i < index]:

@@ -35,7 +35,7 @@ class Batch:
     """
 
     images: Tensor
-    columns: dict[str, np.ndarray]
+    columns: dict[str, Any]
     image_range: tuple[float, float]
 
     def pixels(self) -> np.ndarray:
@@ -151,9 +151,10 @@ def merge_tar(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarr
 
 def _npz(batch: Batch) -> bytes:
     buffer = io.BytesIO()
-    columns = dict(batch.columns)
-    extra = {"arr_1": columns["labels"].astype(np.int64)} if "labels" in columns else {}
-    np.savez(buffer, arr_0=batch.pixels(), **extra, **columns)  # its members are dated 1980: no time enters
+    arrays: dict[str, Any] = {"arr_0": batch.pixels()}
+    if "labels" in batch.columns:
+        arrays["arr_1"] = batch.columns["labels"].astype(np.int64)
+    np.savez(buffer, **arrays, **batch.columns)  # its members are dated 1980: no time enters
     return buffer.getvalue()
 
 

@@ -94,7 +94,7 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
         load_network(replace(spec, weights=str(folder / spec.weights)), name, allow_pickle=allow_pickle)
         for spec, name in zip(specs, ("generator", "discriminator"), strict=True)
     ]
-    return Pair(*networks, prior, {name: config[name] for name in DEFAULTS if name in config})
+    return Pair(networks[0], networks[1], prior, {name: config[name] for name in DEFAULTS if name in config})
 
 
 def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:

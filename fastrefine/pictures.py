@@ -14,34 +14,51 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
 
 def load_images(path: str | Path, limit: int | None = None) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1], float32; the first ``limit``.
+    """The images of ``load_labelled``."""
+    return load_labelled(path, limit)[0]
 
-    A folder: its pictures, those of subfolders too, in order of names, all of one size, grey ones with one channel. A
-    .npz or .npy: its first array, uint8 (N, H, W, C) or (N, C, H, W). A .safetensors: "images", float32 in [-1, 1], or
-    uint8 as above. "digits": the digits that come with scikit-learn. Raises InputError on anything else.
+
+def load_labelled(path: str | Path, limit: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Images (N, C, H, W) in [-1, 1], float32, and their labels (N,) int64 where there are any; the first ``limit``.
+
+    A folder: its pictures, those of subfolders too, in order of names, all of one size, grey ones with one channel;
+    subfolders are classes where every picture lies in one and there are two or more. A .npz (labels: arr_1 or "labels")
+    or .npy: its first array, uint8 (N, H, W, C) or (N, C, H, W). A .safetensors: "images", float32 in [-1, 1] or uint8 as
+    above, and "labels". "digits": the training images of scikit-learn's. Raises InputError on anything else.
     """
     if str(path) == "digits" and not Path(path).exists():
         from fastrefine.datasets import load_digits
 
-        return load_digits().train[:limit]
+        digits = load_digits()
+        return digits.train[:limit], digits.train_labels[:limit]
     path = Path(path)
     if path.is_dir():
-        return _signed(_folder(path, limit), path)
+        pixels, classes = _folder(path, limit)
+        return _signed(pixels, path), classes
     if not path.is_file():
         raise InputError(f"{path} is not there; wanted a folder of pictures, .npz, .npy or .safetensors")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.numpy import load_file
 
-            return _signed(load_file(path)["images"].numpy()[:limit], path)
-        content = np.load(path, allow_pickle=False)
-        array = content if isinstance(content, np.ndarray) else content[content.files[0]]
+            content = load_file(path)
+            array, labels = content["images"], content.get("labels")
+        else:
+            loaded = np.load(path, allow_pickle=False)
+            content = {"arr_0": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+            array, labels = next(iter(content.values())), content.get("labels", content.get("arr_1"))
     except Exception as error:
         raise InputError(f"{path} cannot be read as images ({type(error).__name__}: {error})") from error
-    return _signed(array[:limit], path)
+    known = None if labels is None else torch.from_numpy(labels[:limit].astype(np.int64))
+    return _signed(array[:limit], path), known
 
 
-def _folder(path: Path, limit: int | None) -> np.ndarray:
+def from_pixels(pixels: np.ndarray) -> Tensor:
+    """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
+
+
+def _folder(path: Path, limit: int | None) -> tuple[np.ndarray, Tensor | None]:
     from PIL import Image
 
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)[:limit]
@@ -58,7 +75,10 @@ def _folder(path: Path, limit: int | None) -> np.ndarray:
         if images and x.shape != images[0].shape:
             raise InputError(f"{file} is of shape {x.shape}, {files[0]} of {images[0].shape}; wanted all alike")
         images.append(x)
-    return np.stack(images)
+    owners = [file.relative_to(path).parts[:-1] for file in files]
+    names = sorted({parts[0] for parts in owners if parts})
+    labelled = all(owners) and len(names) > 1 and not all(name.isdecimal() and len(name) == 6 for name in names)
+    return np.stack(images), torch.tensor([names.index(parts[0]) for parts in owners]) if labelled else None
 
 
 def _signed(array: np.ndarray, path: Path) -> Tensor:

@@ -1,0 +1,170 @@
+"""The commands around a pair: layers, shape, evaluate, bench. Nothing here imports torch until a command runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastrefine.cli_production import FOLDER, configuration_of, model_options
+
+PATH = click.Path(exists=True, path_type=Path)
+
+
+@click.command()
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
+    """The places where the generator can be cut (usable as --at), with shapes and what a step costs from there."""
+    import torch
+
+    import fastrefine as fr
+    from fastrefine import pairs
+
+    allow_pickle, _ = flags.pop("allow_pickle"), flags.pop("device")
+    pair, configuration = pairs.configured(configuration_of(ctx, flags), allow_pickle=allow_pickle)
+    latents = pairs.make_prior(configuration.prior).sample(torch.arange(8), 0)
+    found = fr.layers(pair.generator, latents)
+    if as_json:
+        click.echo(json.dumps([layer.__dict__ for layer in found]))
+        return
+    width = max(len(layer.name) for layer in found)
+    click.echo(f"{'at':<{width}}  {'activation':<16}{'tail MFLOPs':>12}{'share':>8}")
+    for layer in found:
+        shape = "x".join(map(str, layer.shape))
+        click.echo(f"{layer.name:<{width}}  {shape:<16}{layer.tail_flops / 1e6:>12.3f}{layer.tail_share:>8.1%}")
+
+
+@click.command()
+@model_options
+@click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--outdir", type=FOLDER, required=True, help="discriminator.safetensors and curve.csv go there.")
+@click.pass_context
+def shape(
+    ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, outdir: Path, **flags: Any
+) -> None:
+    """Shape the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator stays as it is.
+
+    With --pair FOLDER, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`.
+    """
+    import csv
+    import shutil
+
+    from safetensors.torch import save_file
+
+    import fastrefine as fr
+    from fastrefine import pairs
+    from fastrefine.worker import Worker
+
+    if not flags["real"]:
+        raise click.UsageError("--real is needed: real images to shape the discriminator on")
+    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
+    worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle)
+    refiner = worker.refiner
+    curve: list[dict[str, float]] = []
+    shaped = fr.shape_discriminator(
+        refiner, refiner.real, iterations, batch_size, learning_rate, stop=refiner.stop, seed=seed, progress=None,
+        callback=curve.append,
+    )  # fmt: skip
+    outdir.mkdir(parents=True, exist_ok=True)
+    part = outdir / "discriminator.part"
+    save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
+    part.replace(outdir / "discriminator.safetensors")
+    with (outdir / "curve.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(curve[0]))
+        writer.writeheader()
+        writer.writerows(curve)
+    source = Path(worker.configuration.pair or ".")
+    if (source / pairs.CONFIG).is_file() and source.resolve() != outdir.resolve():
+        for name in (pairs.CONFIG, "generator.safetensors"):
+            shutil.copyfile(source / name, outdir / name)
+    first, last = curve[0], curve[-1]
+    click.echo(
+        f"wrote {outdir}: mean logit of refined images {first['fake_logit']:.3f} > {last['fake_logit']:.3f}, of real ones "
+        f"{first['real_logit']:.3f} > {last['real_logit']:.3f} over {iterations} iterations"
+    )
+
+
+@click.command()
+@click.argument("images", metavar="DIR", type=PATH)
+@click.option("--real", required=True, help="Real images: a folder, .npz, .safetensors, or digits; held out is best.")
+@click.option("--features", metavar="CODE", help="package.module:callable of a network: images -> features, or "
+              "(features, logits). Default: a classifier trained here on --train.")  # fmt: skip
+@click.option("--train", help="Labelled real images for the default features (default: --real, if it is labelled).")
+@click.option("--baseline", type=PATH, help="Unrefined images, to tell when score and distance part ways.")
+@click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with torch-fidelity's names.")
+def evaluate(
+    images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
+) -> None:
+    """Frechet distance, score, KID, precision and recall of DIR (a run, pictures or .npz) against real images.
+
+    The figures are on the features named beside them and compare only with figures of the same ones.
+    """
+    from fastrefine import evaluation, pictures
+    from fastrefine.errors import InputError
+
+    truth = pictures.load_images(real, limit)
+    if features:
+        judge = evaluation.given_features(features)
+    else:
+        shown, labels = pictures.load_labelled(train or real)
+        if labels is None:
+            raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
+        judge = evaluation.trained_features(shown, labels)
+    found = evaluation.measure(evaluation.images_of(images)[:limit], truth, judge)
+    raw = None if baseline is None else evaluation.measure(evaluation.images_of(baseline)[:limit], truth, judge)
+    told = evaluation.warnings_of(found, raw)
+    if as_json:
+        click.echo(json.dumps({**found, "baseline": raw, "warnings": told}))
+    else:
+        n = found["num_samples"]
+        click.echo(f"{n} images against {found['num_real']} real ones, features {found['features']}")
+        for key, value in found.items():
+            if isinstance(value, float):
+                beside = f"   baseline {raw[key]:.4f}" if raw is not None and key in raw else ""
+                click.echo(f"  {f'{key}-{n}':<46}{value:.4f}{beside}")
+    for line in told:
+        click.echo(f"warning: {line}", err=True)
+
+
+@click.command()
+@model_options
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Updates of every sample.")
+@click.option("--layers", "names", help="Comma-separated; default: input, output and those between that save work.")
+@click.option("--precisions", default="float32,bfloat16", show_default=True)
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="For each figure, about.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def bench(
+    ctx: click.Context, steps: int, names: str | None, precisions: str, seconds: float, as_json: bool, **flags: Any
+) -> None:
+    """Images per second of YOUR pair at candidate layers and precisions, beside B0, the usual loop, in one run."""
+    import torch
+
+    from fastrefine import throughput
+    from fastrefine.worker import Worker
+
+    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
+    refiner = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle).refiner
+    assert refiner.prior is not None and isinstance(refiner.generator, torch.nn.Module)
+    latents = refiner.prior.sample(torch.arange(8), 0).to(refiner.device)
+    chosen = names.split(",") if names else throughput.candidates(refiner.generator, latents)
+    found = []
+    if not as_json:
+        click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
+    for row in throughput.rows(refiner, chosen, precisions.split(","), steps, seconds):
+        found.append(row)
+        if not as_json:
+            click.echo(
+                f"{row['at']:<20}{row['precision']:<11}{row['images_per_second']:>12.1f}{row['b0_images_per_second']:>12.1f}"
+                f"{row['ratio_b0']:>7.2f}x  {row['backend']}, {row['driver']}, {row['threads']}, {row['num_slots']}"
+            )
+    if as_json:
+        click.echo(json.dumps(found))
