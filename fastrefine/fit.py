@@ -112,3 +112,20 @@ def snapshots(steps: Sequence[int], max_steps: int) -> tuple[int, ...]:
 
 def _warn(text: str) -> None:
     warnings.warn(text, FastrefineWarning, stacklevel=4)
+
+
+def weights(module: nn.Module | None) -> tuple[Any, ...]:
+    """Changes whenever a parameter or buffer is updated in place, or replaced."""
+    if module is None:
+        return ()
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def device_of(*modules: Any) -> torch.device:
+    """Where the first of the modules with any tensor has it."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+    return torch.device("cpu")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,15 +19,26 @@ from fastrefine.errors import CouplingError, InputError, SplitError
 from fastrefine.split import Cut, Split, split, unwrap
 
 PROBE = 4  # samples of a probe batch
+_process = threading.RLock()  # tracing, threads, TF32 and random states are the whole process's: one thread at a time
+
+
+def _renew() -> None:
+    global _process
+    _process = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew)  # a thread of the parent's may have held it
 
 
 @contextlib.contextmanager
 def quiet_torch(device: torch.device | None = None) -> Iterator[None]:
     """No grad, no inference mode, no autocast, as the engine wants it; the caller's modes come back afterwards.
 
-    So does the state of the CPU's and the device's generator, for networks may draw numbers that change nothing.
+    So does the state of the CPU's and the device's generator, for networks may draw numbers that change nothing. Other
+    threads wait meanwhile.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_process)
         stack.enter_context(torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         for kind in ("cpu", "cuda"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, drivers, fit, ops, pilot, readout, session, settings, stopping
+from fastrefine import checks, dataset, drivers, fit, ops, pilot, readout, session, settings, stopping
 from fastrefine.errors import InputError
 from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, attempt, check_labels, quiet_torch
 from fastrefine.pool import Source
@@ -114,7 +114,7 @@ class Refiner:
         self.output_device = checks.device("output_device", output_device)
         self.progress, self.callback = progress, callback
         self.dtype = torch.float64 if precision == "float64" else torch.float32
-        self.device = checks.device("device", device) if device is not None else _device_of(generator, discriminator)
+        self.device = checks.device("device", device) if device is not None else fit.device_of(generator, discriminator)
         self.real = None if real is None else checks.tensor("real", real, self.dtype)
         if self.real is not None and len(self.real) == 0:
             raise InputError("`real` is empty; wanted real images (N, ...)")
@@ -126,6 +126,20 @@ class Refiner:
         fit.check(self)
         self._seen_weights: tuple[Any, Any] = ((), ())
         self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was prepared, which is made again at first use: graphs and captures are one process's."""
+        twin = copy.copy(self)
+        twin._seen_weights = ((), ())
+        twin.__dict__.pop("_probed", None)
+        twin._forget()
+        return vars(twin)
+
+    def __copy__(self) -> Refiner:
+        """With what was prepared: `copy` would go by ``__getstate__``."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def _forget(self) -> None:
         self._generator_side: GeneratorSide | None = None
@@ -189,6 +203,12 @@ class Refiner:
         checks.count("chunk", chunk, 1)
         source = self._source(checks.count("n", n, 0), first_id, seed, None, labels)
         return session.parts(self, source, chunk, fit.snapshots(snapshots, self.max_steps))
+
+    def dataset(
+        self, n: int, seed: int = 0, *, first_id: int = 0, labels: Any = None, chunk: int = 1000
+    ) -> dataset.RefinedDataset:  # fmt: skip
+        """The samples of ``sample`` as a torch IterableDataset for a DataLoader; see ``RefinedDataset``."""
+        return dataset.RefinedDataset(self, n, seed=seed, first_id=first_id, labels=labels, chunk=chunk)
 
     def score(self, images: Tensor, labels: Any = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
@@ -274,7 +294,7 @@ class Refiner:
 
     def _notice_updates(self) -> None:
         """Forget what was prepared from weights that the caller has updated since."""
-        now = _weights(self.generator), _weights(self.discriminator)
+        now = fit.weights(self.generator), fit.weights(self.discriminator)
         if now[0] != self._seen_weights[0]:
             self._forget()
         elif now[1] != self._seen_weights[1]:
@@ -327,7 +347,7 @@ class Refiner:
     def _refresh(self, discriminator: nn.Module) -> None:
         """Take an updated discriminator of the same structure; nothing is traced again (used while shaping)."""
         self.discriminator = discriminator
-        self._seen_weights = self._seen_weights[0], _weights(discriminator)
+        self._seen_weights = self._seen_weights[0], fit.weights(discriminator)
         if self._target is None or self._discriminator_side is None:
             return
         with quiet_torch(self.device), self._target.generator.evaluation_mode():
@@ -368,21 +388,5 @@ class Refiner:
         return torch.cat(parts)
 
 
-def _weights(module: nn.Module | None) -> tuple[Any, ...]:
-    """Changes whenever a parameter or buffer is updated in place, or replaced."""
-    if module is None:
-        return ()
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
-
-
 def _classes(labels: Tensor | None) -> Tensor | None:
     return labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
-
-
-def _device_of(*modules: Any) -> torch.device:
-    for module in modules:
-        if isinstance(module, nn.Module):
-            for tensor in (*module.parameters(), *module.buffers()):
-                return tensor.device
-    return torch.device("cpu")

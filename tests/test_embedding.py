@@ -1,0 +1,91 @@
+"""A Refiner inside other people's programs: threads, DataLoaders, pickles, cancellation."""
+
+import pickle
+import threading
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import fastrefine as fr
+from fastrefine import pairs
+
+
+def refiner(**options):
+    pair = pairs.load_pair("digits")
+    given = dict(at="act2", prior=fr.Normal(32), max_steps=3, num_slots=16)
+    return fr.Refiner(pair.generator, pair.discriminator, fr.Collaborative(0.1), **given | options)
+
+
+def test_threads_that_share_a_refiner_get_the_samples_of_one_alone():
+    shared, found = refiner(), {}
+    before = torch.get_num_threads()
+
+    def work(seed):
+        found[seed] = shared.sample(40, seed=seed).images
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and torch.get_num_threads() == before
+    for seed, images in found.items():
+        assert torch.equal(images, refiner().sample(40, seed=seed).images)
+
+
+def test_streams_of_one_refiner_may_be_interleaved():
+    one = refiner()
+    streams = [one.stream(40, seed=seed, chunk=10) for seed in (0, 1)]
+    parts = [[next(stream).images for stream in streams] for _ in range(4)]
+    for seed in (0, 1):
+        assert torch.equal(torch.cat([part[seed] for part in parts]), refiner().sample(40, seed=seed).images)
+
+
+def test_a_used_refiner_is_pickled_without_what_it_prepared():
+    one = refiner(stop=fr.stopping.UniformStep())
+    expected = one.sample(20).images
+    again = pickle.loads(pickle.dumps(one))
+    assert again._target is None and one._target is not None
+    assert torch.equal(again.sample(20).images, expected)
+
+
+def test_a_refiner_with_another_discriminator_still_shares_the_cut():
+    one = refiner()
+    one.sample(4)
+    assert one.with_discriminator(one.discriminator)._generator_side is one._generator_side
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_gives_every_sample_once_whatever_the_workers(workers):
+    labels = torch.arange(50) % 10
+    one = refiner()
+    items = [item for batch in DataLoader(one.dataset(50, seed=3, chunk=16), batch_size=8, num_workers=workers)
+             for item in zip(batch["id"].tolist(), batch["image"], batch["logit"], strict=True)]  # fmt: skip
+    expected = one.sample(50, seed=3)
+    assert sorted(number for number, *_ in items) == list(range(50)) and len(labels) == 50
+    for number, image, logit in items:
+        assert torch.equal(image, expected.images[number]) and logit == expected.logits[number]
+
+
+def test_a_stream_that_is_closed_leaves_the_refiner_usable():
+    one = refiner()
+    stream = one.stream(400, seed=1, chunk=10)
+    first = next(stream)
+    stream.close()
+    assert torch.equal(one.sample(10, seed=1).images, first.images)
+
+
+def test_a_callback_that_raises_cancels_and_leaves_the_refiner_usable():
+    class Cancelled(Exception):
+        pass
+
+    def cancel(progress):
+        if progress["finished"] >= 16:
+            raise Cancelled
+
+    one = refiner(callback=cancel)
+    with pytest.raises(Cancelled):
+        one.sample(400)
+    one.callback = None
+    assert torch.equal(one.sample(20).images, refiner().sample(20).images)
