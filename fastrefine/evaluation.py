@@ -55,7 +55,7 @@ def given_features(code: str) -> Features:
     return Features(made.eval(), code)
 
 
-def trained_features(images: Tensor, labels: Tensor, steps: int = 1500, seed: int = 0) -> Features:
+def trained_features(images: Tensor, labels: Tensor, steps: int = 800, seed: int = 0) -> Features:
     """A small convolutional classifier trained here on labelled real images (N, C, H, W); repeats its bits for one seed."""
     classes = int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
