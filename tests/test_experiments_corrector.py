@@ -1,8 +1,6 @@
 """The VAE and the flow, and small runs of the experiments with correctors and with fitted discriminators."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -85,21 +83,16 @@ def test_both_are_refined_on_the_flat_route(model):
     assert out.report["route"] == "flat" and (out.logits > out.initial_logits).all()
 
 
-TINY = replace(
-    corrector.QUICK, vae_steps=40, flow_steps=10, flow_layers=2, gan_steps=20, fit_iterations=4, reference_samples=64,
-    max_steps=2, samples=100,
-)  # fmt: skip
-
-
 @pytest.fixture
-def quick_judge(monkeypatch):
-    digits = replace(corrector.DIGITS, classifier_steps=60)
-    monkeypatch.setattr(corrector, "DIGITS", digits)
-    monkeypatch.setattr(fitted.recipes, "DIGITS", replace(fitted.recipes.DIGITS, classifier_steps=60, shaping_batch=16))
+def tiny(monkeypatch):
+    steps = dict(vae_steps=40, flow_steps=10, gan_steps=20, fit_iterations=4, reference_samples=64, max_steps=2)
+    monkeypatch.setattr(corrector, "QUICK", replace(corrector.QUICK, **steps, samples=100, classifier_steps=60))
+    sizes = dict(fit_iterations=4, shaping_iterations=1, digits_samples=100, classifier_steps=60)
+    monkeypatch.setattr(fitted, "QUICK", replace(fitted.QUICK, **sizes))
 
 
-def test_the_corrector_experiment_writes_its_rows_claims_and_picture(tmp_path, quick_judge):
-    found = corrector.run(tmp_path, seeds=[1], recipe=TINY)
+def test_the_corrector_experiment_has_a_row_for_every_stage_and_a_picture(tmp_path, tiny):
+    found = corrector.run(tmp_path, seeds=(1,), quick=True, data=None)
     assert json.loads((tmp_path / "result.json").read_text()) == found
     stages = [(row["seed"], row["model"], row["stage"]) for row in found["rows"]]
     bases = [(1, model, stage) for model in ("vae", "flow") for stage in ("raw", "uncorrected", "refined")]
@@ -123,9 +116,8 @@ def test_claims_hold_only_where_both_figures_are_better_for_every_seed():
     assert [c["holds"] for c in corrector.claims(rows({(0, "flow"): (10.1, 8.0)}))] == [True, False]
 
 
-def test_the_fitted_experiment_writes_its_rows_claims_and_picture(tmp_path, quick_judge):
-    sizes = replace(fitted.QUICK, fit_iterations=4, shaping_iterations=1, samples=100)
-    found = fitted.run(tmp_path, sizes=sizes)
+def test_the_fitted_experiment_has_a_row_for_every_stage_and_a_picture(tmp_path, tiny):
+    found = fitted.run(tmp_path, seeds=(0,), quick=True, data=None)
     assert json.loads((tmp_path / "result.json").read_text()) == found
     assert [row["stage"] for row in found["rows"]] == ["raw", "fitted", "fitted, shaped"]
     steps = [row["mean_steps"] for row in found["rows"]]
@@ -133,10 +125,4 @@ def test_the_fitted_experiment_writes_its_rows_claims_and_picture(tmp_path, quic
     assert [c["holds"] for c in found["claims"]] == [
         found["rows"][2]["frechet_distance"] < found["rows"][0]["frechet_distance"]
     ]
-    assert Image.open(tmp_path / "picture.png").width > 1000
-
-
-@pytest.mark.parametrize("name", ["corrector", "fitted"])
-def test_the_commands_ask_for_a_folder(name):
-    done = subprocess.run([sys.executable, "-m", f"fastrefine.experiments.{name}"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--outdir" in done.stderr
+    assert found["data"] == "digits" and Image.open(tmp_path / "picture.png").width > 1000

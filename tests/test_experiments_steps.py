@@ -1,16 +1,12 @@
-"""The step-size experiment: its data, its measures on known input, its claims on known rows, and that it runs."""
-
-import json
-import math
-from dataclasses import replace
+"""The experiments on step control and on stop rules: what a row is made of, and their claims on known rows."""
 
 import pytest
 import torch
+from torch import nn
 
-pytest.importorskip("matplotlib")
-from fastrefine.experiments import rings, step_control
-
-SHARES = torch.tensor(rings.SHARES, dtype=torch.float64)
+from fastrefine.experiments import cases, step_control, steps
+from fastrefine.experiments.cases import Case, Quality
+from fastrefine.experiments.cells import Cells
 
 
 def rows_of(values, control, name="ring", key="good", other="kl"):
@@ -25,110 +21,22 @@ def verdicts(rows, key="good"):
     return [claim["holds"] for claim in step_control.claims(rows) if claim["quality"] == key]
 
 
-# --- data
+class Bowl(nn.Module):
+    """Logit 1 - |x|^2 / 8."""
+
+    def forward(self, x):
+        return 1 - x.square().sum(1) / 8
 
 
-@pytest.mark.parametrize("n", [1000, 997, 64])
-def test_a_batch_of_the_ring_has_each_component_at_its_share(n):
-    x = rings.draw_ring(n, torch.Generator().manual_seed(0))
-    counts = torch.bincount(torch.cdist(x.double(), rings.centres()).argmin(1), minlength=8)
-    assert counts.sum() == n and ((counts - n * SHARES).abs() < 1).all()
+def case(name="ring"):
+    """Proposals N(0, 9 I) that climb into a bowl, real data N(0, I); measured by their mean distance from the bottom."""
+    g = nn.Linear(2, 2, bias=False)
+    g.weight.data = 3 * torch.eye(2)
+    real = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    return Case(name, g, Bowl(), "output", 2, real, lambda x: {"js": float(x.norm(dim=1).mean()), "good": 0.5, "kl": 0.5}, 64)
 
 
-def test_the_rings_components_are_gaussians_of_the_published_width():
-    n = 20_000
-    x = rings.draw_ring(n, torch.Generator().manual_seed(1)).double()
-    away = x - rings.centres()[torch.cdist(x, rings.centres()).argmin(1)]
-    ratio = float(away.square().mean()) / 0.1414**2  # mean of 2n squares: sd 1/sqrt(n); 3.9 sd is 1e-4
-    assert abs(ratio - 1) < 3.9 / math.sqrt(n)
-    assert abs((1.1 * 0.1414) ** 2 / 0.1414**2 - 1) > 3.9 / math.sqrt(n)  # a width 10 % too large is seen
-    assert float(rings.centres().norm(dim=1).mean()) == pytest.approx(10 / 1.414)
-
-
-def test_the_roll_lies_on_its_spiral_with_the_scaled_noise():
-    x = rings.draw_roll(2000, torch.Generator().manual_seed(0))
-    t = torch.linspace(1.5 * math.pi, 4.5 * math.pi, 3000)
-    distance = torch.cdist(x, torch.stack([t * t.cos(), t * t.sin()], 1) * 10 / 15).min(1).values
-    assert float(distance.max()) < 6 * 0.25 * 10 / 15
-    assert float(distance.square().mean().sqrt()) == pytest.approx(0.25 * 10 / 15, rel=0.06)
-
-
-# --- measures
-
-
-def test_perfect_shares_have_no_divergence_and_only_good_samples():
-    x = rings.centres().repeat_interleave((600 * SHARES).round().long(), 0).float()
-    found = rings.measure_ring(x)
-    assert found["good"] == 1 and found["modes"] == 8 and found["std"] < 1e-5
-    assert found["kl"] == pytest.approx(0, abs=1e-12) and found["js"] == pytest.approx(0, abs=1e-12)
-
-
-def test_bad_samples_count_in_js_and_not_in_kl():
-    good = rings.centres().repeat_interleave((600 * SHARES).round().long(), 0)
-    found = rings.measure_ring(torch.cat([good, torch.zeros(600, 2)]))
-    assert found["good"] == 0.5 and found["kl"] == pytest.approx(0, abs=1e-12)
-    js = 0.5 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) + 0.5 * math.log(1 / 0.75)
-    assert found["js"] == pytest.approx(js)
-
-
-def test_kl_is_of_the_model_against_the_data():
-    assert rings.measure_ring(rings.centres()[:1].repeat(10, 1))["kl"] == pytest.approx(math.log(1 / 0.45))
-    assert rings.measure_ring(rings.centres()[2:3].repeat(10, 1))["kl"] == pytest.approx(math.log(60))
-
-
-def test_good_ends_at_four_sigma():
-    away = torch.tensor([[3.99, 0], [0, -3.99], [4.01, 0], [0, 4.01]]) * rings.SIGMA
-    assert rings.measure_ring(rings.centres()[3] + away)["good"] == 0.5
-
-
-def test_without_any_good_sample_kl_is_infinite_and_js_ln_2():
-    found = rings.measure_ring(torch.zeros(5, 2))
-    assert found["good"] == 0 and found["kl"] == math.inf and found["js"] == pytest.approx(math.log(2))
-
-
-def test_the_roll_is_measured_by_the_nearest_real_sample():
-    real = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
-    x = torch.tensor([[0.0, 0.5], [10.0, 1.0], [3.0, 0.0], [10.0, 0.7]])
-    found = rings.measure_roll(x, real)
-    assert found["distance"] == pytest.approx((0.5 + 1 + 3 + 0.7) / 4) and found["good"] == 0.5
-
-
-# --- training
-
-
-def test_training_approaches_the_data():
-    training = replace(rings.ROLL, steps=60, batch_size=100)
-    z, real = (
-        torch.randn(500, 2, generator=torch.Generator().manual_seed(2)),
-        rings.draw_roll(2000, torch.Generator().manual_seed(1)),
-    )
-    raw, trained = rings.networks(training, 0)[0], rings.train(training, rings.draw_roll, 0)[0]
-    with torch.no_grad():
-        before, after = (rings.measure_roll(g(z), real)["distance"] for g in (raw, trained))
-    assert after < 0.7 * before
-
-
-def test_training_repeats_its_bits_ends_in_eval_mode_and_leaves_torchs_state_alone():
-    training, state = replace(rings.RING, steps=3, batch_size=50), torch.get_rng_state()
-    (g, d), (again, _), (other, _) = (rings.train(training, rings.draw_ring, seed) for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), state) and not g.training and not d.training
-    assert all(torch.equal(a, b) for a, b in zip(g.parameters(), again.parameters(), strict=True))
-    assert not torch.equal(g[0].weight, other[0].weight)
-
-
-def test_the_published_optimizer_is_plain_sgd():
-    training = replace(rings.RING, steps=1, batch_size=50, rates=(0.0, 1e-2))
-    (_, d), (g0, d0) = rings.train(training, rings.draw_ring, 0), rings.networks(training, 0)
-    random = torch.Generator().manual_seed(0)
-    fake = g0.train()(torch.randn(50, 2, generator=random)).detach()
-    real = rings.draw_ring(50, random)
-    softplus = torch.nn.functional.softplus
-    (softplus(-d0(real)).mean() + softplus(d0(fake)).mean()).backward()
-    for trained, start in zip(d.parameters(), d0.parameters(), strict=True):
-        torch.testing.assert_close(trained, start - 1e-2 * start.grad)
-
-
-# --- claims
+# --- claims on step control
 
 
 GOOD_FIXED, GOOD_OURS = {0.1: 0.8, 1.0: 0.9, 10.0: 0.1}, {0.1: 0.88, 1.0: 0.9, 10.0: 0.87}
@@ -164,26 +72,107 @@ def test_relative_qualities_are_compared_by_their_ratio():
 
 
 def test_a_curve_is_the_mean_over_seeds():
-    rows = [{"set": "ring", "control": "fixed", "step_size": 0.1, "good": value} for value in (0.2, 0.6)]
-    assert step_control.curve(rows, "ring", "fixed", "good") == {0.1: pytest.approx(0.4)}
+    rows = [
+        {"control": c, "step_size": z, "good": v} for c, z, v in (("fixed", 0.1, 0.2), ("fixed", 0.1, 0.6), ("none", 0.1, 9))
+    ]
+    assert cases.curve(rows, "step_size", "good", control="fixed") == {0.1: pytest.approx(0.4)}
 
 
-# --- the whole
+# --- rows
 
 
-def test_the_quick_run_leaves_a_record_of_every_row_and_a_picture(tmp_path, capsys):
-    record = step_control.run(tmp_path, recipe=step_control.QUICK, seed=3)
+NAME = "ring, D shaped at a uniform step"
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
 
-    assert json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse) == json.loads(json.dumps(record))
-    assert record["experiment"] == "step_control" and record["reduced"] and record["seeds"]["sampling"] == [3]
-    sets = [name for name in step_control.QUALITIES if name != "MNIST"]
-    assert [row["set"] for row in record["rows"]] == [name for name in sets for _ in range(3)]
-    for row in record["rows"]:
-        assert (row["mean_steps"] == 0) == (row["control"] == "none")
-        assert (row["step_sizes_reached"] is None) == (row["control"] != "backtracking") or row["control"] == "none"
-    assert len(record["claims"]) == 2 * 5 * len(sets)
-    assert 10_000 < (tmp_path / "step-control.png").stat().st_size < 120_000
-    assert capsys.readouterr().err.count("\n") == len(record["rows"])
+@pytest.mark.parametrize("control", ["fixed", "backtracking"])
+def test_a_row_of_k_steps_is_what_a_run_of_k_steps_gives(control, tmp_path):
+    recipe, slow = steps.Recipe(ks=(0, 1, 8), hazards=()), case(NAME)
+    rows = list(steps.sweep(Cells(tmp_path, recipe), slow, recipe, {control: 1.0}, 100, seed=5))[:3]
+    assert [(row["rule"], row["parameter"], row["mean_steps"]) for row in rows] == [(steps.FIXED, k, k) for k in recipe.ks]
+    for row in rows:
+        out = slow.refiner(control, 1.0, row["parameter"], None).sample(100, seed=5)
+        assert row["js"] == pytest.approx(slow.measure(out.images)["js"], rel=1e-5)
+    assert rows[0]["js"] > 1.05 * rows[1]["js"] > 1.1 * rows[2]["js"], "the steps change nothing"
+
+
+def test_every_stop_rule_has_its_rows_and_their_shares_tell_who_moved(tmp_path):
+    recipe, slow, n = steps.Recipe(ks=(0, 6), hazards=(0.4, 1.0)), case(NAME), 400
+    rows = list(steps.sweep(Cells(tmp_path, recipe), slow, recipe, {"fixed": 0.3}, n, seed=0))
+    told = [(row["rule"], row["parameter"]) for row in rows]
+    assert told[:2] == [("K steps", 0), ("K steps", 6)]
+    assert told[2:] == [("median stop", None), ("reference sample", None), ("hazard", 0.4), ("hazard", 1.0)]
+    _, all_of_them, median, _, some, none = rows
+    assert (all_of_them["unmoved"], all_of_them["exhausted"]) == (0, 1) and (none["unmoved"], none["mean_steps"]) == (1, 0)
+    assert abs(some["unmoved"] - 0.4) < 3.9 * (0.4 * 0.6 / n) ** 0.5  # 1e-4
+    assert 0 < median["unmoved"] < 0.3 and 0.3 < median["exhausted"] < 1  # 1/8 of the proposals are above the median
+
+
+def test_step_control_leaves_proposals_alone_where_it_says_none(tmp_path):
+    recipe, slow = step_control.QUICK, case()
+    rows = list(step_control.sweep(Cells(tmp_path, recipe), slow, recipe, (0.5,), 100, seed=3, seeds=2))
+    assert [(row["control"], row["step_size"]) for row in rows[::2]] == [("none", None), ("fixed", 0.5), ("backtracking", 0.5)]
+    assert [row["sampling_seed"] for row in rows] == [3, 4] * 3
+    assert [row["mean_steps"] > 0 for row in rows] == [False] * 2 + [True] * 4
+    assert [row["step_sizes_reached"] is None for row in rows] == [True] * 4 + [False] * 2
+
+
+# --- claims on stop rules
+
+
+JS = Quality("js", "JS", 0.01)
+FALLING = {0: 0.3, 10: 0.2, 20: 0.1, 50: 0.2}
+
+
+def stops(fixed, median, reference=(0.2, 10.0), hazard=(0.25, 10.0), control="fixed"):
+    """Rows of one set and control over two seeds: K -> JS, and (JS, mean steps) of the others."""
+    others = [(steps.MEDIAN, None, *median), (steps.REFERENCE, None, *reference), (steps.HAZARD, 0.1, *hazard)]
+    return [
+        {"set": "ring, D shaped at a uniform step", "control": control, "rule": rule, "parameter": p, "seed": seed,
+         "js": js + shift, "mean_steps": taken}
+        for rule, p, js, taken in [*((steps.FIXED, k, js, float(k)) for k, js in fixed.items()), *others]
+        for seed, shift in ((0, 0.002), (1, -0.002))
+    ]  # fmt: skip
+
+
+def held(rows):
+    """Of the median stop: reaches the best K in fewer steps, beats K steps of its mean number, the largest K is worse; then of
+    the hazard."""
+    of = [claim["holds"] for claim in steps._of_rules(rows, "ring", JS, "fixed")]
+    return [of[0], of[1], of[4], of[5]]
+
+
+def test_quality_between_two_k_lies_on_the_line_between_them():
+    assert steps.interpolated(15.0, FALLING) == pytest.approx(0.15)
+    assert steps.interpolated(10.0, FALLING) == 0.2 and steps.interpolated(50.0, FALLING) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("median", "hazard", "wanted"),
+    [
+        ((0.1, 12.0), (0.25, 10.0), [True, True, True, True]),
+        ((0.105, 12.0), (0.25, 10.0), [True, True, True, True]),  # alike
+        ((0.12, 12.0), (0.25, 10.0), [False, True, True, True]),  # not as good as the best K
+        ((0.1, 25.0), (0.25, 10.0), [False, True, True, True]),  # as good, but 20 steps for all are cheaper
+        ((0.05, 25.0), (0.25, 10.0), [True, True, True, True]),  # better than any K
+        ((0.19, 11.0), (0.25, 10.0), [False, False, False, True]),  # on the curve of K steps, alike with the largest
+        ((0.1, 12.0), (0.15, 10.0), [True, True, True, False]),  # the hazard beats it
+    ],
+)
+def test_claims_of_a_stop_rule_hold_where_it_saves_steps_at_no_loss(median, hazard, wanted):
+    assert held(stops(FALLING, median, hazard=hazard)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("ours", "holds"), [((0.1, 10.0), True), ((0.108, 10.0), True), ((0.13, 10.0), False), ((0.1, 13.0), False)]
+)
+def test_backtracking_must_be_as_good_in_fewer_steps(ours, holds):
+    rows = stops(FALLING, (0.1, 12.0)) + stops(FALLING, ours, control="backtracking")
+    (claim,) = [c for c in steps.claims(rows) if "backtracking is within" in c["claim"]]
+    assert claim["holds"] == holds
+
+
+def test_the_median_stop_stands_beside_the_best_k_of_each_seed():
+    found = steps.comparison(stops(FALLING, (0.1, 12.0)) + stops(FALLING, (0.1, 9.0), control="backtracking"))
+    ours = {(row["case"].split(", ", 2)[2], row["metric"]): row["ours"] for row in found}
+    assert ours["fixed, best K for all", "mean steps"] == 20 and ours["backtracking, median stop", "mean steps"] == 9
+    assert ours["fixed, best K for all", "JS (nats)"] == pytest.approx(0.1)

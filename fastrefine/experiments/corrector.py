@@ -1,4 +1,4 @@
-"""A GAN's discriminator, corrected, refines a VAE and a normalizing flow: ``python -m fastrefine.experiments.corrector``.
+"""A GAN's discriminator, corrected, refines a VAE and a normalizing flow.
 
 [DGflow]: D_phi tells data from samples of the GAN g_phi, the corrector D_lambda samples of g_phi from samples of the base
 generator; their logits add up to the log ratio of data and base generator, along whose gradient DGflow (KL) moves.
@@ -7,25 +7,27 @@ scikit-learn's 8x8 digits; Frechet distance and classifier score on a classifier
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import fastrefine as fr
 from fastrefine import settings
 from fastrefine.datasets import Images
 from fastrefine.experiments import base_models, networks, picture, result_file
 from fastrefine.experiments.base_models import VAE, Flow
-from fastrefine.experiments.demo import Judge
+from fastrefine.experiments.cases import QUICK_RUN
+from fastrefine.experiments.cells import Cells
+from fastrefine.experiments.image_rows import Judge
 from fastrefine.experiments.recipes import DIGITS
+from fastrefine.experiments.result_file import against, claim, pick
 from fastrefine.experiments.train import build, train_gan
-from fastrefine.result import Result
+from fastrefine.models.default import default_discriminator
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
 Row = dict[str, Any]
@@ -55,10 +57,13 @@ class Recipe:
     step_size: float = 0.03
     max_steps: int = 25
     samples: int = 4000
+    classifier_steps: int = DIGITS.classifier_steps
 
 
+FULL = Recipe()
 QUICK = replace(
-    Recipe(), vae_steps=200, flow_steps=60, gan_steps=100, fit_iterations=60, reference_samples=500, max_steps=5, samples=300
+    FULL, vae_steps=150, flow_layers=2, flow_steps=40, gan_steps=150, fit_iterations=100, reference_samples=500,
+    step_size=0.15, max_steps=10, samples=300, classifier_steps=400,
 )  # fmt: skip
 
 
@@ -71,35 +76,62 @@ class Base:
     prior: fr.Normal
 
 
-def train_bases(recipe: Recipe, data: Images, seed: int) -> list[Base]:
+def train_bases(cells: Cells, recipe: Recipe, data: Images, seed: int) -> list[Base]:
     """The VAE and the flow."""
     shape = tuple(data.train.shape[1:])
-    vae = build(lambda: VAE(shape, recipe.vae_latent), seed)
-    base_models.train(vae, data.train, steps=recipe.vae_steps, seed=seed)
-    flow = build(lambda: Flow(data.train, recipe.flow_layers, recipe.flow_width), seed)
-    base_models.train(flow, data.train, steps=recipe.flow_steps, weight_decay=recipe.flow_weight_decay, seed=seed)
+
+    def trained(name: str, factory: Callable[[], VAE | Flow], steps: int, weight_decay: float = 0.0) -> nn.Module:
+        def make() -> nn.Module:
+            model = build(factory, seed)
+            base_models.train(model, data.train, steps=steps, weight_decay=weight_decay, seed=seed)
+            return model
+
+        return cells.network(f"{name}-{seed}", build(factory, seed), make)
+
+    vae = trained("vae", lambda: VAE(shape, recipe.vae_latent), recipe.vae_steps)
+    flow = trained(
+        "flow", lambda: Flow(data.train, recipe.flow_layers, recipe.flow_width), recipe.flow_steps, recipe.flow_weight_decay
+    )
     return [
         Base("vae", vae, fr.Normal(recipe.vae_latent)),
         Base("flow", flow, fr.Normal(data.train[0].numel())),
     ]
 
 
-def train_reference(recipe: Recipe, data: Images, seed: int) -> tuple[Base, nn.Module]:
+def train_reference(cells: Cells, recipe: Recipe, data: Images, seed: int) -> tuple[Base, nn.Module]:
     """The GAN's generator g_phi, and D_phi: fitted for it afterwards, for a GAN's own D is no calibrated ratio."""
-    g, d = build(DIGITS.generator, seed), build(DIGITS.discriminator, seed + 100)
-    rates, r1 = DIGITS.learning_rate, DIGITS.r1
-    train_gan(g, d, data.train, latent_dim=DIGITS.latent, steps=recipe.gan_steps, learning_rate=rates, r1=r1, seed=seed)
+
+    def train() -> nn.Module:
+        g, d = build(DIGITS.generator, seed), build(DIGITS.discriminator, seed + 100)
+        rates, r1 = DIGITS.learning_rate, DIGITS.r1
+        train_gan(g, d, data.train, latent_dim=DIGITS.latent, steps=recipe.gan_steps, learning_rate=rates, r1=r1, seed=seed)
+        return g
+
+    g = cells.network(f"gan-{seed}", build(DIGITS.generator, seed), train)
     gan = Base("gan", g, fr.Normal(networks.DIGITS_LATENT_DIM))
-    return gan, fr.fit_discriminator(g, data.train, recipe.fit_iterations, prior=gan.prior, **_fitting(recipe, seed))
+    d_phi = cells.network(
+        f"d-phi-{seed}", _discriminator(data.train),
+        lambda: fr.fit_discriminator(g, data.train, recipe.fit_iterations, prior=gan.prior, **_fitting(recipe, seed)),
+    )  # fmt: skip
+    return gan, d_phi
 
 
-def correct(base: Base, gan: Base, d_phi: nn.Module, recipe: Recipe, seed: int) -> fr.SumDiscriminator:
-    """The discriminator of ``base``: D_phi + D_lambda."""
-    corrector = fr.fit_corrector(
-        base.generator, gan.generator, recipe.fit_iterations, prior=base.prior, reference_prior=gan.prior,
-        reference_samples=recipe.reference_samples, **_fitting(recipe, seed),
+def correct(
+    cells: Cells, base: Base, gan: Base, d_phi: nn.Module, recipe: Recipe, images: Tensor, seed: int
+) -> fr.SumDiscriminator:  # fmt: skip
+    """The discriminator of ``base``: D_phi + D_lambda; images: any of the data's shape."""
+    corrector = cells.network(
+        f"d-lambda-{base.name}-{seed}", _discriminator(images),
+        lambda: fr.fit_corrector(
+            base.generator, gan.generator, recipe.fit_iterations, prior=base.prior, reference_prior=gan.prior,
+            reference_samples=recipe.reference_samples, **_fitting(recipe, seed),
+        ),
     )  # fmt: skip
     return fr.SumDiscriminator(d_phi, corrector)
+
+
+def _discriminator(images: Tensor) -> nn.Module:
+    return build(lambda: default_discriminator(tuple(images.shape[1:])), 0)
 
 
 def _fitting(recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -116,26 +148,35 @@ def refiner(base: Base, discriminator: nn.Module, recipe: Recipe, max_steps: int
     )  # fmt: skip
 
 
-def compare(base: Base, d_phi: nn.Module, total: nn.Module, judge: Judge, recipe: Recipe, seed: int) -> tuple[list[Row], list]:
-    """Rows of one base generator: raw, refined with D_phi alone, refined with the sum; and the results themselves.
+def compare(
+    cells: Cells, base: Base, d_phi: nn.Module, total: nn.Module, judge: Judge, recipe: Recipe, seed: int
+) -> list[Row]:  # fmt: skip
+    """Rows of one base generator: raw, refined with D_phi alone, refined with the sum; their first images go into ``cells``.
 
     ``logit`` is the mean of D_phi + D_lambda in every row.
     """
-    ours = refiner(base, total, recipe)
-    stages = {
-        "raw": refiner(base, total, recipe, max_steps=0),
-        "uncorrected": refiner(base, d_phi, recipe),
-        "refined": ours,
-    }
-    outs = {stage: run.sample(recipe.samples, seed=seed) for stage, run in stages.items()}
-    rows = [
-        {"seed": seed, "model": base.name, "stage": stage, **judge(out.images), "logit": float(ours.score(out.images).mean())}
-        for stage, out in outs.items()
-    ]
-    return rows, list(outs.values())
+
+    def make() -> list[Row]:
+        ours = refiner(base, total, recipe)
+        stages = {
+            "raw": refiner(base, total, recipe, max_steps=0),
+            "uncorrected": refiner(base, d_phi, recipe),
+            "refined": ours,
+        }
+        outs = {stage: run.sample(recipe.samples, seed=seed) for stage, run in stages.items()}
+        for stage, out in outs.items():
+            shown = {"images": out.images[:SHOWN], "logits": out.logits[:SHOWN]}
+            cells.put(f"shown-{seed}-{base.name}-{stage}", shown)
+        return [
+            {"seed": seed, "model": base.name, "stage": stage, **judge(out.images),
+             "logit": float(ours.score(out.images).mean())}
+            for stage, out in outs.items()
+        ]  # fmt: skip
+
+    return cells.row(f"rows-{seed}-{base.name}", make)
 
 
-def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def claims(rows: Sequence[Row]) -> list[Row]:
     """For each base generator: after refinement by the sum, distance and score are both better, in every seed."""
     found = []
     for model in ("vae", "flow"):
@@ -147,39 +188,52 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
             for s in seeds
         ]
         text = f"{model}: refined by D_phi + D_lambda, Frechet distance and classifier score are better than raw, every seed"
-        found.append({"claim": text, "seeds": seeds, "holds_by_seed": holds, "holds": all(holds)})
+        found.append(claim(text, all(holds), seeds=seeds, holds_by_seed=holds))
     return found
 
 
-def run(outdir: Path, *, seeds: Sequence[int] = (0, 1, 2), recipe: Recipe | None = None) -> dict[str, Any]:
+def comparison(rows: Sequence[Row]) -> list[Row]:
+    """[DGflow] has other data: its figures are no measure of ours."""
+    return [
+        against(f"{model}, {stage}", key, None, pick(rows, key, model=model, stage=stage), better,
+                headline=key == "frechet_distance" and stage != "uncorrected")
+        for model in ("vae", "flow")
+        for stage in ("raw", "uncorrected", "refined")
+        for key, better in (("frechet_distance", "lower"), ("classifier_score", "higher"))
+    ]  # fmt: skip
+
+
+def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
     """The experiment; writes result.json and picture.png (of the first seed) into ``outdir``, returns the former."""
-    recipe, started, cpu = recipe or Recipe(), time.perf_counter(), time.process_time()
+    recipe, started, cpu = QUICK if quick else FULL, time.perf_counter(), time.process_time()
+    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
     accuracy: dict[str, float] = {}
     with settings.threads_for(flops=0.0):  # these networks are small
-        data = DIGITS.load(None)
+        images = DIGITS.load(None)
         for seed in seeds:
-            judge = Judge(DIGITS, data, seed)
+            judge = Judge.trained(cells, DIGITS.classifier, images, seed=seed, steps=recipe.classifier_steps)
             accuracy[str(seed)] = judge.accuracy
-            rows.append({"seed": seed, "model": "data", "stage": "training images", **judge(data.train), "logit": None})
-            gan, d_phi = train_reference(recipe, data, seed)
+            rows.append({"seed": seed, "model": "data", "stage": "training images", **judge(images.train), "logit": None})
+            gan, d_phi = train_reference(cells, recipe, images, seed)
             samples = refiner(gan, d_phi, recipe, max_steps=0).sample(recipe.samples, seed=seed)
             logit = float(samples.logits.mean())
             rows.append({"seed": seed, "model": "gan", "stage": "raw", **judge(samples.images), "logit": logit})
-            pictures: list[tuple[str, Result]] = []
-            for base in train_bases(recipe, data, seed):
-                found, outs = compare(base, d_phi, correct(base, gan, d_phi, recipe, seed), judge, recipe, seed)
+            for base in train_bases(cells, recipe, images, seed):
+                total = correct(cells, base, gan, d_phi, recipe, images.train, seed)
+                found = compare(cells, base, d_phi, total, judge, recipe, seed)
                 rows += found
-                pictures += [(f"{base.name}, raw", outs[0]), (f"{base.name}, refined", outs[2])]
                 for row in found:
                     print(line(row), file=sys.stderr)
-            if seed == seeds[0]:
-                _draw(outdir, pictures, seed)
-    return result_file.write(
-        outdir, "corrector", cores=1, rows=rows, seeds=list(seeds), recipe=asdict(recipe) | {"chosen_on_seed": 0},
-        reduced=recipe != Recipe(), claims=claims(rows), classifier_accuracy=accuracy, seconds=time.perf_counter() - started,
+    record = result_file.write(
+        outdir, "corrector", rows=rows, seeds=list(seeds), recipe=asdict(recipe) | {"chosen_on_seed": 0}, reduced=True,
+        reductions=["digits in place of [DGflow]'s CIFAR-10 and STL-10", *[QUICK_RUN] * quick],
+        claims=claims(rows),
+        comparison=comparison(rows), classifier_accuracy=accuracy, seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu,
     )  # fmt: skip
+    _draw(outdir, cells, seeds[0])
+    return record
 
 
 def line(row: Row) -> str:
@@ -190,22 +244,12 @@ def line(row: Row) -> str:
     )
 
 
-def _draw(outdir: Path, pictures: list[tuple[str, Result]], seed: int) -> None:
-    outdir.mkdir(parents=True, exist_ok=True)
-    rows = [(name, picture.grey(out.images[:SHOWN])) for name, out in pictures]
-    notes = [f"{value:.1f}" for value in pictures[-1][1].logits[:SHOWN]]
+def _draw(outdir: Path, cells: Cells, seed: int) -> None:
+    shown = {
+        f"{name}, {stage}": cells.tensors(f"shown-{seed}-{name}-{stage}", dict)
+        for name in ("vae", "flow") for stage in ("raw", "refined")
+    }  # fmt: skip
+    rows = [(label, picture.grey(found["images"])) for label, found in shown.items()]
+    notes = [f"{value:.1f}" for value in shown["flow, refined"]["logits"]]
     title = f"digits, seed {seed}: the first {SHOWN} samples of a VAE and of a flow, raw and refined; logits of the last row"
     picture.comparison(outdir / "picture.png", rows, notes, title)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastrefine.experiments.corrector", description=__doc__)
-    parser.add_argument("--outdir", type=Path, required=True, help="where result.json and picture.png go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of everything (default: 0 1 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny trainings, to see that it runs: figures mean nothing")
-    given = parser.parse_args()
-    result_file.tell(run(given.outdir, seeds=given.seeds, recipe=QUICK if given.quick else None))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,17 +14,15 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import fastrefine as fr
 from fastrefine.datasets import Images
-from fastrefine.experiments import picture
+from fastrefine.experiments import image_rows, picture
 from fastrefine.experiments.baseline import images_per_second_b0
-from fastrefine.experiments.networks import Classifier, classify
 from fastrefine.experiments.recipes import DIGITS, MNIST, Recipe
-from fastrefine.experiments.train import accuracy, build, train_classifier, train_gan
-from fastrefine.metrics import classifier_score, frechet_distance
+from fastrefine.experiments.train import build, train_gan
 from fastrefine.result import Result
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
@@ -32,21 +30,12 @@ TIMED_B0 = 1024  # samples that the baseline loop is timed on
 Row = dict[str, Any]
 
 
-class Judge:
-    """Frechet distance to held-out real images on a classifier's features, and the classifier score."""
+class Judge(image_rows.Judge):
+    """The judge of a demo's recipe; its classifier is trained now."""
 
     def __init__(self, recipe: Recipe, data: Images, seed: int):
-        self.classifier: Classifier = build(recipe.classifier, seed)
-        train_classifier(self.classifier, data.train, data.train_labels, steps=recipe.classifier_steps, seed=seed)
-        self.accuracy = accuracy(self.classifier, data.test, data.test_labels)
-        self.reference, _ = classify(self.classifier, data.test)
-
-    def __call__(self, images: Tensor) -> dict[str, float]:
-        features, probabilities = classify(self.classifier, images)
-        return {
-            "frechet_distance": frechet_distance(features, self.reference),
-            "classifier_score": classifier_score(probabilities),
-        }
+        steps = recipe.classifier_steps
+        super().__init__(image_rows.trained_classifier(recipe.classifier, data, seed=seed, steps=steps), data)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""A generator that comes alone gets a discriminator, and is refined: ``python -m fastrefine.experiments.fitted``.
+"""A generator that comes alone gets a discriminator, and is refined.
 
 The demo's early-stopped generator (embedded weights, MNIST or digits), its own discriminator thrown away: one is fitted to
 it on the real training images (``fr.fit_discriminator``), shaped for refinement ([CS] Alg. 2), and used for collaborative
@@ -7,109 +7,152 @@ sampling as in the demo. Frechet distance and classifier score on a classifier t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastrefine as fr
 from fastrefine import settings
-from fastrefine.experiments import picture, recipes, result_file
-from fastrefine.experiments.demo import Judge, embedded
-from fastrefine.result import Result
+from fastrefine.experiments import cases, picture, recipes, result_file
+from fastrefine.experiments.cases import QUICK_RUN
+from fastrefine.experiments.cells import Cells
+from fastrefine.experiments.demo import embedded
+from fastrefine.experiments.image_rows import Judge
+from fastrefine.experiments.result_file import against, claim, pick
+from fastrefine.experiments.train import build
+from fastrefine.models.default import default_discriminator
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
+STAGES = ("raw", "fitted", "fitted, shaped")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the demo's recipe does not fix, and what is taken from it unless given: iterations of shaping, samples."""
+class Recipe:
+    """What the demo's recipe does not fix; None: the demo's."""
 
+    digits_samples: int = 4000
+    mnist_samples: int = 3000
     fit_iterations: int = 1000
     fit_rate: float = 1e-3
     fit_batch: int = 64
     shaping_iterations: int | None = None
-    samples: int | None = None
+    classifier_steps: int | None = None
 
 
-QUICK = Sizes(fit_iterations=40, shaping_iterations=3, samples=300)
+FULL = Recipe()
+QUICK = Recipe(digits_samples=300, mnist_samples=300, fit_iterations=40, shaping_iterations=3, classifier_steps=100)
 
 
-def fitted_refiner(recipe: recipes.Recipe, real: Tensor, sizes: Sizes, seed: int) -> fr.Refiner:
-    """The demo's refiner of the embedded generator, with the default discriminator fitted to it on ``real``."""
-    generator, _ = embedded(recipe)
-    prior = fr.Normal(recipe.latent)
-    fitted = fr.fit_discriminator(
-        generator, real, sizes.fit_iterations, prior=prior, batch_size=sizes.fit_batch, learning_rate=sizes.fit_rate, seed=seed
-    )
-    return fr.Refiner(
-        generator, fitted, fr.Collaborative(recipe.step_size), at=recipe.at, max_steps=recipe.max_steps, prior=prior,
-        stop=fr.stopping.MedianOfReal(), real=real[: recipe.reference], num_slots=recipe.num_slots,
-    )  # fmt: skip
+class Parts:
+    """The refiners of one seed on one data set, whose discriminators are kept in ``cells``."""
+
+    def __init__(self, cells: Cells, demo: recipes.Recipe, recipe: Recipe, real: Tensor, seed: int):
+        self.cells, self.demo, self.recipe, self.real, self.seed = cells, demo, recipe, real, seed
+        self.generator, _ = embedded(demo)
+        self.prior = fr.Normal(demo.latent)
+
+    def refiner(self, stage: str) -> fr.Refiner:
+        """The demo's refiner, by the discriminator of a stage; of "raw" without a step."""
+        d = self.shaped() if stage == "fitted, shaped" else self.fitted()
+        return self._refiner(d, 0 if stage == "raw" else self.demo.max_steps)
+
+    def fitted(self) -> nn.Module:
+        """The default discriminator, fitted to the generator on the real images."""
+        recipe = self.recipe
+        return self.cells.network(
+            f"fitted-{self.seed}", self._empty(),
+            lambda: fr.fit_discriminator(
+                self.generator, self.real, recipe.fit_iterations, prior=self.prior, batch_size=recipe.fit_batch,
+                learning_rate=recipe.fit_rate, seed=self.seed,
+            ),
+        )  # fmt: skip
+
+    def shaped(self) -> nn.Module:
+        """The same, shaped by the demo's recipe."""
+        iterations, plain = self.recipe.shaping_iterations or self.demo.shaping_iterations, self.refiner("fitted")
+        return self.cells.network(
+            f"shaped-{self.seed}", self._empty(),
+            lambda: cases.shape_images(plain, self.demo, self.real, iterations, plain.stop, self.seed),
+        )  # fmt: skip
+
+    def _refiner(self, discriminator: nn.Module, max_steps: int) -> fr.Refiner:
+        demo = self.demo
+        return fr.Refiner(
+            self.generator, discriminator, fr.Collaborative(demo.step_size), at=demo.at, max_steps=max_steps,
+            prior=self.prior, stop=fr.stopping.MedianOfReal(), real=self.real[: demo.reference], num_slots=demo.num_slots,
+        )  # fmt: skip
+
+    def _empty(self) -> nn.Module:
+        return build(lambda: default_discriminator(tuple(self.real.shape[1:])), 0)
 
 
-def shaped(refiner: fr.Refiner, recipe: recipes.Recipe, real: Tensor, sizes: Sizes, seed: int) -> fr.Refiner:
-    """The same with its discriminator shaped, by the demo's recipe."""
-    iterations = sizes.shaping_iterations or recipe.shaping_iterations
-    discriminator = fr.shape_discriminator(
-        refiner, real, iterations, recipe.shaping_batch, recipe.shaping_rate, stop=refiner.stop, betas=(0.5, 0.9), seed=seed
-    )
-    return refiner.with_discriminator(discriminator)
+def rows_of(parts: Parts, judge: Judge, samples: int) -> list[Row]:
+    """A row for each stage; their first images go into the cells."""
+
+    def make(stage: str) -> Row:
+        out = parts.refiner(stage).sample(samples, seed=parts.seed)
+        shown = {"images": out.images, "before": out.initial_logits, "after": out.logits}
+        parts.cells.put(f"shown-{parts.seed}-{stage}", {name: tensor[:SHOWN] for name, tensor in shown.items()})
+        return {
+            "seed": parts.seed, "stage": stage, **judge(out.images), "mean_steps": float(out.steps.double().mean()),
+            "logit_before": float(out.initial_logits.mean()), "logit_after": float(out.logits.mean()),
+        }  # fmt: skip
+
+    found = []
+    for stage in STAGES:
+        found.append(parts.cells.row(f"{parts.seed}-{stage}", lambda stage=stage: make(stage)))  # type: ignore[misc]
+        print(line(found[-1]), file=sys.stderr)
+    return found
 
 
-def run(
-    outdir: Path, *, data: Path | None = None, seeds: Sequence[int] = (0,), sizes: Sizes | None = None
-) -> dict[str, Any]:  # fmt: skip
+def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
     """The experiment on MNIST in the folder ``data``, or on the digits; writes result.json and picture.png into ``outdir``."""
-    sizes, started, cpu = sizes or Sizes(), time.perf_counter(), time.process_time()
-    recipe = recipes.DIGITS if data is None else recipes.MNIST
-    n = sizes.samples or recipe.samples
+    recipe, started, cpu = QUICK if quick else FULL, time.perf_counter(), time.process_time()
+    demo = recipes.DIGITS if data is None else recipes.MNIST
+    samples = recipe.digits_samples if data is None else recipe.mnist_samples
+    cells = Cells(outdir / f"{'cells-quick' if quick else 'cells'}-{demo.name}", recipe)
     rows: list[Row] = []
     accuracy: dict[str, float] = {}
     with settings.threads_for(flops=0.0):  # one thread, so that training repeats its bits
-        images = recipe.load(data)
+        images = demo.load(data)
         for seed in seeds:
-            judge = Judge(recipe, images, seed)
+            steps = recipe.classifier_steps or demo.classifier_steps
+            judge = Judge.trained(cells, demo.classifier, images, seed=seed, steps=steps)
             accuracy[str(seed)] = judge.accuracy
-            plain = fitted_refiner(recipe, images.train, sizes, seed)
-            better = shaped(plain, recipe, images.train, sizes, seed)
-            raw = fr.Refiner(
-                plain.generator, plain.discriminator, plain.sampler, at=recipe.at, max_steps=0, prior=plain.prior,
-                num_slots=recipe.num_slots,
-            )  # fmt: skip
-            outs = {name: r.sample(n, seed=seed) for name, r in (("raw", raw), ("fitted", plain), ("fitted, shaped", better))}
-            for stage, out in outs.items():
-                rows.append(
-                    {
-                        "seed": seed, "stage": stage, **judge(out.images), "mean_steps": float(out.steps.double().mean()),
-                        "logit_before": float(out.initial_logits.mean()), "logit_after": float(out.logits.mean()),
-                    }
-                )  # fmt: skip
-                print(line(rows[-1]), file=sys.stderr)
-            if seed == seeds[0]:
-                _draw(outdir, recipe.name, outs["raw"], outs["fitted, shaped"])
-    reduced = replace(sizes, samples=n) != Sizes(samples=recipe.samples)
-    return result_file.write(
-        outdir, "fitted", cores=1, data=recipe.name, rows=rows, seeds=list(seeds), reduced=reduced, claims=claims(rows),
-        recipe={"demo": recipe.name, "generator": f"embedded, {recipe.early_steps} steps"} | asdict(sizes) | {"samples": n},
-        classifier_accuracy=accuracy, seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu,
+            rows += rows_of(Parts(cells, demo, recipe, images.train, seed), judge, samples)
+    record = result_file.write(
+        outdir, "fitted", data=demo.name, rows=rows, seeds=list(seeds), reduced=quick,
+        reductions=[QUICK_RUN] * quick, claims=claims(rows), comparison=comparison(rows, demo.name),
+        recipe={"demo": demo.name, "generator": f"embedded, {demo.early_steps} steps", "samples": samples} | asdict(recipe),
+        classifier_accuracy=accuracy, seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu,
     )  # fmt: skip
+    _draw(outdir, cells, demo.name, seeds[0])
+    return record
 
 
-def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def claims(rows: Sequence[Row]) -> list[Row]:
     """Refinement by the fitted and shaped discriminator lowers the distance, in every seed."""
     distance = {(r["seed"], r["stage"]): r["frechet_distance"] for r in rows}
     seeds = sorted({seed for seed, _ in distance})
     holds = [distance[seed, "fitted, shaped"] < distance[seed, "raw"] for seed in seeds]
     text = "a discriminator fitted to the generator alone, then shaped, refines to a lower Frechet distance"
-    return [{"claim": text, "seeds": seeds, "holds_by_seed": holds, "holds": all(holds)}]
+    return [claim(text, all(holds), seeds=seeds, holds_by_seed=holds)]
+
+
+def comparison(rows: Sequence[Row], name: str) -> list[Row]:
+    """No paper has the figures: every stage's."""
+    return [
+        against(f"{name}, {stage}", key, None, pick(rows, key, stage=stage), better,
+                headline=key == "frechet_distance" and stage != "fitted")
+        for stage in STAGES
+        for key, better in (("frechet_distance", "lower"), ("classifier_score", "higher"))
+    ]  # fmt: skip
 
 
 def line(row: Row) -> str:
@@ -120,25 +163,9 @@ def line(row: Row) -> str:
     )
 
 
-def _draw(outdir: Path, name: str, raw: Result, refined: Result) -> None:
-    outdir.mkdir(parents=True, exist_ok=True)
-    rows = [(label, picture.grey(out.images[:SHOWN])) for label, out in (("generator", raw), ("refined", refined))]
-    notes = [f"{a:.1f} > {b:.1f}" for a, b in zip(refined.initial_logits[:SHOWN], refined.logits[:SHOWN], strict=True)]
+def _draw(outdir: Path, cells: Cells, name: str, seed: int) -> None:
+    raw, refined = (cells.tensors(f"shown-{seed}-{stage}", dict) for stage in ("raw", "fitted, shaped"))
+    rows = [(label, picture.grey(found["images"])) for label, found in (("generator", raw), ("refined", refined))]
+    notes = [f"{a:.1f} > {b:.1f}" for a, b in zip(refined["before"], refined["after"], strict=True)]
     title = f"{name}: the first {SHOWN} samples, refined by a discriminator fitted to the generator alone, then shaped"
     picture.comparison(outdir / "picture.png", rows, notes, title)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastrefine.experiments.fitted", description=__doc__)
-    parser.add_argument("--outdir", type=Path, required=True, help="where result.json and picture.png go")
-    parser.add_argument("--data", type=Path, help="a folder with MNIST's idx files (.gz); default: the digits")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of fitting, shaping, sampling, judge (default: 0)")
-    parser.add_argument("--samples", type=int, help="in each row (default: 4000 digits, 10000 MNIST)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: figures mean nothing")
-    given = parser.parse_args()
-    sizes = QUICK if given.quick else Sizes(samples=given.samples)
-    result_file.tell(run(given.outdir, data=given.data, seeds=given.seeds, sizes=sizes))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ Both figures are on the features and classes of a classifier trained here; they 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,16 +57,16 @@ class Judge:
     def __call__(self, images: Tensor, small: int = 0) -> Row:
         """frechet_distance, classifier_score of images (N, C, H, W); also those of the first ``small`` of them.
 
-        Both depend on N, the distance is biased upwards by O(1/N): compare figures of one N.
+        Both depend on N, the distance is biased upwards by O(1/N): compare figures of one N. Fewer than two images, which
+        a selection may leave, have the worst of both: an infinite distance and a score of 1.
         """
-        features, probabilities = classify(self.classifier, images)
-        found: Row = {
-            "frechet_distance": frechet_distance(features, self.reference),
-            "classifier_score": classifier_score(probabilities),
-        }
+        found: Row = {"frechet_distance": math.inf, "classifier_score": 1.0}
+        if len(images) > 1:
+            features, probabilities = classify(self.classifier, images)
+            found["frechet_distance"] = frechet_distance(features, self.reference)
+            found["classifier_score"] = classifier_score(probabilities)
         if small:
-            found[f"frechet_distance_{small}"] = frechet_distance(features[:small], self.reference)
-            found[f"classifier_score_{small}"] = classifier_score(probabilities[:small])
+            found |= {f"{key}_{small}": value for key, value in self(images[:small]).items()}
         return found
 
 
@@ -75,7 +76,7 @@ class Way:
 
     stop: "none" | "median" (of real logits) | "uniform". shaped: by the shaped D in place of its own. select: "" | "drs" |
     "mh", of raw samples ``chain_length`` for each output; of refined ones chains over the same proposals as the row of
-    that sampler without selection, so that there are samples // chain_length outputs.
+    that sampler without selection, so that there are samples // chain_length outputs. samples: None for the protocol's.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Way:
     keep: str = "last"
     shaped: bool = False
     select: str = ""
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,23 @@ class _Drawn:
     told: Row
 
 
+@dataclass
+class _Shared:
+    """What a row and those that select among its samples have in common, made when first asked for."""
+
+    key: Any
+    refiner: fr.Refiner
+    drawn: _Drawn | None = None
+    proposals: Tensor | None = None
+
+
 class ImageTable:
     """Rows of one seed; each is kept in ``cells``, with its first images."""
 
     def __init__(self, cells: Cells, protocol: Protocol, judge: Judge, prior: Prior, real: Tensor, seed: int):
         self.cells, self.protocol, self.judge, self.prior, self.seed = cells, protocol, judge, prior, seed
         self.real = real[: protocol.reference]
-        self._latest: tuple[Any, Any] = (None, None)  # what a row and the one that selects among its samples share
+        self._latest: _Shared | None = None
 
     def rows(
         self, facts: Mapping[str, Any], generator: nn.Module, discriminator: nn.Module, shaped: Callable[[], nn.Module],
@@ -135,10 +147,14 @@ class ImageTable:
         for way in ways:
 
             def make(way: Way = way) -> Row:
-                d = shaped() if way.shaped else discriminator
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
-                    images, told = self._drawn(way, self.refiner(way, generator, d), tuple(facts.items()))
+                    key = (tuple(facts.items()), replace(way, name="", select=""))
+                    if self._latest is None or self._latest.key != key:
+                        self._latest = None  # free the other one first
+                        d = shaped() if way.shaped else discriminator
+                        self._latest = _Shared(key, self.refiner(way, generator, d))
+                    images, told = self._drawn(way, self._latest)
                 self.cells.put(self._key(facts, way.name), {"images": images[:SHOWN]})
                 measured = self.judge(images, self.protocol.chains)
                 return {"seed": self.seed, **facts, "name": way.name, "samples": len(images), **measured, **told}
@@ -149,8 +165,8 @@ class ImageTable:
         """The first images of a row that was made."""
         return self.cells.tensors(self._key(facts, name), dict)["images"]
 
-    def refiner(self, way: Way, generator: nn.Module, discriminator: nn.Module) -> fr.Refiner:
-        """The refiner of a way."""
+    def refiner(self, way: Way, generator: nn.Module | None, discriminator: nn.Module) -> fr.Refiner:
+        """The refiner of a way; without a generator it refines given images."""
         p = self.protocol
         return fr.Refiner(
             generator, discriminator, way.sampler or fr.Collaborative(1.0), at=way.at, prior=self.prior, real=self.real,
@@ -158,19 +174,21 @@ class ImageTable:
             discriminator_output=p.discriminator_output,
         )  # fmt: skip
 
-    def _drawn(self, way: Way, refiner: fr.Refiner, facts: Any) -> tuple[Tensor, Row]:
+    def _drawn(self, way: Way, shared: _Shared) -> tuple[Tensor, Row]:
         if way.select and way.sampler is None:
-            return self._selected(way, refiner, facts)
-        drawn: _Drawn = self._shared((facts, "images", replace(way, name="", select="")), lambda: self._refined(refiner))
-        chosen, told = torch.arange(len(drawn.logits)), dict(drawn.told)
+            return self._selected(way, shared)
+        if shared.drawn is None:
+            shared.drawn = self._refined(way, shared.refiner)
+        drawn, told = shared.drawn, dict(shared.drawn.told)
+        chosen = torch.arange(len(drawn.logits))
         if way.select:
-            chosen, told["acceptance"] = self._choose(way, drawn.logits, refiner)
+            chosen, told["acceptance"] = self._choose(way, drawn.logits, shared.refiner)
         told |= {"logit_before": float(drawn.before[chosen].mean()), "logit_after": float(drawn.logits[chosen].mean())}
         return drawn.images[chosen], told
 
-    def _refined(self, refiner: fr.Refiner) -> _Drawn:
+    def _refined(self, way: Way, refiner: fr.Refiner) -> _Drawn:
         images, logits, before, steps, acceptance = [], [], [], [], []
-        for part in refiner.stream(self.protocol.samples, seed=self.seed, chunk=PART):
+        for part in refiner.stream(way.samples or self.protocol.samples, seed=self.seed, chunk=PART):
             images.append(part.images)
             logits.append(part.logits)
             before.append(part.initial_logits)
@@ -184,33 +202,26 @@ class ImageTable:
         }  # fmt: skip
         return _Drawn(torch.cat(images), torch.cat(logits), torch.cat(before), told)
 
-    def _selected(self, way: Way, refiner: fr.Refiner, facts: Any) -> tuple[Tensor, Row]:
+    def _selected(self, way: Way, shared: _Shared) -> tuple[Tensor, Row]:
         """Raw proposals are scored first; only those that were chosen are made again, from their latents."""
-        count = self.protocol.samples * self.protocol.chain_length
-        logits = self._shared(
-            (facts, "proposals", replace(way, name="", select="")),
-            lambda: torch.cat([part.logits for part in refiner.stream(count, seed=self.seed, chunk=PART)]),
-        )
-        chosen, acceptance = self._choose(way, logits, refiner)
-        images = refiner.refine(self.prior.sample(chosen, self.seed), seed=self.seed).images
+        if shared.proposals is None:
+            count = (way.samples or self.protocol.samples) * self.protocol.chain_length
+            stream = shared.refiner.stream(count, seed=self.seed, chunk=PART)
+            shared.proposals = torch.cat([part.logits for part in stream])
+        logits = shared.proposals
+        chosen, acceptance = self._choose(way, logits, shared.refiner)
+        images = shared.refiner.refine(self.prior.sample(chosen, self.seed), seed=self.seed).images
         return images, {"acceptance": acceptance, "mean_steps": 0.0, "logit_after": float(logits[chosen].mean())}
 
     def _choose(self, way: Way, logits: Tensor, refiner: fr.Refiner) -> tuple[Tensor, float]:
         """(positions of the chosen, acceptance rate); one chain for each output, from a real image's logit."""
         if way.select == "drs":
             kept = fr.rejection_sample(logits, seed=self.seed, untrusted="allow")
-            return kept[: self.protocol.samples], len(kept) / len(logits)
+            return kept[: way.samples or self.protocol.samples], len(kept) / len(logits)
         chain = fr.metropolis_hastings(
             logits, self.protocol.chain_length, initial_logits=refiner.score(self.real), seed=self.seed, untrusted="allow"
         )
         return chain.indices, chain.acceptance_rate
-
-    def _shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The latest draw if it was of this key, else a new one."""
-        if self._latest[0] != key:
-            self._latest = None, None  # free the other first
-            self._latest = key, make()
-        return self._latest[1]
 
     def _key(self, facts: Mapping[str, Any], name: str) -> str:
         return "-".join([str(self.seed), *(str(value) for value in facts.values()), name])

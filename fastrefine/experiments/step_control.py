@@ -1,59 +1,32 @@
-"""Backtracking against fixed steps over three decades of step size: ``python -m fastrefine.experiments.step_control``.
+"""Backtracking against fixed steps over three decades of step size.
 
 The same proposals are refined by Collaborative (nonsaturating, sgd) with control="fixed" and "backtracking", stopped at the
 median real logit or after 50 steps: the imbalanced ring of [CS] in data space, by D as it is and shaped, and in the latent;
-the Swiss roll of [CS0] in data space; the demo's digits, and with --data MNIST, at the layer of their recipe.
+the Swiss roll of [CS0] in data space; the demo's digits, and with data MNIST, at the layer of their recipe.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
-
 import fastrefine as fr
 from fastrefine import settings
-from fastrefine.experiments import result_file, rings
-from fastrefine.experiments.demo import Judge, embedded
+from fastrefine.experiments import cases, plane_plot, result_file
+from fastrefine.experiments.cases import CONTROLS, QUICK_RING, QUICK_RUN, SHAPING, Case, Quality, Shaping, curve
+from fastrefine.experiments.cells import Cells
+from fastrefine.experiments.image_rows import Judge
+from fastrefine.experiments.plane import EARLY, RING, Plane, smaller
 from fastrefine.experiments.recipes import DIGITS, MNIST
 from fastrefine.experiments.recipes import Recipe as ImageRecipe
+from fastrefine.experiments.result_file import against, claim, mean
 
 Row = dict[str, Any]
-CONTROLS = ("fixed", "backtracking")
-REAL = 12345  # seeds the real samples that 2-D sets are measured against and stopped by: never those of a training
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A figure of merit: its key in a row, and the difference below which two are called alike (`relative`: their ratio)."""
-
-    key: str
-    label: str
-    alike: float
-    higher: bool = False
-    relative: bool = False
-
-    def loss(self, value: float) -> float:
-        """``value`` so that lower is better and differences count: logarithms where they are relative."""
-        value = math.log(value) if self.relative else value
-        return -value if self.higher else value
-
-    @property
-    def bound(self) -> float:
-        """``alike`` as a difference of losses."""
-        return math.log1p(self.alike) if self.relative else self.alike
-
 
 GOOD = Quality("good", "good samples", 0.05, higher=True)
 KL = Quality("kl", "KL (nats)", 0.05)
@@ -71,115 +44,79 @@ QUALITIES = {
 class Recipe:
     """What one run does; fixed before the claims were looked at.
 
-    shaping_*: SGD on batches refined with backtracking by steps of shaping_step, left at a uniformly drawn step ([CS]: 5,000
-    iterations of batch 1,000 at rate .008). points, images: samples a row. image_seeds: how many of the sampling seeds
-    the image sets are run with.
+    points, images: samples a row. point_seeds, image_seeds: how many sampling seeds, from the training's on.
     """
 
-    ring: rings.Training = rings.RING
-    roll: rings.Training = rings.ROLL
-    point_steps: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    image_steps: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    ring: Plane = RING
+    ring_steps: int = 3000
+    roll: Plane = EARLY
+    roll_steps: int = 3000
+    point_sizes: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    image_sizes: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     max_steps: int = 50
-    shaping_iterations: int = 500
-    shaping_batch: int = 500
-    shaping_rate: float = 8e-3
-    shaping_step: float = 1.0
+    shaping: Shaping = SHAPING
     points: int = 10_000
     images: int = 2000
-    seeds: int = 3
+    point_seeds: int = 3
     image_seeds: int = 1
     classifier_steps: int | None = None  # None: the image recipe's
 
 
+FULL = Recipe()
 QUICK = Recipe(
-    ring=replace(rings.RING, steps=20, batch_size=100), roll=replace(rings.ROLL, steps=20, batch_size=100),
-    point_steps=(1.0,), image_steps=(1.0,), max_steps=5, shaping_iterations=3, shaping_batch=50, points=200,
-    images=100, seeds=1, classifier_steps=20,
+    ring=QUICK_RING, ring_steps=400, roll=smaller(EARLY, 100), roll_steps=50, point_sizes=(30.0,), image_sizes=(30.0,),
+    max_steps=15, shaping=Shaping(30, 100, max_steps=10), points=300, images=300, point_seeds=1, classifier_steps=50,
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """A trained pair, where it is refined, and how its samples are measured; the name is a key of QUALITIES."""
-
-    name: str
-    generator: nn.Module
-    discriminator: nn.Module
-    at: str
-    latent: int
-    real: Tensor
-    measure: Callable[[Tensor], Mapping[str, float]]
-    step_sizes: tuple[float, ...]
-    samples: int
-    num_slots: int
-    seeds: int
-
-    def refiner(self, control: str, step_size: float, max_steps: int) -> fr.Refiner:
-        """Collaborative of a control and a step size, with the median stop."""
-        return fr.Refiner(
-            self.generator, self.discriminator, fr.Collaborative(step_size, control=control), at=self.at,
-            prior=fr.Normal(self.latent), real=self.real, stop=fr.stopping.MedianOfReal(), max_steps=max_steps,
-            num_slots=self.num_slots,
-        )  # fmt: skip
-
-
-def point_cases(recipe: Recipe, seed: int) -> Iterator[Case]:
-    """The ring thrice and the roll once, trained here."""
-    random = torch.Generator().manual_seed(REAL)
-    common: dict[str, Any] = dict(
-        latent=2, step_sizes=recipe.point_steps, samples=recipe.points, num_slots=2500, seeds=recipe.seeds
-    )
-    g, d = rings.train(recipe.ring, rings.draw_ring, seed)
-    real = rings.draw_ring(10_000, random)
-    ring = Case("ring", g, d, "output", real=real, measure=rings.measure_ring, **common)
+def point_cases(cells: Cells, recipe: Recipe, seed: int) -> Iterator[Case]:
+    """The ring thrice and the roll once."""
+    ring = cases.ring(cells, recipe.ring, recipe.ring_steps, seed)
     yield ring
     yield replace(ring, name="ring, latent", at="input")
-    shaped = fr.shape_discriminator(
-        ring.refiner("backtracking", recipe.shaping_step, recipe.max_steps), real, recipe.shaping_iterations,
-        recipe.shaping_batch, recipe.shaping_rate, optimizer="sgd", seed=seed,
-    )  # fmt: skip
-    yield replace(ring, name="ring, shaped D", discriminator=shaped)
-    g, d = rings.train(recipe.roll, rings.draw_roll, seed)
-    real = rings.draw_roll(10_000, random)
-
-    def measure(x: Tensor) -> Mapping[str, float]:
-        return rings.measure_roll(x, real)
-
-    yield Case("Swiss roll", g, d, "output", real=real, measure=measure, **common)
+    yield cases.shaped(
+        cells, f"ring-shaped-{seed}", "ring, shaped D", ring, lambda: cases.shape_points(ring, recipe.shaping, None, seed)
+    )
+    yield cases.swiss_roll(cells, recipe.roll, recipe.roll_steps, seed)
 
 
-def image_case(images: ImageRecipe, recipe: Recipe, data: Path | None, seed: int) -> Case:
-    """The early-stopped GAN that the package carries."""
-    loaded = images.load(data)
-    judge = Judge(replace(images, classifier_steps=recipe.classifier_steps or images.classifier_steps), loaded, seed)
-    return Case(
-        {"mnist": "MNIST"}.get(images.name, images.name), *embedded(images), images.at, images.latent,
-        loaded.train[: images.reference], judge, recipe.image_steps, recipe.images, images.num_slots,
-        min(recipe.image_seeds, recipe.seeds),
-    )  # fmt: skip
+def image_case(cells: Cells, images: ImageRecipe, recipe: Recipe, data: Path | None, seed: int) -> Case:
+    """The digits or MNIST, judged by a classifier trained here."""
+    loaded, steps = images.load(data), recipe.classifier_steps or images.classifier_steps
+    own = Cells(cells.folder / images.name, recipe)  # each set has a classifier of its own
+    judge = Judge.trained(own, images.classifier, loaded, seed=seed, steps=steps)
+    return cases.images(images, loaded.train, judge)
 
 
-def sweep(case: Case, recipe: Recipe, seed: int) -> list[Row]:
+def sweep(
+    cells: Cells, case: Case, recipe: Recipe, sizes: Sequence[float], samples: int, seed: int, seeds: int
+) -> Iterator[Row]:  # fmt: skip
     """Rows of a case: its proposals as they are, then every control and step size; sampling seeds seed, seed + 1, ..."""
-    rows = []
-    plans: list[tuple[str, float | None]] = [("none", None), *((c, size) for c in CONTROLS for size in case.step_sizes)]
+    plans: list[tuple[str, float | None]] = [("none", None), *((c, size) for c in CONTROLS for size in sizes)]
     for control, size in plans:
-        refiner = case.refiner("fixed", 1.0, 0) if size is None else case.refiner(control, size, recipe.max_steps)
-        for s in range(seed, seed + case.seeds):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", fr.FastrefineWarning)  # what they say of a step size stands in the row
-                out = refiner.sample(case.samples, seed=s)
-            told = fr.diagnose_steps(out, refiner.sampler)
-            rows.append({
-                "set": case.name, "at": case.at, "control": control, "step_size": size,
-                "seed": s, "samples": case.samples, **case.measure(out.images),
-                "mean_steps": float(out.steps.double().mean()), "falls": told.falls, "reached": told.reached,
-                "nonfinite": told.nonfinite, "gain": told.gain, "stable": told.stable, "step_sizes_reached": told.step_sizes,
-                "backend": out.report["backend"],
-            })  # fmt: skip
-        print(line(rows[-case.seeds :]), file=sys.stderr, flush=True)
-    return rows
+        moved = ("fixed", 1.0, 0) if size is None else (control, size, recipe.max_steps)
+        refiner = case.refiner(*moved, fr.stopping.MedianOfReal())
+        rows = [
+            cells.row(f"{seed}-{case.name}-{control}-{size}-{s}", lambda s=s, r=refiner, c=control, z=size: {  # type: ignore[misc]
+                "set": case.name, "at": case.at, "control": c, "step_size": z, "seed": seed, "sampling_seed": s,
+                "samples": samples, **_measured(case, r, samples, s),
+            })
+            for s in range(seed, seed + seeds)
+        ]  # fmt: skip
+        print(line(rows), file=sys.stderr, flush=True)
+        yield from rows
+
+
+def _measured(case: Case, refiner: fr.Refiner, samples: int, seed: int) -> Row:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fr.FastrefineWarning)  # what they say of a step size stands in the row
+        out = refiner.sample(samples, seed=seed)
+    told = fr.diagnose_steps(out, refiner.sampler)
+    return {
+        **case.measure(out.images), "mean_steps": float(out.steps.double().mean()), "falls": told.falls,
+        "reached": told.reached, "nonfinite": told.nonfinite, "gain": told.gain, "stable": told.stable,
+        "step_sizes_reached": told.step_sizes, "backend": out.report["backend"],
+    }  # fmt: skip
 
 
 def line(rows: Sequence[Row]) -> str:
@@ -190,96 +127,88 @@ def line(rows: Sequence[Row]) -> str:
     return f"{first['set']:<15}{first['control']:<13}{size:<6}" + "".join(f"  {key} {mean(rows, key):.4g}" for key in keys)
 
 
-def mean(rows: Sequence[Row], key: str) -> float:
-    """Mean of a column."""
-    return sum(row[key] for row in rows) / len(rows)
-
-
-def curve(rows: Sequence[Row], name: str, control: str, key: str) -> dict[float | None, float]:
-    """Of one set and control: step size -> mean over seeds, in order of step size."""
-    mine = [row for row in rows if row["set"] == name and row["control"] == control]
-    sizes = dict.fromkeys(row["step_size"] for row in mine)
-    return {size: mean([row for row in mine if row["step_size"] == size], key) for size in sizes}
-
-
-def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def claims(rows: Sequence[Row]) -> list[Row]:
     """What is claimed of every set and figure of merit; two values count as alike within ``Quality.alike``."""
     found = []
     for name in dict.fromkeys(row["set"] for row in rows):
         for q in QUALITIES[name]:
-            fixed, ours = (curve(rows, name, control, q.key) for control in CONTROLS)
-            raw = curve(rows, name, "none", q.key)[None]
+            fixed, ours = (curve(rows, "step_size", q.key, set=name, control=control) for control in CONTROLS)
+            raw = curve(rows, "step_size", q.key, set=name, control="none")[None]
             best_fixed, worst_fixed = min(fixed.values(), key=q.loss), max(fixed.values(), key=q.loss)
             best, worst = min(ours.values(), key=q.loss), max(ours.values(), key=q.loss)
             exceptions = [size for size in ours if q.loss(ours[size]) > q.loss(fixed[size]) + q.bound]
             below = [size for size in ours if q.loss(ours[size]) > q.loss(raw) + q.bound]
-            margin = f"{q.alike:.0%}" if q.relative else f"{q.alike:g}"
-            told, of = {"set": name, "quality": q.key}, f"{name}, {q.label}"
+            told: Row = {"set": name, "quality": q.key}
+            of, margin = f"{name}, {q.label}", q.margin
             found += [
-                {**told, "claim": f"{of}: backtracking's worst is within {margin} of its best", "best": best, "worst": worst,
-                 "holds": q.loss(worst) <= q.loss(best) + q.bound},
-                {**told, "claim": f"{of}: fixed steps' worst is worse than backtracking's worst by more than {margin}",
-                 "fixed_best": best_fixed, "fixed_worst": worst_fixed, "worst": worst,
-                 "holds": q.loss(worst_fixed) > q.loss(worst) + q.bound},
-                {**told, "claim": f"{of}: backtracking's best is within {margin} of fixed steps' best, or better",
-                 "fixed_best": best_fixed, "best": best, "holds": q.loss(best) <= q.loss(best_fixed) + q.bound},
-                {**told, "claim": f"{of}: at no step size is backtracking worse than fixed steps by more than {margin}",
-                 "exceptions": exceptions, "holds": not exceptions},
-                {**told, "claim": f"{of}: at no step size is backtracking worse than no refinement by more than {margin}",
-                 "raw": raw, "exceptions": below, "holds": not below},
+                claim(f"{of}: backtracking's worst is within {margin} of its best",
+                      q.loss(worst) <= q.loss(best) + q.bound, **told, best=best, worst=worst),
+                claim(f"{of}: fixed steps' worst is worse than backtracking's worst by more than {margin}",
+                      q.loss(worst_fixed) > q.loss(worst) + q.bound, **told, fixed_best=best_fixed, fixed_worst=worst_fixed,
+                      worst=worst),
+                claim(f"{of}: backtracking's best is within {margin} of fixed steps' best, or better",
+                      q.loss(best) <= q.loss(best_fixed) + q.bound, **told, fixed_best=best_fixed, best=best),
+                claim(f"{of}: at no step size is backtracking worse than fixed steps by more than {margin}",
+                      not exceptions, **told, exceptions=exceptions),
+                claim(f"{of}: at no step size is backtracking worse than no refinement by more than {margin}",
+                      not below, **told, raw=raw, exceptions=below),
             ]  # fmt: skip
     return found
 
 
-def run(outdir: Path, *, data: Path | None = None, recipe: Recipe | None = None, seed: int = 0) -> dict[str, Any]:
+def comparison(rows: Sequence[Row]) -> list[Row]:
+    """No paper has the figures: each set's worst over the step sizes, of both controls, by seed."""
+    found = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        q = QUALITIES[name][0]
+        for control in CONTROLS:
+            mine = [row for row in rows if row["set"] == name and row["control"] == control]
+            seeds = dict.fromkeys((row["seed"], row["sampling_seed"]) for row in mine)
+            worst = [max((r[q.key] for r in mine if (r["seed"], r["sampling_seed"]) == s), key=q.loss) for s in seeds]
+            headline = name in ("ring, shaped D", "MNIST")
+            found.append(against(f"{name}, {control}, worst step size", q.label, None, worst, q.better, headline=headline))
+    return found
+
+
+def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
     """The experiment; writes result.json and step-control.png into ``outdir``, returns the former.
 
-    data: MNIST's folder, else MNIST is left out. seed: of all trainings, and the first of the sampling seeds.
+    seeds: of the trainings, and of each the first of its sampling seeds. data: MNIST's folder, else MNIST is left out.
     """
-    recipe, started = recipe or Recipe(), time.perf_counter()
+    recipe, started = QUICK if quick else FULL, time.perf_counter()
+    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
     with settings.threads_for(flops=0.0):  # these networks are small
-        for case in point_cases(recipe, seed):
-            rows += sweep(case, recipe, seed)
-        rows += sweep(image_case(DIGITS, recipe, None, seed), recipe, seed)
-        if data is not None:
-            rows += sweep(image_case(MNIST, recipe, data, seed), recipe, seed)
+        for seed in seeds:
+            for case in point_cases(cells, recipe, seed):
+                rows += sweep(cells, case, recipe, recipe.point_sizes, recipe.points, seed, recipe.point_seeds)
+            for images, path in ((DIGITS, None), (MNIST, data)):
+                if images is DIGITS or path is not None:
+                    case = image_case(cells, images, recipe, path, seed)
+                    rows += sweep(cells, case, recipe, recipe.image_sizes, recipe.images, seed, recipe.image_seeds)
     record = result_file.write(
-        outdir, "step_control", cores=1, rows=_finite(rows), recipe=asdict(recipe),
-        seeds={"training": [seed], "sampling": list(range(seed, seed + recipe.seeds))}, reduced=recipe != Recipe(),
-        claims=_finite(claims(rows)), seconds=time.perf_counter() - started,
+        outdir, "step_control", rows=rows, recipe=asdict(recipe), reduced=quick, seeds=list(seeds),
+        reductions=[QUICK_RUN] * quick,
+        data=None if data is None else "mnist", claims=claims(rows), comparison=comparison(rows),
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
     draw(outdir / "step-control.png", record["rows"])
     return record
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """A PNG from rows, a result.json's too: a row of panels for each set, its figures of merit and mean steps by step size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(row["set"] for row in rows))
     height = 1.6 * len(names) + 0.6
-    figure, axes = plt.subplots(len(names), 3, figsize=(8.5, height), sharex="row", squeeze=False)
+    figure, axes = plane_plot.subplots(len(names), 3, 8.5 / 3, height / len(names))
     for line_of_axes, name in zip(axes, names, strict=True):
         line_of_axes[0].set_ylabel(name, fontsize=10, fontweight="bold")
         for axis, q in zip(line_of_axes, (*QUALITIES[name], STEPS), strict=True):
             known = [row for row in rows if row.get(q.key) is not None]
             for control, color in zip(CONTROLS, ("C1", "C0"), strict=True):
-                points = curve(known, name, control, q.key)
+                points = curve(known, "step_size", q.key, set=name, control=control)
                 axis.plot(points.keys(), points.values(), label=control, color=color, marker="o", linewidth=1.5, markersize=3.5)
-            for raw in () if q is STEPS else curve(known, name, "none", q.key).values():
+            for raw in () if q is STEPS else curve(known, "step_size", q.key, set=name, control="none").values():
                 axis.axhline(raw, color="0.4", linestyle="--", linewidth=1, label="not refined")
             axis.set_xscale("log")
             low, high = axis.get_ylim()
@@ -293,21 +222,4 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         axis.set_xlabel("step size", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=10, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height), pad=0.5, h_pad=0.4)
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
-    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
-    plt.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastrefine.experiments.step_control", description=__doc__)
-    parser.add_argument("--outdir", type=Path, required=True, help="where result.json and step-control.png go")
-    parser.add_argument("--data", type=Path, help="folder of MNIST's four original .gz files (default: without MNIST)")
-    parser.add_argument("--seed", type=int, default=0, help="of trainings, and first of the sampling seeds (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="tiny trainings, to see that it runs: figures mean nothing")
-    given = parser.parse_args()
-    result_file.tell(run(given.outdir, data=given.data, recipe=QUICK if given.quick else None, seed=given.seed))
-
-
-if __name__ == "__main__":
-    main()
+    plane_plot.save(figure, path)

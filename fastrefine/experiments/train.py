@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InputError
+from fastrefine.errors import InputError
+from fastrefine.experiments import gan
+from fastrefine.experiments.gan import Trainer, Training
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,30 +47,11 @@ def train_gan(
     a run of n steps is the beginning of every longer run of one seed. `callback` gets the number of finished steps.
     """
     _check(images, steps, batch_size)
-    random = torch.Generator().manual_seed(seed)
-    opt_g = torch.optim.Adam(generator.parameters(), learning_rate[0], betas=(0.5, 0.9))
-    opt_d = torch.optim.Adam(discriminator.parameters(), learning_rate[1], betas=(0.5, 0.9))
-    generator.train()
-    discriminator.train()
-    for step in range(1, steps + 1):
-        real = images[torch.randint(len(images), (batch_size,), generator=random)].requires_grad_(r1 > 0)
-        with torch.no_grad():
-            fake = generator(torch.randn(batch_size, latent_dim, generator=random))
-        logits = discriminator(real)
-        loss = F.softplus(-logits).mean() + F.softplus(discriminator(fake)).mean()
-        if r1 > 0:
-            (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-            loss = loss + r1 * slope.square().flatten(1).sum(1).mean()
-        _update(opt_d, loss)
-
-        discriminator.requires_grad_(False)
-        logits = discriminator(generator(torch.randn(batch_size, latent_dim, generator=random)))
-        _update(opt_g, F.softplus(-logits).mean())
-        discriminator.requires_grad_(True)
+    training = Training(batch_size, "adam", learning_rate, r1=r1)
+    trainer = Trainer(generator, discriminator, gan.images(images), gan.normal(latent_dim), training, seed)
+    for step in trainer.advance(steps):
         if callback is not None:
             callback(step)
-    generator.eval()
-    discriminator.eval()
 
 
 def train_classifier(

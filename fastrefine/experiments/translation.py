@@ -1,0 +1,273 @@
+"""[CS] 4.4: unpaired translation by a CycleGAN, refined with the target domain's PatchGAN.
+
+Grey digits become glowing ones: black, red, orange, yellow by the ink of each pixel. Training sees no pairs; because the
+map is known, every translated pixel has a true colour, a figure that no discriminator saw.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastrefine as fr
+from fastrefine import settings
+from fastrefine.datasets import Images, load_digits, load_mnist
+from fastrefine.experiments import gan, picture, picture_files, result_file
+from fastrefine.experiments.cells import Cells
+from fastrefine.experiments.image_rows import SHOWN, Judge, Row
+from fastrefine.experiments.picture_networks import PictureClassifier, descend
+from fastrefine.experiments.train import accuracy, build
+from fastrefine.models import CycleGANGenerator, patchgan_discriminator
+
+INK = 0.1  # pixels with more of it are the object
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """training.rates: of the generators and the discriminators. cycle: weight of the L1 cycle loss; identity: of the other.
+
+    at, step_size, max_steps: collaborative refinement by sgd with backtracking, stopped at the median logit of the target
+    domain. D as it is was trained on the least-squares loss and is followed on it; shaped, it is a logit.
+    """
+
+    size: int
+    training: gan.Training
+    steps: int
+    generator: tuple[int, int]  # features, blocks
+    discriminator: tuple[int, int]  # features, layers
+    at: str
+    step_size: float
+    max_steps: int
+    shaping_iterations: int
+    shaping_batch: int
+    shaping_rate: float
+    samples: int
+    classifier_width: int
+    classifier_steps: int
+    cycle: float = 10.0
+    identity: float = 5.0
+    reference: int = 1000
+    num_slots: int = 100
+
+    def networks(self, seed: int) -> gan.Pair:
+        """([to the target, back], [of the source domain, of the target domain]), untrained."""
+        g, d = self.generator, self.discriminator
+        return (
+            build(lambda: nn.ModuleList(CycleGANGenerator(g[0], g[1], downsamplings=1) for _ in range(2)), seed),
+            build(lambda: nn.ModuleList(patchgan_discriminator(*d) for _ in range(2)), seed + 100),
+        )
+
+
+_ADAM = gan.Training(16, "adam", (2e-4, 2e-4), (0.5, 0.999))
+FULL = Recipe(
+    28, _ADAM, 1500, (16, 2), (32, 2), at="decoder.2", step_size=1.0, max_steps=50, shaping_iterations=150, shaping_batch=50,
+    shaping_rate=2e-4, samples=2000, classifier_width=12, classifier_steps=600,
+)  # fmt: skip
+QUICK = Recipe(
+    16, replace(_ADAM, rates=(1e-3, 1e-3)), 40, (6, 1), (12, 1), at="decoder.2", step_size=1.0, max_steps=10,
+    shaping_iterations=15, shaping_batch=30, shaping_rate=1e-3, samples=200, classifier_width=6, classifier_steps=60,
+    reference=200,
+)  # fmt: skip
+REDUCED = ("two digit domains of 28x28 in place of photographs of 256x256; generators and discriminators to that measure",)
+
+
+class CycleTrainer(gan.Trainer):
+    """Both generators, then both discriminators, on least squares; ``real`` draws target images, ``latents`` source images."""
+
+    def __init__(self, pair: gan.Pair, source: Tensor, target: Tensor, recipe: Recipe, seed: int):
+        super().__init__(*pair, gan.images(target), gan.images(source), recipe.training, seed)
+        self.cycle, self.identity = recipe.cycle, recipe.identity
+
+    def _update(self) -> None:
+        n = self.training.batch_size
+        target, source = self.real(n, self.random), self.latents(n, self.random)
+        (to, back), (d_source, d_target) = cast(Any, self.generator), cast(Any, self.discriminator)
+        self.discriminator.requires_grad_(False)
+        forth, there = to(source), back(target)
+        loss = (d_target(forth) - 1).square().mean() + (d_source(there) - 1).square().mean()
+        loss = loss + self.cycle * (F.l1_loss(back(forth), source) + F.l1_loss(to(there), target))
+        loss = loss + self.identity * (F.l1_loss(to(target), target) + F.l1_loss(back(source), source))
+        descend(self.optimizers[0], loss)
+        self.discriminator.requires_grad_(True)
+        real = (d_target(target) - 1).square().mean() + (d_source(source) - 1).square().mean()
+        fake = d_target(forth.detach()).square().mean() + d_source(there.detach()).square().mean()
+        descend(self.optimizers[1], 0.5 * (real + fake))
+
+
+def glowing(source: Tensor) -> Tensor:
+    """The true translation of grey images (N, 3, H, W) in [-1, 1]: red comes with the first ink, green later, blue last."""
+    ink = (source[:, :1] + 1) / 2
+    return 2 * torch.cat([2.5 * ink, 1.6 * ink - 0.5, 2 * ink - 1.7], 1).clamp(0, 1) - 1
+
+
+def domains(data: Images, size: int) -> tuple[Images, Images]:
+    """(grey, glowing): the first half of the training images is the source domain's, the other the target's; both test."""
+
+    def grey(x: Tensor) -> Tensor:
+        scaled = x if x.shape[-1] == size else F.interpolate(x, size, mode="bilinear")
+        return scaled.expand(-1, 3, -1, -1).contiguous()
+
+    half, test = len(data.train) // 2, grey(data.test)
+    source = Images(grey(data.train[:half]), test, data.train_labels[:half], data.test_labels)
+    target = Images(glowing(grey(data.train[half:])), glowing(test), data.train_labels[half:], data.test_labels)
+    return source, target
+
+
+class Translation:
+    """The trained networks of one seed and the figures of what they translate; ``source`` holds n held-out images."""
+
+    def __init__(self, cells: Cells, recipe: Recipe, data: Images, seed: int):
+        self.cells, self.recipe, self.seed = cells, recipe, seed
+        self.domain, self.target = domains(data, recipe.size)
+        self.source, self.labels = self.domain.test[: recipe.samples], self.domain.test_labels[: recipe.samples]
+        self.judge = Judge.trained(
+            cells, lambda: PictureClassifier(recipe.size, recipe.classifier_width), self.target, seed=seed,
+            steps=recipe.classifier_steps, batch_size=100,
+        )  # fmt: skip
+        pairs = gan.checkpoints(cells, f"cyclegan-{seed}", self._trainer, (recipe.steps,))
+        generators, discriminators = pairs[recipe.steps]
+        self.generator: nn.Module = generators[0]  # type: ignore[index]
+        self.own: nn.Module = discriminators[1]  # type: ignore[index]
+
+    def _trainer(self) -> gan.Trainer:
+        return CycleTrainer(self.recipe.networks(self.seed), self.domain.train, self.target.train, self.recipe, self.seed)
+
+    def refiner(
+        self, discriminator: nn.Module, *, at: str, loss: str = "nonsaturating", max_steps: int | None = None
+    ) -> fr.Refiner:
+        """Refines at ``at``; loss: "least_squares" for the D that was trained on it."""
+        r = self.recipe
+        return fr.Refiner(
+            self.generator, discriminator, fr.Collaborative(r.step_size, loss=loss), at=at, num_slots=r.num_slots,
+            real=self.target.train[: r.reference], stop=fr.stopping.MedianOfReal(),
+            max_steps=r.max_steps if max_steps is None else max_steps,
+        )  # fmt: skip
+
+    def shaped(self, at: str) -> nn.Module:
+        """The target domain's D, shaped on source images of the training half."""
+        r = self.recipe
+
+        def shape() -> nn.Module:
+            return fr.shape_discriminator(
+                self.refiner(self.own, at=at), self.target.train, r.shaping_iterations, r.shaping_batch, r.shaping_rate,
+                latents=self.domain.train, seed=self.seed, progress=None,
+            )  # fmt: skip
+
+        _, empty = r.networks(0)
+        return self.cells.network(f"shaped-{self.seed}-{at}", empty[1], shape)  # type: ignore[index]
+
+    def rows(self) -> list[Row]:
+        """Translated, refined with D as it is, and with the shaped one at a feature map and on the image itself."""
+        at = self.recipe.at
+        return [
+            self._row("translated", lambda: self.refiner(self.own, at=at, max_steps=0)),
+            self._row("refine, D as it is", lambda: self.refiner(self.own, at=at, loss="least_squares")),
+            self._row("refine, shaped", lambda: self.refiner(self.shaped(at), at=at)),
+            self._row("refine, shaped, on the image", lambda: self.refiner(self.shaped("output"), at="output")),
+        ]
+
+    def images(self, name: str) -> Tensor:
+        """The first images of a row that was made."""
+        return self.cells.tensors(f"{self.seed}-{name}", dict)["images"]
+
+    def _row(self, name: str, make: Callable[[], fr.Refiner]) -> Row:
+        def row() -> Row:
+            out = make().refine(self.source, seed=self.seed)
+            self.cells.put(f"{self.seed}-{name}", {"images": out.images[:SHOWN]})
+            with torch.no_grad():
+                translated = torch.cat([self.generator(part) for part in self.source.split(100)])
+                score = torch.cat([self.own(part).flatten(1).mean(1) for part in out.images.split(100)])
+            return {
+                "seed": self.seed, "name": name, "samples": len(out), **figures(self.source, translated, out.images),
+                "score": float(score.mean()), "identity": accuracy(self.judge.classifier, out.images, self.labels),
+                **self.judge(out.images), "mean_steps": float(out.steps.double().mean()),
+                "logit_before": float(out.initial_logits.mean()), "logit_after": float(out.logits.mean()),
+            }  # fmt: skip
+
+        return self.cells.row(f"{self.seed}-{name}", row)
+
+
+def figures(source: Tensor, translated: Tensor, images: Tensor) -> Row:
+    """Mean absolute differences, as shares of the range, of images (N, 3, H, W) made from ``source``.
+
+    colour_error, background_error: from the true translation, where there is ink and where there is none. object_change,
+    background_change: from the image that was refined.
+    """
+    ink = ((source[:, :1] + 1) / 2 > INK).expand_as(images)
+    error, change = ((images - x).abs() / 2 for x in (glowing(source), translated))
+    return {
+        "colour_error": float(error[ink].mean()), "background_error": float(error[~ink].mean()),
+        "object_change": float(change[ink].mean()), "background_change": float(change[~ink].mean()),
+    }  # fmt: skip
+
+
+def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool = False, data: Path | None = None) -> dict[str, Any]:
+    """The experiment on MNIST; quick: on scikit-learn's digits."""
+    started, recipe, rows, accuracies = time.perf_counter(), QUICK if quick else FULL, [], {}
+    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
+    with settings.threads_for(flops=0.0), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fr.FastrefineWarning)  # that a map is averaged; the rows show the rest
+        images = load_digits() if quick or data is None else load_mnist(data)
+        for seed in seeds:
+            translation = Translation(cells, recipe, images, seed)
+            accuracies[seed] = translation.judge.accuracy
+            rows += translation.rows()
+        draw(outdir / "translation.png", translation, rows)
+    return result_file.write(
+        outdir, "translation", rows=rows, seeds=list(seeds), recipe=asdict(recipe), reduced=True, reductions=REDUCED,
+        classifier_accuracy=accuracies, claims=claims(rows), comparison=comparison(rows),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def claims(rows: list[Row]) -> list[Row]:
+    """[CS] shows pictures and no figures; what they should mean, on means over seeds."""
+
+    def of(key: str, name: str) -> float:
+        return result_file.mean(rows, key, name=name)
+
+    found = []
+    for name in ("refine, shaped", "refine, shaped, on the image"):
+        for key, what in (("colour_error", "colours nearer the true ones"), ("frechet_distance", "a lower Frechet distance")):
+            before, after = of(key, "translated"), of(key, name)
+            text = f"{name}: {what} than the translated image's"
+            found.append(result_file.claim(text, after < before, before=before, after=after))
+        background, inside = of("background_change", name), of("object_change", name)
+        text = f"{name}: a background pixel changes less than half as much as one of the object"
+        found.append(result_file.claim(text, background < 0.5 * inside, background=background, object=inside))
+        before, after = of("identity", "translated"), of("identity", name)
+        text = f"{name}: the digit stays the one it was (classifier's accuracy within .01, or better)"
+        found.append(result_file.claim(text, after >= before - 0.01, before=before, after=after))
+    return found
+
+
+def comparison(rows: list[Row]) -> list[Row]:
+    """Our figures; no paper has them."""
+    found, lower = [], ("colour_error", "frechet_distance", "background_change")
+    for row in dict.fromkeys(row["name"] for row in rows):
+        for key, better in (*((key, "lower") for key in lower), ("identity", "higher")):
+            headline = key == "colour_error" and row in ("translated", "refine, shaped")
+            found.append(result_file.against(row, key, None, result_file.pick(rows, key, name=row), better, headline=headline))
+    return found
+
+
+def draw(path: Path, translation: Translation, rows: list[Row]) -> None:
+    """Source, translated, refined (shaped D, at the feature map), thrice the difference; below, the refined one's score."""
+    before, after = (translation.images(name) for name in ("translated", "refine, shaped"))
+    difference = (3 * (after - before)).clamp(-1, 1)
+    shown = (("source", translation.source[:SHOWN]), ("translated", before), ("refined", after), ("3x difference", difference))
+    with torch.no_grad():
+        score = translation.own(after).flatten(1).mean(1)
+    picture.comparison(
+        path, [(label, picture_files.colour(x)) for label, x in shown], [f"{float(v):.2f}" for v in score],
+        "grey to glowing digits: a CycleGAN's translation, refined with the shaped PatchGAN; grey: no difference", 48,
+    )  # fmt: skip
+    picture_files.shrink(path)
