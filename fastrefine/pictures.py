@@ -23,7 +23,8 @@ def load_labelled(path: str | Path, limit: int | None = None) -> tuple[Tensor, T
 
     A folder: its pictures, those of subfolders too, in order of names, all of one size, grey ones with one channel;
     subfolders are classes where every picture lies in one and there are two or more. A .npz (labels: arr_1 or "labels")
-    or .npy: its first array, uint8 (N, H, W, C) or (N, C, H, W). A .safetensors: "images", float32 in [-1, 1] or uint8 as
+    or .npy: its first array, uint8 (N, H, W, C), or (N, C, H, W) where that is the only
+    reading, 1 or 3 channels. A .safetensors: "images", float32 in [-1, 1] or uint8 as
     above, and "labels". "digits": the training images of scikit-learn's. Raises InputError on anything else.
     """
     if str(path) == "digits" and not Path(path).exists():
@@ -84,7 +85,7 @@ def _folder(path: Path, limit: int | None) -> tuple[np.ndarray, Tensor | None]:
 def _signed(array: np.ndarray, path: Path) -> Tensor:
     if array.ndim != 4 or not len(array):
         raise InputError(f"{path} holds an array of shape {array.shape}; wanted (N, H, W, C) or (N, C, H, W)")
-    if array.shape[1] not in (1, 3, 4) and array.shape[3] in (1, 3, 4):
+    if array.shape[3] in (1, 3) and (array.shape[1] not in (1, 3) or array.dtype == np.uint8):
         array = array.transpose(0, 3, 1, 2)
     x = torch.from_numpy(np.ascontiguousarray(array))
     if x.dtype == torch.uint8:
