@@ -57,12 +57,12 @@ class Recipe:
     classifier_steps: int
     protocol: Protocol
     at: str
-    step_size: float = 0.1
+    step_size: float = 0.3
     max_steps: int = 50
-    shaping_iterations: int = 500
-    shaping_batch: int = 100
+    shaping_iterations: int = 300
+    shaping_batch: int = 64
     shaping_rate: float = 2e-4
-    ddls: tuple[float, float, int] = (0.01, 0.1, 100)
+    ddls: tuple[float, float, int] = (0.01, 0.1, 50)
     dgflow: tuple[float, float, int] = (0.1, 0.01, 25)
     rows: tuple[tuple[str, tuple[str, ...]], ...] = ROWS
 
@@ -108,11 +108,13 @@ FULL = Recipe(
 )  # fmt: skip
 REDUCED = (
     "32 features in place of 64, batches of 64 in place of 100, 12,000 iterations in place of 30,000",
+    "300 iterations of shaping on batches of 64 in place of an epoch; 50 steps of DDLS",
     "5,000 samples a row (1,000 chains for the collaborative one) in place of 50,000",
     "a classifier trained here in place of Inception-v3, on JPEG copies of the images",
 )
 DCGAN = replace(
-    FULL, features=(64, 64), training=replace(_ADAM, batch_size=100, bfloat16=False), steps=30_000,
+    FULL, features=(64, 64), training=replace(_ADAM, batch_size=100, bfloat16=False), steps=30_000, step_size=0.1,
+    shaping_iterations=500, shaping_batch=100, ddls=(0.01, 0.1, 1000),
     protocol=Protocol(samples=50_000, chain_length=5, num_slots=1000),
 )  # fmt: skip
 SNGAN = replace(

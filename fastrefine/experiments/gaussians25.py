@@ -69,12 +69,14 @@ class Recipe:
     chain_length: int = 20
     num_slots: int = 500
     shaping: tuple[int, int, float] = (500, 500, 1e-4)
+    ways: tuple[str, ...] = tuple(rows.SETTINGS)
 
 
 FULL = Recipe()
 QUICK = Recipe(
-    gan_steps=30, fit=((20, 64, 1e-3),), real=2000, calibration=500, grid=80, samples=60, emd_samples=60, seeds=(0,),
-    steps=(0, 2, 4), warm_up=4, chain_length=3, num_slots=60, shaping=(2, 20, 1e-4),
+    gan_steps=100, fit=((150, 128, 2e-3),), real=4000, calibration=2000, grid=100, samples=300, emd_samples=300, seeds=(0,),
+    steps=(0, 20, 50), warm_up=20, chain_length=4, num_slots=250, shaping=(5, 50, 1e-4),
+    ways=("DDLS (ULA), eps .0002", "MALA, step sizes adapted", "DOT, data", "collaborative"),
 )  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
         seeds={"training": [seed], "sampling": list(recipe.seeds)}, reduced=True,
         recipe={"[DDLS]": asdict(recipe) | {"samplers": rows.described(found.energies["fitted"].scale)}, "[CS]": asdict(cs)},
         reductions=["one training seed", *(f"[CS] {text}" for text in plane_rows.reductions(cs, CS_PUBLISHED))],
-        claims=claims_of(found.table, found.laws) + cs_claims(cs_rows),
+        claims=claims_of(found.table, found.laws, found.curves) + cs_claims(cs_rows),
         comparison=[] if quick else comparison(found.table, cs_rows),
     )  # fmt: skip
     plot.samples(outdir / "samples.png", found.panels)
@@ -173,11 +175,13 @@ def _shaped(cells: Cells, recipe: Recipe, seed: int, g: nn.Module, d: nn.Module)
     def shape() -> nn.Module:
         iterations, batch, rate = recipe.shaping
         setting = rows.SETTINGS["refine, shaped D"]
+        real = toy_data.draw(recipe.samples, torch.Generator().manual_seed(seed + 3))
         refiner = fr.Refiner(
-            g, d, setting.sampler(1.0), at=setting.at, prior=rows.PRIOR, max_steps=setting.last, num_slots=recipe.num_slots
-        )
+            g, d, setting.sampler(1.0), at=setting.at, prior=rows.PRIOR, max_steps=setting.last, real=real,
+            stop=fr.stopping.MedianOfReal(), num_slots=recipe.num_slots,
+        )  # fmt: skip
         fresh = Fresh(toy_data.draw, batch, seed + 3)
-        return fr.shape_discriminator(refiner, fresh, iterations, batch, rate, seed=seed, progress=None)
+        return fr.shape_discriminator(refiner, fresh, iterations, batch, rate, stop=refiner.stop, seed=seed, progress=None)
 
     return cells.network(f"shaped-{seed}", build(wgan.ratio, seed), shape)
 
@@ -211,7 +215,7 @@ def calibrated(
     return energies, facts
 
 
-def claims_of(table: list[Row], laws: dict[str, rows.Law]) -> list[Row]:
+def claims_of(table: list[Row], laws: dict[str, rows.Law], curves: dict[str, Any]) -> list[Row]:
     """The claims on the grid of [DOT], each with its figures and whether it holds."""
     by_name = {row["name"]: row for row in table}
     law, base, sampled = laws["fitted"], by_name["generator"], by_name["the law, sampled"]
@@ -227,6 +231,12 @@ def claims_of(table: list[Row], laws: dict[str, rows.Law]) -> list[Row]:
             quality, share = row["high_quality_distance"], row["share_distance"]
             text = f"{row['name']} is within {TOLERANCE} of the law of {title} in high quality and every mode share"
             found.append(claim(text, max(quality, share) <= TOLERANCE, high_quality_distance=quality, share_distance=share))
+    for key, of in curves.items():
+        for name in (name for name in of if rows.SETTINGS[name].chain and rows.SETTINGS[name].start == "prior"):
+            steps, energy = sorted(of[name]), laws[key].energy
+            away = [abs(of[name][k]["mean_energy"] - energy) for k in (steps[0], steps[-1])]
+            text = f"{name}: the chains' mean energy comes nearer to the law's"
+            found.append(claim(text, away[1] < away[0], law=energy, away_at_first=away[0], away_at_last=away[1]))
     for row in table:
         if row["energy"] != "none":
             text = f"{row['name']}: lower EMD than the generator"

@@ -30,7 +30,8 @@ class Setting:
     energy: name of the energy whose logit it follows. chain: whether it is a Markov chain of that energy's law.
     start: "prior" | "warm", after a warm-up from the prior | "mh", from the latents that Metropolis-Hastings chose.
     last: K, steps of a warm-up not counted. network: the discriminator, where it is not the energy's. select: as many
-    proposals for each sample as Metropolis-Hastings has, which then chooses by the refined logits.
+    proposals for each sample as Metropolis-Hastings has, which then chooses by the refined logits. stop: at the median
+    logit of real samples.
     """
 
     energy: str
@@ -41,6 +42,7 @@ class Setting:
     last: int = 100
     network: str = ""
     select: bool = False
+    stop: bool = False
 
 
 def _warm_up(weight: float, steps: int) -> fr.MALA:
@@ -61,9 +63,11 @@ SETTINGS = {
     "DGflow KL, data": Setting("fitted", "output", lambda w: fr.DGflow(0.0001), last=50),
     "DOT, latent": Setting("fitted", "input", lambda w: fr.DOT(0.01), last=50),
     "DOT, data": Setting("fitted", "output", lambda w: fr.DOT(0.01), last=50),
-    "refine, D as it is": Setting("fitted", "output", lambda w: fr.Collaborative(0.001), last=50),
-    "refine, shaped D": Setting("fitted", "output", lambda w: fr.Collaborative(0.001), last=50, network="shaped"),
-    "collaborative": Setting("fitted", "output", lambda w: fr.Collaborative(0.001), last=50, network="shaped", select=True),
+    "refine, D as it is": Setting("fitted", "output", lambda w: fr.Collaborative(0.0003), last=50, stop=True),
+    "refine, shaped D": Setting("fitted", "output", lambda w: fr.Collaborative(0.0003), last=50, stop=True, network="shaped"),
+    "collaborative": Setting(
+        "fitted", "output", lambda w: fr.Collaborative(0.0003), last=50, stop=True, network="shaped", select=True
+    ),
     "DDLS (ULA) on the critic, eps .1": Setting("critic", "input", lambda w: fr.DDLS(0.1), True, last=50),
     "MALA on the critic": Setting("critic", "input", lambda w: fr.MALA(0.1), True, last=50),
 }
@@ -136,7 +140,8 @@ class Rows:
         indices, rate = _metropolis(raw, self.energies["isotonic"], recipe)
         chains = {"acceptance": rate, "steps": recipe.chain_length}
         self._add("MH", "isotonic", lambda: ([raw[seed][kept] for seed, kept in indices.items()], chains, None))
-        for name, setting in SETTINGS.items():
+        for name in recipe.ways:
+            setting = SETTINGS[name]
             self._add(name, setting.energy, lambda s=setting: self._refined(s, indices))  # type: ignore[misc]
 
     def _add(self, name: str, energy: str, make: Callable[[], tuple[list[Tensor], Row, Any]]) -> None:
@@ -175,7 +180,7 @@ class Rows:
             facts["acceptance"] = float(np.mean(accepted))
         if setting.select:
             chosen = [
-                fr.metropolis_hastings(out.logits, self.recipe.chain_length, seed=seed)
+                fr.metropolis_hastings(out.logits, self.recipe.chain_length, initial_logits=out.real_logits, seed=seed)
                 for seed, out in zip(self.recipe.seeds, outs, strict=True)
             ]
             facts["acceptance"] = float(np.mean([c.acceptance_rate for c in chosen]))
@@ -200,6 +205,7 @@ class Rows:
         refiner = fr.Refiner(
             self.g, self.networks[setting.network or setting.energy], sampler, at=setting.at, prior=PRIOR,
             max_steps=steps[-1], num_slots=recipe.num_slots, discriminator_output="critic" if is_critic else "logit",
+            stop=fr.stopping.MedianOfReal() if setting.stop else None, real=self.judge.real[0] if setting.stop else None,
         )  # fmt: skip
         seeds = recipe.critic_seeds if is_critic else recipe.seeds
         snapshots = steps if setting.at == "input" else []
