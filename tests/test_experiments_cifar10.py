@@ -12,7 +12,7 @@ import fastrefine as fr
 from fastrefine.datasets import PictureFolder
 from fastrefine.experiments import cifar10, gan, picture_files
 from fastrefine.experiments.cells import Cells
-from fastrefine.experiments.picture_networks import PictureClassifier, PictureTrainer
+from fastrefine.experiments.picture_networks import PictureClassifier
 from fastrefine.experiments.train import build, train_classifier
 
 TINY = replace(
@@ -78,8 +78,10 @@ def test_samples_of_a_row_are_exported_as_png_of_the_same_pixels(tmp_path):
 
 def test_the_sngan_recipe_trains_and_refines(tmp_path):
     small = replace(TINY, network="sngan", latent=8, features=(8, 8), training=cifar10.SNGAN.training, at="blocks.0")
+    small = replace(small, rows=(*TINY.rows, ("tuned", ("DGflow",))), dgflow=(1.0, 0.0, 5))  # without noise
     record = cifar10.run(tmp_path, seeds=(0,), recipe=small)
-    assert row_of(record, "refine", "shaped")["mean_steps"] > 0
+    flow = row_of(record, "DGflow", "tuned")
+    assert flow["mean_steps"] == 5 and flow["logit_after"] > flow["logit_before"]
     assert [row["name"] for row in record["rows"] if row.get("status") == "not run"] == ["DCGAN", "SNGAN"]
 
 
@@ -140,7 +142,7 @@ def test_bfloat16_training_stays_near_float32_training_and_leaves_float32_weight
     trained = []
     for bfloat16 in (False, True):
         training = replace(cifar10.QUICK.training, bfloat16=bfloat16, rates=(2e-4, 2e-4))
-        trainer = PictureTrainer(*cifar10.QUICK.networks(0), gan.images(data.train), gan.uniform(16), training, 0)
+        trainer = gan.Trainer(*cifar10.QUICK.networks(0), gan.images(data.train), gan.uniform(16), training, 0)
         assert list(trainer.advance(3)) == [1, 2, 3]
         trained.append(trainer.discriminator[0].weight.detach())
     start = cifar10.QUICK.networks(0)[1][0].weight.detach()

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 import fastrefine as fr
 from fastrefine.datasets import Images, load_digits
-from fastrefine.experiments import mnist, mnist_networks
+from fastrefine.experiments import gan, mnist, mnist_networks
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.mnist_rows import AT, Mnist, add_faint, fewer, quick_images
 
@@ -36,7 +36,7 @@ def test_the_networks_are_the_published_ones():
 
 def test_weights_start_from_a_normal_law_of_width_02_and_biases_from_0():
     for layer in mnist_networks.discriminator():
-        if isinstance(layer, mnist_networks.WEIGHTED):
+        if isinstance(layer, gan.WEIGHTED):
             n = layer.weight.numel()
             assert abs(float(layer.weight.detach().std()) / 0.02 - 1) < 4 / math.sqrt(2 * n) and not layer.bias.any()
 

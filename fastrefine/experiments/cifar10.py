@@ -25,7 +25,7 @@ from fastrefine.datasets import Images, load_cifar10, load_digits
 from fastrefine.experiments import gan, picture, picture_files, result_file
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.image_rows import SHOWN, ImageTable, Judge, Protocol, Row, Way
-from fastrefine.experiments.picture_networks import PictureClassifier, PictureTrainer
+from fastrefine.experiments.picture_networks import PictureClassifier
 from fastrefine.experiments.train import build
 from fastrefine.models import SNGANDiscriminator, SNGANGenerator, dcgan_discriminator, dcgan_generator
 from fastrefine.priors import Prior
@@ -84,7 +84,7 @@ class Recipe:
     def trainer(self, data: Images, seed: int) -> gan.Trainer:
         """At step 0."""
         draw = gan.normal(self.latent) if self.network == "sngan" else gan.uniform(self.latent)
-        return PictureTrainer(*self.networks(seed), gan.images(data.train), draw, self.training, seed)
+        return gan.Trainer(*self.networks(seed), gan.images(data.train), draw, self.training, seed)
 
     def ways(self) -> dict[str, Way]:
         """The rows by name; "refine, fixed steps" is the public code's: all K steps, the best of them kept."""

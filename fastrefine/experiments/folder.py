@@ -26,7 +26,7 @@ from fastrefine.datasets import Images, PictureFolder
 from fastrefine.experiments import gan, picture, picture_files, result_file
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.image_rows import SHOWN, Judge, Row
-from fastrefine.experiments.picture_networks import LabelledTrainer, PictureClassifier, PictureTrainer, drawn
+from fastrefine.experiments.picture_networks import LabelledTrainer, PictureClassifier, drawn
 from fastrefine.experiments.train import build
 from fastrefine.models import SAGANDiscriminator, SAGANGenerator, dcgan_discriminator, dcgan_generator
 from fastrefine.priors import Prior
@@ -200,7 +200,7 @@ class Pictures:
         r, pair = self.recipe, self.recipe.networks(self.seed, self.classes)
         if self.labelled:
             return LabelledTrainer(pair, self.pictures, self.count, gan.normal(r.latent), r.training, self.seed)
-        return PictureTrainer(*pair, drawn(self.pictures, self.count), gan.uniform(r.latent), r.training, self.seed)
+        return gan.Trainer(*pair, drawn(self.pictures, self.count), gan.uniform(r.latent), r.training, self.seed)
 
     def _judge(self) -> Judge:
         r, count = self.recipe, min(self.recipe.judged, self.count)

@@ -15,6 +15,7 @@ from fastrefine.experiments.cells import Cells
 
 Draw = Callable[[int, torch.Generator], Tensor]
 Pair = tuple[nn.Module, nn.Module]
+WEIGHTED = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
 SAVE_EVERY = 60.0  # seconds between states that a cut training is taken up from
 
 
@@ -24,8 +25,8 @@ class Training:
 
     optimizer: "sgd" | "adam" (with betas), at rates (G, D), constant: a run of n steps is the beginning of every longer
     one. r1: weight of the mean squared gradient norm at real samples [R1, Mescheder et al. 2018]; 0 leaves it out.
-    bfloat16: between their first and last linear layer sequential networks multiply in bfloat16 (twice as fast on a CPU
-    that has it); weights, BatchNorm and the outer layers stay float32.
+    bfloat16: between their first and last layer with weights sequential networks multiply in bfloat16 (twice as fast on a
+    CPU that has it); weights, BatchNorm and the outer layers stay float32.
     """
 
     batch_size: int
@@ -90,23 +91,30 @@ class Trainer:
         if r1 > 0:
             (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
             loss = loss + r1 * slope.square().flatten(1).sum(1).mean()
-        _descend(opt_d, loss)
+        descend(opt_d, loss)
 
         self.discriminator.requires_grad_(False)
         fake = self._apply(self.generator, self.latents(n, self.random))
-        _descend(opt_g, F.softplus(-self._apply(self.discriminator, fake)).mean())
+        descend(opt_g, F.softplus(-self._apply(self.discriminator, fake)).mean())
         self.discriminator.requires_grad_(True)
 
     def _apply(self, network: nn.Module, x: Tensor) -> Tensor:
+        """On the network's own device; its output is float32."""
+        device = next(network.parameters()).device
+        x = x.to(device)
         if not self.training.bfloat16:
             return network(x)
         assert isinstance(network, nn.Sequential)
-        linear = [i for i, layer in enumerate(network) if isinstance(layer, nn.Linear)]
-        first, last = linear[0] + 1, linear[-1]
+        weighted = [i for i, layer in enumerate(network) if isinstance(layer, WEIGHTED)]
+        first, last = weighted[0] + 1, weighted[-1]
         h = network[:first](x)
-        with torch.autocast("cpu", torch.bfloat16):
-            h = network[first:last](h)
-        return network[last:](h.float())
+        with torch.autocast(device.type, torch.bfloat16):
+            for layer in list(network)[first:last]:  # a slice is of the network's class, which may do more at its input
+                h = layer(h)
+        h = h.float()
+        for layer in list(network)[last:]:
+            h = layer(h)
+        return h
 
     def state(self) -> dict[str, Tensor]:
         """Everything as named tensors."""
@@ -174,7 +182,8 @@ def _optimizer(training: Training, network: nn.Module, rate: float) -> torch.opt
     return torch.optim.Adam(network.parameters(), rate, betas=training.betas)
 
 
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 from fastrefine.experiments import gan
@@ -12,7 +11,6 @@ from fastrefine.experiments.gan import Trainer, Training
 from fastrefine.experiments.train import build
 
 LATENT_DIM = 62
-WEIGHTED = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
 TRAINING = Training(64, "adam", (1e-3, 2e-4), betas=(0.5, 0.999), bfloat16=True)  # but for bfloat16 as published
 
 
@@ -52,33 +50,18 @@ def discriminator(width: int = 64, hidden: int = 1024) -> nn.Sequential:
     )
 
 
-class ImageTrainer(Trainer):
-    """A trainer to which layers with weights are convolutions too: the first and the last of them stay float32."""
-
-    def _apply(self, network: nn.Module, x: Tensor) -> Tensor:
-        if not self.training.bfloat16:
-            return network(x)
-        assert isinstance(network, nn.Sequential)
-        weighted = [i for i, layer in enumerate(network) if isinstance(layer, WEIGHTED)]
-        first, last = weighted[0] + 1, weighted[-1]
-        h = network[:first](x)
-        with torch.autocast("cpu", torch.bfloat16):
-            h = network[first:last](h)
-        return network[last:](h.float())
-
-
-def trainer(real: Tensor, seed: int, training: Training = TRAINING, width: int = 64, hidden: int = 1024) -> ImageTrainer:
+def trainer(real: Tensor, seed: int, training: Training = TRAINING, width: int = 64, hidden: int = 1024) -> Trainer:
     """The pair at step 0; latents are uniform on (-1, 1). real: images (N, 1, 28, 28) in [-1, 1]."""
     g = build(lambda: generator(width, hidden), seed)
     d = build(lambda: discriminator(width, hidden), seed + 100)
-    return ImageTrainer(g, d, gan.images(real), gan.uniform(LATENT_DIM), training, seed)
+    return Trainer(g, d, gan.images(real), gan.uniform(LATENT_DIM), training, seed)
 
 
 def _started(**modules: nn.Module) -> nn.Sequential:
     """The modules in a row; weights start from N(0, .02^2), biases from 0, as in the public code."""
     network = nn.Sequential(OrderedDict(modules))
     for layer in network:
-        if isinstance(layer, WEIGHTED):
+        if isinstance(layer, gan.WEIGHTED):
             nn.init.normal_(layer.weight, 0.0, 0.02)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)

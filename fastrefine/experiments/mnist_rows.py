@@ -214,7 +214,7 @@ class Mnist:
             for name, x in images.items()
         ]  # fmt: skip
 
-    def _trainer(self) -> mnist_networks.ImageTrainer:
+    def _trainer(self) -> gan.Trainer:
         recipe = self.recipe
         return mnist_networks.trainer(self.data.train, self.seed, recipe.training, recipe.width, recipe.hidden)
 

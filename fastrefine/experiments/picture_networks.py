@@ -1,4 +1,4 @@
-"""What the picture experiments train: a small classifier, and GANs on convolutions in bfloat16."""
+"""What the picture experiments train: a small classifier, and class-conditional GANs."""
 
 from __future__ import annotations
 
@@ -31,15 +31,6 @@ class PictureClassifier(Classifier):
             return super().forward(images).float()
 
 
-class PictureTrainer(gan.Trainer):
-    """Convolutional networks on their own device, in bfloat16 where ``Training.bfloat16`` says so; logits are float32."""
-
-    def _apply(self, network: nn.Module, x: Tensor) -> Tensor:
-        device = next(network.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.training.bfloat16):
-            return network(x.to(device)).float()
-
-
 class LabelledTrainer(gan.Trainer):
     """A class-conditional pair on the hinge loss; fakes have the classes of the real batch.
 
@@ -60,19 +51,12 @@ class LabelledTrainer(gan.Trainer):
         with torch.no_grad():
             fake = self.generator(z[0], labels)
         loss = F.relu(1 - self.discriminator(real, labels)).mean() + F.relu(1 + self.discriminator(fake, labels)).mean()
-        descend(self.optimizers[1], loss)
+        gan.descend(self.optimizers[1], loss)
         self.discriminator.requires_grad_(False)
-        descend(self.optimizers[0], -self.discriminator(self.generator(z[1], labels), labels).mean())
+        gan.descend(self.optimizers[0], -self.discriminator(self.generator(z[1], labels), labels).mean())
         self.discriminator.requires_grad_(True)
 
 
 def drawn(pictures: PictureFolder, count: int) -> gan.Draw:
     """The first ``count`` pictures, drawn with replacement and decoded when they are."""
     return lambda n, random: pictures.images(torch.randint(count, (n,), generator=random))
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
