@@ -55,7 +55,7 @@ def given_features(code: str) -> Features:
     return Features(made.eval(), code)
 
 
-def trained_features(images: Tensor, labels: Tensor, steps: int = 800, seed: int = 0) -> Features:
+def trained_features(images: Tensor, labels: Tensor, steps: int = 600, seed: int = 0) -> Features:
     """A small convolutional classifier trained here on labelled real images (N, C, H, W); repeats its bits for one seed."""
     classes = int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +77,7 @@ def trained_features(images: Tensor, labels: Tensor, steps: int = 800, seed: int
 class Classifier(nn.Module):
     """(N, C, H, W) -> (features (N, 64), logits (N, classes)); three strided convolutions, mean over the map."""
 
-    def __init__(self, channels: int, classes: int, width: int = 32):
+    def __init__(self, channels: int, classes: int, width: int = 16):
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(3):

@@ -26,8 +26,8 @@ MAIN = {
     "mnist": ("refined by the shaped D, distance and score beat", "the shaped D refines to a lower distance than D as it is"),
     "cifar10": ("has a lower Frechet distance and a higher classifier score than",),
     "translation": ("refine, shaped: ",),
-    "steps": ("median stop: backtracking is within", "at no p is the hazard better",
-              "Frechet distance, backtracking: the largest K for all is worse than the median stop"),
+    "steps": ("Frechet distance, backtracking: the largest K for all is worse than the median stop",
+              "Frechet distance, median stop: backtracking is within"),
     "folder": ("has a lower Frechet distance than the generator",),
     "step_control": ("good samples: at no step size is backtracking worse than fixed steps",
                      "ring, good samples: fixed steps' worst is worse"),
@@ -141,7 +141,8 @@ def test_a_quick_run_draws_small_pictures(quick):
     experiment, folder, _ = quick
     for path in (folder / experiment.name).glob("*.png"):
         assert path.stat().st_size < 200_000
-        assert len(set(Image.open(path).convert("L").resize((50, 50)).getdata())) > 1, f"{path.name} is blank"
+        low, high = Image.open(path).convert("L").getextrema()
+        assert low < high, f"{path.name} is blank"
 
 
 def test_the_main_claims_hold_in_a_quick_run(quick):

@@ -249,6 +249,11 @@ def test_one_missing_figure_leaves_no_mean_of_the_others():
     assert averages.table(rows)[1] == [["a", "–"], ["b", "1.5 ± 0.71"]]
 
 
+def test_a_figure_that_no_seed_changes_has_no_deviation():
+    rows = [{"seed": s, "name": n, "steps": 10.0 if n == "a" else s} for n in "ab" for s in (0, 1)]
+    assert averages.table(rows)[1] == [["a", "10"], ["b", "0.5 ± 0.71"]]
+
+
 def test_lists_stay_in_the_file_and_what_is_too_much_is_counted():
     rows = [{"name": f"n{i}", "shares": [1], **{f"c{k}": float(i + k) for k in range(13)}} for i in range(45)]
     header, cells, notes = averages.table(rows)

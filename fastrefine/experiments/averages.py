@@ -35,7 +35,8 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]]:
 
     What tells rows apart are their columns of text, the checkpoint, and of the other columns, in their order, as many as
     rows of one seed need to differ. Rows that differ in columns ``*seed`` alone are averaged; a cell has a dash unless all of
-    them have the figure. Notes say what is the same everywhere, and what is left out.
+    them have the figure, and no deviation where it is the same in all. Notes say what is the same everywhere, and what is
+    left out.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("seed")))
     columns = [c for c in columns if not any(isinstance(row.get(c), list | dict) for row in rows)]
@@ -87,7 +88,7 @@ def _keys(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 
 
 def _average(values: Sequence[Any]) -> str:
-    if len(set(values)) == 1 and not isinstance(values[0], float):
+    if len(set(values)) == 1:
         return label(values[0])
     if any(not isinstance(v, int | float) for v in values):
         return NONE

@@ -8,7 +8,6 @@ the Swiss roll of [CS0] in data space; the demo's digits, and with data MNIST, a
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -175,7 +174,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
 
     seeds: of the trainings, and of each the first of its sampling seeds. data: MNIST's folder, else MNIST is left out.
     """
-    recipe, started = QUICK if quick else FULL, time.perf_counter()
+    recipe = QUICK if quick else FULL
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
     with settings.threads_for(flops=0.0):  # these networks are small
@@ -190,7 +189,6 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
         outdir, "step_control", rows=rows, recipe=asdict(recipe), reduced=quick, seeds=list(seeds),
         reductions=[QUICK_RUN] * quick,
         data=None if data is None else "mnist", claims=claims(rows), comparison=comparison(rows),
-        seconds=time.perf_counter() - started,
     )  # fmt: skip
     draw(outdir / "step-control.png", record["rows"])
     return record

@@ -45,6 +45,7 @@ def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], q: Quality) -> None:
     if q.relative:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:.3g}")
-        axis.yaxis.set_minor_formatter("{x:.3g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_minor_formatter("{x:.3g}" if high < 10 * low else "")
     axis.tick_params(labelsize=7, which="both")
     axis.grid(alpha=0.3)
