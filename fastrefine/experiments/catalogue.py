@@ -15,8 +15,8 @@ from fastrefine.errors import InputError
 class Experiment:
     """One experiment: module.run(outdir, seeds=, quick=, data=) writes result.json and pictures, returns the record.
 
-    seeds: of a full run; a quick one takes the first. data: what --data names, empty where none is taken; needs_data: whether a full run needs it (a
-    quick one makes its own). minutes: of a full run on one core, about.
+    seeds: of a full run; a quick one takes the first. data: what --data names, empty where none is taken; needs_data:
+    whether a full run needs it (a quick one makes its own). minutes: of a full run on one core, about.
     """
 
     name: str
