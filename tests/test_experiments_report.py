@@ -264,3 +264,9 @@ def test_lists_stay_in_the_file_and_what_is_too_much_is_counted():
 def test_each_set_has_a_table_of_its_own():
     rows = [{"set": "a", "good": 1.0}, {"set": "b", "distance": 2.0}, {"set": "a", "good": 3.0}]
     assert [header for header, _, _ in averages.tables(rows)] == [["good"], ["set", "distance"]]
+
+
+def test_lists_by_seed_are_no_seeds():
+    rows = [{"name": "a", "good_by_seed": [0.1, 0.2], "good": 0.15}, {"name": "b", "good_by_seed": [0.3], "good": 0.3}]
+    header, cells, _ = averages.table(rows)
+    assert header == ["name", "good"] and cells == [["a", "0.15"], ["b", "0.3"]]

@@ -77,7 +77,7 @@ def label(value: Any) -> str:
 
 def _keys(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """The columns that tell rows apart, in their order."""
-    seeds = list(dict.fromkeys(key for row in rows for key in row if key.endswith("seed")))
+    seeds = list(dict.fromkeys(k for row in rows for k, v in row.items() if k.endswith("seed") and not isinstance(v, list)))
     text = [c for c in columns if c == "checkpoint" or any(isinstance(row.get(c), str) for row in rows)]
     others = [c for c in columns if c not in text]
     for count in range(len(others) + 1):
