@@ -106,7 +106,7 @@ def test_every_row_stands_beside_its_law(tmp_path):
     pytest.importorskip("matplotlib")
     result = gaussians25.run(tmp_path, seeds=(0,), quick=True, data=None)
     rows = [row for row in result["rows"] if row["version"] == "[DDLS]"]
-    assert {"generator", "DRS", "MH", "MALA", "HMC", "collaborative", "the law, sampled"} <= {row["name"] for row in rows}
+    assert {"generator", "DRS", "MH", "DDLS (ULA), eps .0002", "collaborative"} <= {row["name"] for row in rows}
     laws = result["laws"]
     for row in rows:
         law = laws[row["energy"] if row["energy"] != "none" else "fitted"]
