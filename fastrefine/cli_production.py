@@ -134,13 +134,12 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
     try:
         worker = Worker(configuration, device=device or _device(), allow_pickle=allow_pickle)
         folder = worker.folder(outdir)
-        mine = folder.shards()[shard_id * world + rank :: num_shards * world]
-        total = sum(shard.count for shard in mine)
+        share = shard_id * world + rank, num_shards * world
+        total = sum(shard.count for shard in folder.share(*share))
         with tqdm(total=total, unit="image", desc=f"worker {rank}" if world > 1 else None, disable=None) as bar:
             outcome = worker.run(
-                outdir, worker=shard_id * world + rank, workers=num_shards * world,
-                on_shard=lambda shard, _: bar.update(shard.count) and None,
-            )  # fmt: skip
+                outdir, worker=share[0], workers=share[1], on_shard=lambda shard, _: bar.update(shard.count) and None
+            )
     except (KeyboardInterrupt, Interrupted) as stop:
         click.echo(f"stopped; finished shards are kept. To go on:\n  {again}", err=True)
         ctx.exit(130 if isinstance(stop, KeyboardInterrupt) else RESUMABLE)

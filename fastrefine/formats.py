@@ -5,13 +5,16 @@ Images are quantised as floor(127.5 x + 128), clipped, of x in [-1, 1]; .safeten
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +57,8 @@ def name_of(kind: str, index: int) -> str:
 def write(kind: str, path: Path, batch: Batch) -> None:
     """The shard at its final name, which it gets when it is complete and on the disk."""
     if kind == "png":
-        path.mkdir(exist_ok=True)
-        for png, number in zip(_pngs(batch.pixels()), batch.columns["ids"], strict=True):
-            publish(path / f"{number:06d}.png", png)
-        publish(path / "columns.json", _json(batch.columns))
+        pngs = zip(_pngs(batch.pixels()), batch.columns["ids"], strict=True)
+        publish_all(path, [*((f"{number:06d}.png", png) for png, number in pngs), ("columns.json", _json(batch.columns))])
         return
     if kind == "npz":
         content = _npz(batch)
@@ -100,25 +101,44 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def publish(path: Path, content: bytes) -> None:
-    """``content`` at ``path``: under a name of this process's own, to the disk, then renamed."""
+def publish(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """``content`` at ``path``: under a name of this process's own, to the disk (sync: at once), then renamed."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(part, content, sync)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def publish_all(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
+    """As ``publish``, (name, content) of many files of a folder; what else lies in it stays."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir()
+        with ThreadPoolExecutor(16) as pool:  # a disk takes what several threads wait for in one go
+            list(pool.map(lambda file: _write(part / file[0], file[1], sync=True), files))
+        folder.mkdir(exist_ok=True)
+        for name, _ in files:
+            os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes, sync: bool) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def merge_npz(
     output: Path, count: int, shape: tuple[int, ...], parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
 ) -> None:
     """ADM's reference format: arr_0 uint8 (count, H, W, C), arr_1 int64 labels (count,) where there are any; streamed."""
-    part_path, labels = output.with_name(output.name + ".part"), []
-    with zipfile.ZipFile(part_path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    labels = []
+    with _replacing(output) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             _header(member, np.dtype(np.uint8), (count, *shape))
             for pixels, columns in parts:
@@ -128,25 +148,33 @@ def merge_npz(
         if labels:
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.concatenate(labels).astype(np.int64))
-    os.replace(part_path, output)
 
 
 def merge_png(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
     """output/000000/000123.png, as NVlabs' tools write them."""
     for pixels, columns in parts:
         for png, number in zip(_pngs(pixels), columns["ids"].tolist(), strict=True):
-            folder = output / f"{number - number % PER_FOLDER:06d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            publish(folder / f"{number:06d}.png", png)
+            path = output / f"{number - number % PER_FOLDER:06d}" / f"{number:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            publish(path, png, sync=False)
 
 
 def merge_tar(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
     """One .tar as webdataset reads it."""
-    part_path = output.with_name(output.name + ".part")
-    with tarfile.open(part_path, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with _replacing(output) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive:
         for pixels, columns in parts:
             _fill(archive, pixels, columns)
-    os.replace(part_path, output)
+
+
+@contextlib.contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``output`` when all went well and is gone otherwise."""
+    part = output.with_name(f"{output.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _npz(batch: Batch) -> bytes:

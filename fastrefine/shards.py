@@ -67,6 +67,11 @@ class Folder:
         """All shards of the run."""
         return list(shards(self.configuration))
 
+    def share(self, worker: int, workers: int) -> list[Shard]:
+        """The shards of one worker of several: consecutive ones, as many for each as there are of them all."""
+        every = self.shards()
+        return every[len(every) * worker // workers : len(every) * (worker + 1) // workers]
+
     def file(self, shard: Shard) -> Path:
         """Where a shard is."""
         return self.path / formats.name_of(self.configuration.format, shard.index)

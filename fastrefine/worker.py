@@ -7,8 +7,9 @@ import logging
 import platform
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from fastrefine.weights_file import digest
 
 log = logging.getLogger("fastrefine")
 HELD = 4096  # proposals in memory at once, about
+STREAMED = 2**20  # proposals of one stream; their labels are in memory
+_Writing = tuple[Shard, dict[str, Any], "Future[float]"]
 _RULES = {"median": "MedianOfReal", "reference": "ReferenceSample", "uniform": "UniformStep"}
 
 
@@ -80,65 +83,103 @@ class Worker:
     def run(
         self, outdir: Path, *, worker: int = 0, workers: int = 1, on_shard: Callable[[Shard, Outcome], None] | None = None
     ) -> Outcome:
-        """Make this worker's share: every shard whose index in the run is ``worker`` modulo ``workers``, unless it is done."""
+        """Make this worker's share of the run, as ``Folder.share`` deals it, but for the shards that are done.
+
+        on_shard: called with every shard that was found or is on the disk now. A shard is written while the next is made.
+        """
         folder, outcome, started = self.folder(outdir), Outcome(), time.perf_counter()
-        for shard in folder.shards()[worker::workers]:
-            problem = folder.problem(shard)
-            if not problem:
-                outcome.found += 1
-                told = folder.facts(shard)
-            else:
-                if problem != "missing":
-                    log.warning("%s: %s; made anew", folder.file(shard).name, problem)
-                batch, told = self.make(shard)
-                writing = time.perf_counter()
-                folder.write(shard, batch, told)
-                outcome.seconds_writing += time.perf_counter() - writing
-                outcome.made += 1
+
+        def count(shard: Shard, told: dict[str, Any]) -> None:
             outcome.images += shard.count
             outcome.unselected += told.get("unselected", 0)
             outcome.nonfinite += told.get("status", {}).get("NONFINITE", 0)
             outcome.seconds = time.perf_counter() - started
             if on_shard is not None:
                 on_shard(shard, outcome)
+
+        def write(shard: Shard, batch: formats.Batch, told: dict[str, Any]) -> float:
+            began = time.perf_counter()
+            folder.write(shard, batch, told)
+            return time.perf_counter() - began
+
+        def settle(writing: _Writing) -> None:
+            shard, told, written = writing
+            outcome.seconds_writing += written.result()
+            outcome.made += 1
+            count(shard, told)
+
+        todo = []
+        for shard in folder.share(worker, workers):
+            problem = folder.problem(shard)
+            if not problem:
+                outcome.found += 1
+                count(shard, folder.facts(shard))
+                continue
+            if problem != "missing":
+                log.warning("%s: %s; made anew", folder.file(shard).name, problem)
+            todo.append(shard)
+        pending: deque[_Writing] = deque()
+        with ThreadPoolExecutor(1, "fastrefine-writer") as writer:
+            for shard, batch, told in self.make(todo):
+                if pending:
+                    settle(pending.popleft())
+                pending.append((shard, told, writer.submit(write, shard, batch, told)))
+            for writing in pending:
+                settle(writing)
         return outcome
 
-    def make(self, shard: Shard) -> tuple[formats.Batch, dict[str, Any]]:
-        """The shard's images, and what its marker tells besides count and hash; a pure function of the configuration."""
-        found = [self._images(run) for run in shard.runs]
-        images = torch.cat([out.images for out, _ in found])
-        if images.dim() != 4:
-            raise InputError(f"the generator makes outputs of shape {tuple(images.shape[1:])}; wanted images (C, H, W)")
-        outs = [out for out, _ in found]
-        columns = {"ids": np.array(shard.seeds, np.int64), **_columns(outs)}
-        if self.chooser is not None:
-            columns["selected"] = torch.cat([selected for _, selected in found]).numpy()
-        counts = Counter(Status(int(s)).name for s in columns["status"])
-        told: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
-        if self.chooser is not None:
-            told["unselected"] = int((~columns["selected"]).sum())
-        return formats.Batch(images, columns, self.configuration.image_range), told
+    def make(self, todo: list[Shard]) -> Iterator[tuple[Shard, formats.Batch, dict[str, Any]]]:
+        """(shard, its images, what its marker tells besides count and hash); each a pure function of the configuration.
 
-    def _images(self, seeds: range) -> tuple[Result, Tensor]:
-        """Results of consecutive seeds, and which of them were selected."""
+        Shards that follow one another are refined as one stream, so that the slots run empty at its end alone.
+        """
+        pieces = self._pieces([run for shard in todo for run in shard.runs])
+        for shard in todo:
+            outs, selected = zip(*(next(pieces) for _ in shard.runs), strict=True)
+            images = torch.cat([out.images for out in outs])
+            if images.dim() != 4:
+                raise InputError(f"the generator makes outputs of shape {tuple(images.shape[1:])}; wanted images (C, H, W)")
+            columns = {"ids": np.array(shard.seeds, np.int64), **_columns(outs)}
+            counts = Counter(Status(int(s)).name for s in columns["status"])
+            told: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
+            if self.chooser is not None:
+                columns["selected"] = torch.cat(selected).numpy()
+                told["unselected"] = int((~columns["selected"]).sum())
+            yield shard, formats.Batch(images, columns, self.configuration.image_range), told
+
+    def _pieces(self, runs: list[range]) -> Iterator[tuple[Result, Tensor]]:
+        """Results of each run of seeds, and which of them were selected."""
+        limit = max(STREAMED // self.configuration.proposals, 1)
+        for start, stop in _joined(runs, limit):
+            parts = self._parts(range(runs[start].start, runs[stop - 1].stop))
+            held: list[Result] = []
+            chosen: list[Tensor] = []
+            for run in runs[start:stop]:
+                while sum(len(part) for part in held) < len(run):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", FastrefineWarning)  # a run tells its own counts
+                        part, selected = next(parts)
+                    held.append(part)
+                    chosen.append(selected)
+                out, selected = Result.concatenate(held), torch.cat(chosen)
+                yield out.select(slice(0, len(run))), selected[: len(run)]
+                held, chosen = [out.select(slice(len(run), None))], [selected[len(run) :]]
+
+    def _parts(self, seeds: range) -> Iterator[tuple[Result, Tensor]]:
+        """Results of consecutive seeds part by part, and which of them were selected."""
         c, length = self.configuration, self.configuration.proposals
-        held, chosen = [], []
         labels = self._labels(torch.arange(seeds.start, seeds.stop))
         proposed = None if labels is None else labels.repeat_interleave(length)
         per_part = max(HELD // length, 1) * length
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FastrefineWarning)  # a shard is a part of a run, which tells its own counts
-            for part in self.refiner.stream(
-                len(seeds) * length, first_id=seeds.start * length, seed=c.seed, chunk=per_part, labels=proposed
-            ):
-                selected = torch.ones(len(part) // length, dtype=torch.bool)
-                if self.chooser is not None:
-                    images = part.ids[::length] // length
-                    at, selected = self.chooser.choose(part.logits.view(-1, length), images)
-                    part = part.select(torch.arange(len(images)) * length + at)
-                held.append(part)
-                chosen.append(selected)
-        return Result.concatenate(held), torch.cat(chosen)
+        for part in self.refiner.stream(
+            len(seeds) * length, first_id=seeds.start * length, seed=c.seed, chunk=per_part, labels=proposed
+        ):
+            selected = torch.ones(len(part) // length, dtype=torch.bool)
+            if self.chooser is not None:
+                images = part.ids[::length] // length
+                at, selected = self.chooser.choose(part.logits.view(-1, length), images)
+                part = part.select(torch.arange(len(images)) * length + at)
+            yield part, selected
 
     def _labels(self, ids: Tensor) -> Tensor | None:
         c = self.configuration
@@ -165,7 +206,16 @@ class Worker:
         return Chooser.piloted(c, pilot.logits.cpu())
 
 
-def _columns(outs: list[Result]) -> dict[str, np.ndarray]:
+def _joined(runs: list[range], limit: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the runs that follow one another without a gap, of about ``limit`` seeds at most."""
+    start = 0
+    for stop in range(1, len(runs) + 1):
+        if stop == len(runs) or runs[stop].start != runs[stop - 1].stop or runs[stop].stop - runs[start].start > limit:
+            yield start, stop
+            start = stop
+
+
+def _columns(outs: Sequence[Result]) -> dict[str, np.ndarray]:
     rows: dict[str, Any] = {name: torch.cat([getattr(out, name) for out in outs]) for name in ("logits", "steps", "status")}
     if outs[0].labels is not None:
         rows["labels"] = torch.cat([out.labels for out in outs if out.labels is not None])

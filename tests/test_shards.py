@@ -308,7 +308,7 @@ def test_torchrun_starts_workers_that_share_the_shards(tmp_path):
 def test_verify_and_merge_tell_what_is_missing(tmp_path):
     command(tmp_path / "run", "--shard-id", "0", "--num-shards", "2")
     told = subprocess.run([sys.executable, "-m", "fastrefine", "verify", str(tmp_path / "run")], capture_output=True, text=True)
-    assert told.returncode == 3 and "missing  5 of 10 shards, first shard-000001.npz" in told.stdout
+    assert told.returncode == 3 and "missing  5 of 10 shards, first shard-000005.npz" in told.stdout
     merge = [sys.executable, "-m", "fastrefine", "merge", str(tmp_path / "run"), "--output", str(tmp_path / "m.npz")]
     told = subprocess.run(merge, capture_output=True, text=True)
     assert told.returncode == 1 and told.stderr.startswith("fastrefine: ") and not Path(merge[-1]).exists()
