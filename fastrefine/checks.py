@@ -25,7 +25,9 @@ def device(name: str, value: Any) -> torch.device:
         found = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{name} is {value!r}; wanted a device such as 'cpu' or 'cuda:0'") from error
-    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{name} is {str(value)!r}, but torch sees no GPU here; leave it out, or give 'cpu'")
+    if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())  # what is current may change between calls
     return found
 

@@ -1,4 +1,4 @@
-"""Accept-reject where image i owns proposals i L ... i L + L - 1: what is chosen of them hangs on nothing but them.
+"""Accept-reject where image i owns proposals i L ... i L + L - 1: what is chosen of them depends on nothing but them.
 
 The functions of ``selection`` read figures of all proposals at once; here those come from a pilot pass, kept in the
 manifest, and every draw is by (seed, image or proposal id), so that shards and workers change nothing.

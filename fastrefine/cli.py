@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 incomplete but resumable, 130 interrupt
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -65,7 +67,17 @@ def main() -> None:
 
 
 def guarded(command: click.Command) -> None:
-    """Run a command and exit: an error of ours is one line on stderr and exit code 1."""
+    """Run a command and exit: an error of ours is one line on stderr and exit code 1, a warning of ours is one line too."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__name__ == "FastrefineWarning":
+            click.echo(f"warning: {message}", err=True)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)  # of torch to itself, when an export is copied
     try:
         code = command.main(standalone_mode=False) or 0
     except click.UsageError as error:

@@ -38,10 +38,14 @@ class JsonObject(click.ParamType):
         try:
             found = json.loads(value)
         except ValueError as error:
-            self.fail(f"{value!r} is no JSON ({error})", param, ctx)
+            self.fail(f"{value!r} is no JSON ({error}); wanted e.g. {self._example(param)}", param, ctx)
         if not isinstance(found, dict):
-            self.fail(f"{value!r} is no JSON object", param, ctx)
+            self.fail(f"{value!r} is no JSON object; wanted e.g. {self._example(param)}", param, ctx)
         return found
+
+    def _example(self, param: click.Parameter | None) -> str:
+        prior = param is not None and param.name == "prior"
+        return '\'{"name": "normal", "shape": [128]}\'' if prior else "'{\"width\": 64}'"
 
 
 class Seeds(click.ParamType):
@@ -94,7 +98,13 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @model_options
-@click.option("--seeds", type=Seeds(), default="0-999", show_default=True, help="One image each, e.g. 0-49999 or 3,7,10-12.")
+@click.option(
+    "--seeds",
+    type=Seeds(),
+    default="0-999",
+    show_default=True,
+    help="One image each, e.g. 0-49999 or 3,7,10-12 (10 alone: one image).",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the whole run.")
 @click.option("--class", "classes", help="Label of every image, or random.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="For --class random.")
@@ -114,10 +124,16 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON on stdout.")
 @click.pass_context
 def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_json: bool, **flags: Any) -> None:
-    """Refine images into shards that do not hang on how many workers make them.
+    """Refine images into shards that do not depend on how many workers make them.
 
     The same command again goes on where it was cut. Under torchrun every process makes its share; --shard-id and
     --num-shards do the same for job arrays.
+
+    \b
+    fastrefine refine --pair digits --real digits --stop median --seeds 0-9999 --outdir run
+    fastrefine refine --generator mymodels:Generator --generator-weights g.pt \\
+        --discriminator mymodels:Discriminator --discriminator-weights d.pt \\
+        --prior '{"name": "normal", "shape": [128]}' --at layer2 --seeds 0-9999 --outdir run
     """
     if shard_id >= num_shards:
         raise click.UsageError(f"--shard-id is {shard_id}; wanted it below --num-shards {num_shards}")
@@ -170,7 +186,8 @@ def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
         for name in found.foreign:
             click.echo(f"foreign  {name} (left alone)")
         state = "complete" if found.complete else "incomplete; the command of the run, given again, makes the rest"
-        click.echo(f"{found.images} images in {found.total - len(found.damaged) - len(found.missing)} good shards: {state}")
+        good = found.total - len(found.damaged) - len(found.missing)
+        click.echo(f"{found.images} images, {good} of {found.total} shards good: {state}")
     if not found.complete:
         ctx.exit(RESUMABLE)
 
@@ -260,6 +277,6 @@ def _tell(outcome: Any, outdir: Path, as_json: bool) -> None:
         click.echo(f"warning: {outcome.nonfinite} images met a non-finite logit or gradient (status NONFINITE)", err=True)
     if outcome.unselected:
         click.echo(
-            f"warning: of {outcome.unselected} images no proposal was accepted: they hold their first one "
+            f"warning: {outcome.unselected} of {outcome.images} images had no proposal accepted and hold their first one "
             '("selected" is false); a longer --chain-length makes them fewer', err=True,
         )  # fmt: skip

@@ -151,7 +151,7 @@ class Shard:
 
 
 def shards(configuration: Configuration) -> Iterator[Shard]:
-    """All shards in ascending order; which seeds lie in one does not hang on where the run begins or ends."""
+    """All shards in ascending order; which seeds lie in one does not depend on where the run begins or ends."""
     size = configuration.shard_size
     pending: dict[int, list[range]] = {}
     for run in ranges(configuration.seeds):

@@ -19,7 +19,7 @@ class RefinedDataset(IterableDataset):
 
     Each item is a dict: "image" (C, ...) tensor, "logit" () tensor, "id" int, and "label" where labels were given. With
     several DataLoader workers each makes every w-th chunk: together they give every sample once, in an order of chunks
-    that hangs on the number of workers; which sample has which id does not.
+    that depends on the number of workers; which sample has which id does not.
     """
 
     def __init__(self, refiner: Refiner, n: int, *, seed: int, first_id: int, labels: Any, chunk: int):

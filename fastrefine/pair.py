@@ -296,7 +296,8 @@ def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {error}") from error
+        hint = "; are these its latents (see prior), and is it the generator?" if what == "generator" else ""
+        raise InputError(f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {error}{hint}") from error
 
 
 def label_classes(modules: list[nn.Module], call: Callable[[Tensor], Any], labels: Tensor) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,9 +56,14 @@ def save_pair(
     architectures with. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
 
     Returns the folder. Raises InputError where the code does not give modules that the weights fit, so a pair that was
-    saved can be loaded.
+    saved can be loaded, or has no module ``at``. What the folder held of an earlier pair is replaced.
     """
     folder = Path(folder)
+    if not isinstance(code, tuple | list) or [type(part) for part in code] != [str, str]:
+        raise InputError(f'code is {code!r}; wanted two texts, ("package.module:Generator", "package.module:Discriminator")')
+    names = {"input", "output", *dict(generator.named_modules(remove_duplicate=False))} - {""}
+    if at.partition("#")[0] not in names:
+        raise InputError(f"at is {at!r}, no module of the generator; wanted one of {', '.join(sorted(names)[:20])}")
     folder.mkdir(parents=True, exist_ok=True)
     described = {}
     for name, module, where, given in zip(
@@ -118,6 +124,9 @@ def configured(configuration: Configuration, *, allow_pickle: bool = False) -> t
             load_network(configuration.generator, "generator", allow_pickle=allow_pickle),
             load_network(configuration.discriminator, "discriminator", allow_pickle=allow_pickle), {}, {},
         )  # fmt: skip
+    at, generator = configuration.at, configuration.generator
+    if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
+        raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
     own: dict[str, Any] = {}
     if not configuration.prior:
         if not pair.prior:
@@ -179,7 +188,8 @@ def _built(network: Network, name: str) -> nn.Module:
             target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"the {name}'s code {network.code!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
+            f"the {name}'s code {network.code!r} cannot be imported ({error}); is its folder on PYTHONPATH? In that "
+            "folder: PYTHONPATH=. fastrefine ..., or python -m fastrefine ..."
         ) from error
     with torch.random.fork_rng(devices=[]):
         try:
@@ -195,11 +205,22 @@ def _exported(path: Path, name: str) -> nn.Module:
     if not path.is_file():
         raise InputError(f"the {name}'s {path} is not there; wanted an archive of torch.export.save")
     try:
-        return torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
+            program = torch.export.load(path)
+            module = program.module()
     except Exception as error:
         raise InputError(
             f"the {name}'s {path} is no archive of torch.export.save ({str(error).splitlines()[0][:120]})"
         ) from error
+    given = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    fixed = [x.shape[0] for x in given if isinstance(x, torch.Tensor) and x.dim() and isinstance(x.shape[0], int)]
+    if fixed:
+        raise InputError(
+            f"the {name}'s {path} takes batches of {fixed[0]} only; export it with a dynamic batch: torch.export.export("
+            'module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))'
+        )
+    return module
 
 
 def _embedded(name: str) -> Pair:

@@ -122,7 +122,10 @@ class Refiner:
             raise InputError("real_labels were given without `real` images")
         self.real_labels = None if self.real is None else self._own_labels(real_labels, len(self.real))
         if self._needs_real and self.real is None:
-            raise InputError(f"{sampler!r} with {self.stop!r} reads real logits: pass real=images to the Refiner")
+            raise InputError(
+                f"{type(sampler).__name__} with stop={self.stop!r} reads real logits: pass real=images to the Refiner, or "
+                "--real FOLDER or FILE.npz to a command"
+            )
         fit.check(self)
         self._seen_weights: tuple[Any, Any] = ((), ())
         self._forget()

@@ -78,8 +78,17 @@ class Result:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def select(self, indices: Tensor | slice) -> Result:
-        """The samples at ``indices`` (positions, not ids), e.g. those that metropolis_hastings chose."""
+    def __repr__(self) -> str:
+        of = "x".join(map(str, self.images.shape[1:]))
+        means = ", ".join(f"{t.float().mean():.3g}" for t in (self.initial_logits, self.logits, self.steps))
+        counts = {status.name: int((self.status == status).sum()) for status in Status}
+        ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return f"Result({len(self)} images of {of}; mean logit before, after, mean steps: {means}; {ended or 'none'})"
+
+    def select(self, indices: Any) -> Result:
+        """The samples at ``indices`` (positions, not ids), or those that metropolis_hastings chose, given its result."""
+        chosen = getattr(indices, "indices", None)
+        indices = chosen if isinstance(chosen, Tensor) else indices
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         rows: dict[str, Any] = {k: v[indices] for k, v in values.items() if isinstance(v, Tensor) and k not in _WHOLE}
         rows["snapshots"] = {step: snapshot.select(indices) for step, snapshot in self.snapshots.items()}

@@ -43,6 +43,10 @@ class MHResult:
     acceptance_rate: float
     moved: Tensor
 
+    def __repr__(self) -> str:
+        moved = int(self.moved.sum())
+        return f"MHResult({len(self.indices)} chains, {moved} moved, acceptance rate {self.acceptance_rate:.3g})"
+
 
 def metropolis_hastings(
     logits: Tensor | Result,

@@ -32,7 +32,7 @@ class Folder:
 
     @classmethod
     def claim(cls, path: Path, configuration: Configuration, facts: dict[str, Any]) -> Folder:
-        """The folder of this configuration, made if need be; facts: what the identity hangs on besides, and the pilot's.
+        """The folder of this configuration, made if need be; facts: what the identity depends on besides, and the pilot's.
 
         Raises InputError where the folder belongs to a run of another configuration.
         """
@@ -53,7 +53,7 @@ class Folder:
             differing = _differences(there, json.loads(text))
             raise InputError(
                 f"{path} belongs to a run of another configuration (differs in {', '.join(differing) or 'its identity'}); "
-                "wanted an empty --outdir, or the flags of that run"
+                "wanted a new --outdir, or the flags of that run"
             )
         return cls(path, configuration, identity)
 
@@ -171,6 +171,8 @@ def merge(path: Path, output: Path) -> int:
     elif output.suffix == ".tar":
         formats.merge_tar(output, parts)
     elif not output.suffix:
+        if output.is_dir() and any(output.iterdir()):
+            raise InputError(f"{output} is not empty; wanted a new folder for the PNG files")
         formats.merge_png(output, parts)
     else:
         raise InputError(f"output is {output}; wanted a name that ends in .npz or .tar, or a folder for PNG files")

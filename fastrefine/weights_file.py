@@ -100,7 +100,8 @@ def _torch(path: Path, allow_pickle: bool) -> Any:
             "Convert it to safetensors, or pass --allow-pickle if you trust where it comes from"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, ImportError) as error:
-        raise InputError(f"{path} is no torch.save file, or cut short ({_line(error)})") from error
+        wanted = "wanted one, or .safetensors"
+        raise InputError(f"{path} is no torch.save file, or cut short ({type(error).__name__}); {wanted}") from error
 
 
 def _chosen(content: Any, key: str, path: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastrefine as fr
 from fastrefine import choosing, formats, ops, pairs
+from fastrefine.calibration import judge
 from fastrefine.choosing import Chooser
 from fastrefine.configuration import Configuration, Shard
 from fastrefine.errors import FastrefineWarning, InputError
@@ -73,7 +74,11 @@ class Worker:
             "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
             "real_sha256": None if real is None else hashlib.sha256(real.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
+        shape = self.refiner.sample(0).images.shape[1:]  # what does not fit is told before a folder is claimed
+        if len(shape) != 3:
+            raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
         self.chooser = self._piloted()
+        self.judged = self.chooser is None
         self.facts["selection"] = choosing.described(self.chooser)
 
     def folder(self, outdir: Path) -> Folder:
@@ -137,8 +142,6 @@ class Worker:
         for shard in todo:
             outs, selected = zip(*(next(pieces) for _ in shard.runs), strict=True)
             images = torch.cat([out.images for out in outs])
-            if images.dim() != 4:
-                raise InputError(f"the generator makes outputs of shape {tuple(images.shape[1:])}; wanted images (C, H, W)")
             columns = {"ids": np.array(shard.seeds, np.int64), **_columns(outs)}
             counts = Counter(Status(int(s)).name for s in columns["status"])
             told: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
@@ -156,9 +159,7 @@ class Worker:
             chosen: list[Tensor] = []
             for run in runs[start:stop]:
                 while sum(len(part) for part in held) < len(run):
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", FastrefineWarning)  # a run tells its own counts
-                        part, selected = next(parts)
+                    part, selected = next(parts)
                     held.append(part)
                     chosen.append(selected)
                 out, selected = Result.concatenate(held), torch.cat(chosen)
@@ -171,9 +172,18 @@ class Worker:
         labels = self._labels(torch.arange(seeds.start, seeds.stop))
         proposed = None if labels is None else labels.repeat_interleave(length)
         per_part = max(HELD // length, 1) * length
-        for part in self.refiner.stream(
+        stream = self.refiner.stream(
             len(seeds) * length, first_id=seeds.start * length, seed=c.seed, chunk=per_part, labels=proposed
-        ):
+        )
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FastrefineWarning)  # a run tells its own counts
+                part = next(stream, None)
+            if part is None:
+                return
+            if not self.judged:
+                judge(part, f"select={c.select}", "warn")
+                self.judged = True
             selected = torch.ones(len(part) // length, dtype=torch.bool)
             if self.chooser is not None:
                 images = part.ids[::length] // length
@@ -223,5 +233,5 @@ def _columns(outs: Sequence[Result]) -> dict[str, np.ndarray]:
 
 
 def machine() -> dict[str, str]:
-    """What bits may hang on besides the configuration."""
+    """What bits may depend on besides the configuration."""
     return {"fastrefine": fr.__version__, "torch": torch.__version__, "machine": platform.machine()}

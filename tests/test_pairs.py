@@ -203,3 +203,20 @@ def test_a_configuration_wants_a_pair_or_two_networks():
         Configuration()
     with pytest.raises(InputError, match="both"):
         Configuration(generator=Network("a:b"))
+
+
+def test_an_archive_of_one_batch_size_says_how_to_export_it(tmp_path):
+    module = pairs.load_pair("digits").generator
+    torch.export.save(torch.export.export(module, (torch.zeros(4, 32),)), tmp_path / "g.pt2")
+    with pytest.raises(InputError, match="takes batches of 4 only; export it with a dynamic batch"):
+        pairs.load_network(Network(str(tmp_path / "g.pt2")), "generator")
+
+
+def test_a_pair_is_not_saved_with_a_layer_that_it_has_not(tmp_path):
+    pair, code = (
+        pairs.load_pair("digits"),
+        tuple(f"fastrefine.experiments.networks:digits_{n}" for n in ("generator", "discriminator")),
+    )
+    with pytest.raises(InputError, match="at is 'act9', no module of the generator; wanted one of act1, act2"):
+        pairs.save_pair(tmp_path / "pair", pair.generator, pair.discriminator, code=code, prior=fr.Normal(32), at="act9")
+    assert not (tmp_path / "pair").exists()

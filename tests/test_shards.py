@@ -1,4 +1,4 @@
-"""Runs in shards: what is written hangs on the configuration alone; what is damaged or another's is found."""
+"""Runs in shards: what is written depends on the configuration alone; what is damaged or another's is found."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_the_number_of_workers_changes_no_byte(worker, whole, tmp_path, workers)
 
 
 @pytest.mark.parametrize("select", ["mh", "drs", "obrs"])
-def test_selection_hangs_on_neither_shard_size_nor_workers(tmp_path, monkeypatch, select):
+def test_selection_depends_on_neither_shard_size_nor_workers(tmp_path, monkeypatch, select):
     monkeypatch.setattr(choosing, "PILOT", 64)
     monkeypatch.setattr(choosing, "PILOT_FIRST", 2**32 - 64)
     found = []
@@ -230,6 +230,44 @@ def test_a_writer_that_fails_leaves_no_shard_under_its_name(worker, tmp_path, mo
     assert [p.name for p in path.iterdir()] == ["manifest.json"]
     monkeypatch.undo()
     assert worker.run(path).made == 3
+
+
+def test_a_run_whose_layer_is_wrong_claims_no_folder(tmp_path):
+    with pytest.raises(fr.SplitError, match="act9"):
+        Worker(replace(BASE, at="act9")).run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_are_not_merged_into_a_folder_that_holds_something(whole, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "real.png").touch()
+    with pytest.raises(InputError, match="not empty"):
+        shards.merge(whole, tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["real.png"]
+
+
+@pytest.mark.parametrize("name", ["m.npz", "m.tar"])
+def test_a_merge_that_fails_leaves_no_file(whole, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        shards.merge(whole, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_neighbouring_shards_are_one_stream(monkeypatch, tmp_path):
+    """Slots run empty once a share, not once a shard."""
+    worker, streams = Worker(BASE), []
+    stream = worker.refiner.stream
+    monkeypatch.setattr(worker.refiner, "stream", lambda n, **more: streams.append((more["first_id"], n)) or stream(n, **more))
+    worker.run(tmp_path / "run")
+    assert streams == [(3, 38), (45, 1), (50, 68)]
+
+
+def test_a_selection_by_a_discriminator_that_is_no_density_ratio_warns_once(tmp_path):
+    worker = Worker(replace(BASE, select="mh", chain_length=3, stop="median", real="digits"))
+    with pytest.warns(fr.FastrefineWarning, match="select=mh: D's logits are no density ratio") as told:
+        worker.run(tmp_path / "run")
+    assert len(told) == 1
 
 
 # --- the selection's laws

@@ -68,7 +68,7 @@ def train_classifier(
     """Trains `classifier` (images -> logits over classes) in place with cross entropy and leaves it in eval mode.
 
     images: (N, C, H, W), labels: (N,) int64. Adam, the rate falling to 0 along a cosine; Gaussian noise of standard
-    deviation `noise` is added to the images, so that features do not hang on single pixels.
+    deviation `noise` is added to the images, so that features do not depend on single pixels.
     """
     _check(images, steps, batch_size)
     if labels.shape != images.shape[:1]:
