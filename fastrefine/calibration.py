@@ -142,8 +142,9 @@ def judge(logits: Tensor | Result, what: str, untrusted: str) -> None:
     if found is None or found.trusted:
         return
     text = (
-        f"{what}: D's logits are no density ratio of these samples (z = {found.z:.1f}, ece = {found.ece:.3f}, without chance "
-        f"{found.calibration_error:.3f}); calibrate(...) them on held-out images and pass the calibrated tensor, "
+        f"{what}: D's logits are no density ratio of these samples: bias z = {found.z:.1f}, calibration error ece = "
+        f"{found.ece:.3f} (mean over the bins) and {found.calibration_error:.3f} (root mean square, less what chance adds; "
+        f"trusted up to {TOLERANCE}); calibrate(...) them on held-out images and pass the calibrated tensor, "
         "or pass untrusted='allow'"
     )
     if untrusted == "refuse":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import click
 from fastrefine.cli_production import FOLDER, configuration_of, model_options
 
 PATH = click.Path(exists=True, path_type=Path)
+TELL_EVERY = 10.0  # seconds, where there is no terminal for a bar
 
 
 @click.command()
@@ -19,15 +22,21 @@ PATH = click.Path(exists=True, path_type=Path)
 @click.pass_context
 def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     """The places where the generator can be cut (usable as --at), with shapes and what a step costs from there."""
+    if not flags["pair"] and not flags["generator"]:
+        raise click.UsageError("wanted --pair, or --generator with --prior; no discriminator is needed here")
     import torch
 
     import fastrefine as fr
     from fastrefine import pairs
+    from fastrefine.pair import attempt, takes_labels
 
+    if flags["generator"] and not flags["discriminator"]:  # none is read here, but a configuration has two networks
+        flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
     allow_pickle, _ = flags.pop("allow_pickle"), flags.pop("device")
     pair, configuration = pairs.configured(configuration_of(ctx, flags), allow_pickle=allow_pickle)
     latents = pairs.make_prior(configuration.prior).sample(torch.arange(8), 0)
-    found = fr.layers(pair.generator, latents)
+    labels = torch.zeros(len(latents), dtype=torch.int64) if takes_labels(pair.generator, {})[1] else None
+    found = attempt("generator", lambda: fr.layers(pair.generator, latents, labels), latents)
     if as_json:
         click.echo(json.dumps([layer.__dict__ for layer in found]))
         return
@@ -44,33 +53,47 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--outdir", type=FOLDER, required=True, help="discriminator.safetensors and curve.csv go there.")
+@click.option("--outdir", type=FOLDER, required=True, help="New or empty: discriminator.safetensors and curve.csv go there.")
 @click.pass_context
 def shape(
     ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, outdir: Path, **flags: Any
 ) -> None:
     """Shape the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator stays as it is.
 
-    With --pair FOLDER, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`.
+    With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. Otherwise pass
+    the same --discriminator with --discriminator-weights OUTDIR/discriminator.safetensors.
     """
+    if not flags["real"]:
+        raise click.UsageError("--real is needed: real images to shape the discriminator on")
+    for name, what in (("config.json", "pair"), ("discriminator.safetensors", "discriminator.safetensors")):
+        if (outdir / name).exists():
+            raise click.UsageError(f"{outdir} holds a {what} already; wanted a new or empty --outdir")
     import csv
     import shutil
 
+    import torch
     from safetensors.torch import save_file
 
     import fastrefine as fr
     from fastrefine import pairs
     from fastrefine.worker import Worker
 
-    if not flags["real"]:
-        raise click.UsageError("--real is needed: real images to shape the discriminator on")
+    started = told = time.monotonic()
     allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
     worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle)
     refiner = worker.refiner
     curve: list[dict[str, float]] = []
+
+    def note(facts: dict[str, float]) -> None:
+        nonlocal told
+        curve.append(facts)
+        if time.monotonic() - told >= TELL_EVERY and not sys.stderr.isatty():
+            told = time.monotonic()
+            click.echo(f"shaping: {len(curve)} of {iterations} iterations in {told - started:.0f} s", err=True)
+
     shaped = fr.shape_discriminator(
         refiner, refiner.real, iterations, batch_size, learning_rate, stop=refiner.stop, seed=seed, progress=None,
-        callback=curve.append,
+        callback=note,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     part = outdir / "discriminator.part"
@@ -80,22 +103,36 @@ def shape(
         writer = csv.DictWriter(file, list(curve[0]))
         writer.writeheader()
         writer.writerows(curve)
-    source = Path(worker.configuration.pair or ".")
-    if (source / pairs.CONFIG).is_file() and source.resolve() != outdir.resolve():
-        for name in (pairs.CONFIG, "generator.safetensors"):
-            shutil.copyfile(source / name, outdir / name)
+    c = worker.configuration
+    if c.pair and (Path(c.pair) / pairs.CONFIG).is_file():
+        for name in ("generator.safetensors", pairs.CONFIG):
+            shutil.copyfile(Path(c.pair) / name, outdir / name)
+    elif c.pair:  # embedded
+        assert isinstance(refiner.generator, torch.nn.Module)
+        networks = f"fastrefine.experiments.networks:{c.pair}"
+        code = (f"{networks}_generator", f"{networks}_discriminator")
+        pairs.save_pair(outdir, refiner.generator, shaped, code=code, prior=pairs.make_prior(c.prior), at=c.at)
+    use = f"fastrefine refine --pair {outdir}"
+    if c.discriminator:
+        use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
+        if c.discriminator.code.endswith(".pt2"):
+            use += f" and --discriminator package.module:callable, of which {c.discriminator.code} is an export"
+        elif c.discriminator.key:
+            use += " and no --discriminator-key"
     first, last = curve[0], curve[-1]
     click.echo(
         f"wrote {outdir}: mean logit of refined images {first['fake_logit']:.3f} > {last['fake_logit']:.3f}, of real ones "
-        f"{first['real_logit']:.3f} > {last['real_logit']:.3f} over {iterations} iterations"
+        f"{first['real_logit']:.3f} > {last['real_logit']:.3f} over {iterations} iterations\n"
+        f"to refine with it: {use}"
     )
 
 
 @click.command()
 @click.argument("images", metavar="DIR", type=PATH)
 @click.option("--real", required=True, help="Real images: a folder, .npz, .safetensors, or digits; held out is best.")
-@click.option("--features", metavar="CODE", help="package.module:callable of a network: images -> features, or "
-              "(features, logits). Default: a classifier trained here on --train.")  # fmt: skip
+@click.option("--features", metavar="CODE", help="package.module:callable that, called without arguments, returns a "
+              "torch.nn.Module with its weights loaded: images -> features, or (features, logits). Default: a classifier "
+              "trained here on --train.")  # fmt: skip
 @click.option("--train", help="Labelled real images for the default features (default: --real, if it is labelled).")
 @click.option("--baseline", type=PATH, help="Unrefined images, to tell when score and distance part ways.")
 @click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most.")
@@ -110,16 +147,22 @@ def evaluate(
     from fastrefine import evaluation, pictures
     from fastrefine.errors import InputError
 
-    truth = pictures.load_images(real, limit)
+    ours = evaluation.images_of(images)[:limit]
+    unrefined = None if baseline is None else evaluation.images_of(baseline)[:limit]
+    truth = pictures.load_images(real, limit, signed=True)
+    for given in (ours, unrefined):
+        if given is not None:
+            evaluation.check(given, truth)
     if features:
         judge = evaluation.given_features(features)
     else:
-        shown, labels = pictures.load_labelled(train or real)
+        shown, labels = pictures.load_labelled(train or real, signed=True)
         if labels is None:
             raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
+        evaluation.check(ours, shown)
         judge = evaluation.trained_features(shown, labels)
-    found = evaluation.measure(evaluation.images_of(images)[:limit], truth, judge)
-    raw = None if baseline is None else evaluation.measure(evaluation.images_of(baseline)[:limit], truth, judge)
+    found = evaluation.measure(ours, truth, judge)
+    raw = None if unrefined is None else evaluation.measure(unrefined, truth, judge)
     told = evaluation.warnings_of(found, raw)
     if as_json:
         click.echo(json.dumps({**found, "baseline": raw, "warnings": told}))
@@ -137,7 +180,8 @@ def evaluate(
 @click.command()
 @model_options
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Updates of every sample.")
-@click.option("--layers", "names", help="Comma-separated; default: input, output and those between that save work.")
+@click.option("--layers", "names", help="Comma-separated; default: --at, or input, output and those between "
+              "that save work.")  # fmt: skip
 @click.option("--precisions", default="float32,bfloat16", show_default=True)
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="For each figure, about.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -151,15 +195,16 @@ def bench(
     from fastrefine import throughput
     from fastrefine.worker import Worker
 
-    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
+    at, allow_pickle, device = flags["at"], flags.pop("allow_pickle"), flags.pop("device")
     refiner = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle).refiner
-    assert refiner.prior is not None and isinstance(refiner.generator, torch.nn.Module)
-    latents = refiner.prior.sample(torch.arange(8), 0).to(refiner.device)
-    chosen = names.split(",") if names else throughput.candidates(refiner.generator, latents)
+    assert isinstance(refiner.generator, torch.nn.Module)
+    names = names or at
+    chosen = names.split(",") if names else throughput.candidates(refiner.generator, throughput.example(refiner))
+    rows = throughput.rows(refiner, chosen, precisions.split(","), steps, seconds)
     found = []
     if not as_json:
         click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
-    for row in throughput.rows(refiner, chosen, precisions.split(","), steps, seconds):
+    for row in rows:
         found.append(row)
         if not as_json:
             click.echo(

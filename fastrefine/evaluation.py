@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine.errors import InputError
+from fastrefine.pair import attempt
 
 FEW = 10_000  # images, below which a Frechet distance says little
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
@@ -37,22 +39,40 @@ class Features:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(features (N, F), class probabilities (N, classes) or None), float32."""
-        parts = [self.module(part) for part in images.split(BLOCK)]
+        parts = [
+            attempt("network of the features", lambda: self.module(part), part)  # noqa: B023
+            for part in images.split(BLOCK)
+        ]
         if isinstance(parts[0], tuple):
             return torch.cat([f.flatten(1) for f, _ in parts]), torch.cat([logits for _, logits in parts]).softmax(1)
         return torch.cat([f.flatten(1) for f in parts]), None
 
 
 def given_features(code: str) -> Features:
-    """Features by "package.module:callable", which returns the module. Raises InputError where it does not."""
+    """Features by "package.module:callable": called without arguments, it returns a module with its trained weights.
+
+    Raises InputError where it does not, also where a second call gives other weights, which then are random ones.
+    """
     module, _, name = code.partition(":")
+    wanted = "wanted package.module:callable that, called without arguments, returns a torch.nn.Module with its weights loaded"
     try:
-        made = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"--features {code!r} cannot be used ({error}); wanted package.module:callable") from error
+        make = getattr(importlib.import_module(module), name)
+        with torch.random.fork_rng(devices=[]):
+            made, again = make(), make()
+    except ImportError as error:
+        raise InputError(f"--features {code!r} cannot be imported ({error}); is its folder on PYTHONPATH? {wanted}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"--features {code!r} cannot be used ({error}); {wanted}") from error
     if not isinstance(made, nn.Module):
-        raise InputError(f"--features {code!r} gave a {type(made).__name__}; wanted a torch.nn.Module")
+        raise InputError(f"--features {code!r} gave a {type(made).__name__}; {wanted}")
+    if not _same(made.state_dict(), again.state_dict()):
+        raise InputError(f"--features {code!r} makes other weights at each call: wanted it to load trained weights")
     return Features(made.eval(), code)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    pairs = [(value, other.get(name)) for name, value in one.items() if isinstance(value, Tensor)]
+    return all(isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
 
 
 def trained_features(images: Tensor, labels: Tensor, steps: int = 600, seed: int = 0) -> Features:
@@ -92,6 +112,16 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
+def check(images: Tensor, real: Tensor) -> None:
+    """Raise InputError unless the two sets can be compared; costs nothing."""
+    if images.shape[1:] != real.shape[1:]:
+        raise InputError(f"images are {tuple(images.shape[1:])}, real ones {tuple(real.shape[1:])}; wanted one size")
+    if min(len(images), len(real)) < 2:
+        raise InputError(f"got {len(images)} images and {len(real)} real ones; wanted at least 2 of each")
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise InputError("evaluation needs torchmetrics: pip install 'fastrefine[metrics]'")
+
+
 def measure(images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000) -> dict[str, Any]:
     """torch-fidelity's names: inception_score_mean/_std, frechet_inception_distance, kernel_inception_distance_mean/_std,
     precision, recall, f_score; of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1].
@@ -99,10 +129,7 @@ def measure(images: Tensor, real: Tensor, features: Features, *, kid_subset: int
     "inception" is part of the names only: what was measured by stands under "features". num_samples is N. The score is
     left out where the features give no logits. Raises InputError on sets of different shape, or too small for a covariance.
     """
-    if images.shape[1:] != real.shape[1:]:
-        raise InputError(f"images are {tuple(images.shape[1:])}, real ones {tuple(real.shape[1:])}; wanted one size")
-    if min(len(images), len(real)) < 2:
-        raise InputError(f"got {len(images)} images and {len(real)} real ones; wanted at least 2 of each")
+    check(images, real)
     ours, probabilities = features(images)
     theirs, _ = features(real)
     found: dict[str, Any] = {"num_samples": len(images), "num_real": len(real), "features": features.name}
@@ -142,11 +169,9 @@ class _Given(nn.Module):
 
 
 def _distances(ours: Tensor, theirs: Tensor, subset: int) -> dict[str, float]:
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise InputError("evaluation needs torchmetrics: pip install 'fastrefine[metrics]'") from error
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     given = _Given(ours.shape[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -194,9 +219,11 @@ def _covered(x: np.ndarray, manifold: np.ndarray) -> float:
 
 def images_of(path: Path) -> Tensor:
     """Images of a run's folder, of pictures, or of a file, float32 (N, C, H, W) in [-1, 1]."""
-    from fastrefine.pictures import from_pixels, load_images
+    from fastrefine.pictures import FILES, from_pixels, load_images
     from fastrefine.shards import MANIFEST, Folder
 
     if (path / MANIFEST).is_file():
         return from_pixels(np.concatenate([pixels for pixels, _ in Folder.open(path).parts()]))
-    return load_images(path)
+    if path.is_file() and path.suffix not in FILES:
+        raise InputError(f"{path} holds no images; wanted a run's folder, a folder of pictures, .npz or .safetensors")
+    return load_images(path, signed=True)

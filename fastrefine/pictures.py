@@ -11,14 +11,16 @@ from torch import Tensor
 from fastrefine.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+FILES = (".npz", ".npy", ".safetensors")
+WANTED = f"wanted a folder of pictures, {', '.join(FILES[:-1])} or {FILES[-1]}"
 
 
-def load_images(path: str | Path, limit: int | None = None) -> Tensor:
+def load_images(path: str | Path, limit: int | None = None, *, signed: bool = False) -> Tensor:
     """The images of ``load_labelled``."""
-    return load_labelled(path, limit)[0]
+    return load_labelled(path, limit, signed=signed)[0]
 
 
-def load_labelled(path: str | Path, limit: int | None = None) -> tuple[Tensor, Tensor | None]:
+def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = False) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) in [-1, 1], float32, and their labels (N,) int64 where there are any; the first ``limit``.
 
     A folder: its pictures, those of subfolders too, in order of names, all of one size, grey ones with one channel;
@@ -26,6 +28,7 @@ def load_labelled(path: str | Path, limit: int | None = None) -> tuple[Tensor, T
     or .npy: its first array, uint8 (N, H, W, C), or (N, C, H, W) where that is the only
     reading, 1 or 3 channels. A .safetensors: "images", float32 in [-1, 1] or uint8 as
     above, and "labels". "digits": the training images of scikit-learn's. Raises InputError on anything else.
+    signed: floats that all lie in 0 to 1 are an error too; for images that no generator's range is compared with.
     """
     if str(path) == "digits" and not Path(path).exists():
         from fastrefine.datasets import load_digits
@@ -37,7 +40,7 @@ def load_labelled(path: str | Path, limit: int | None = None) -> tuple[Tensor, T
         pixels, classes = _folder(path, limit)
         return _signed(pixels, path), classes
     if not path.is_file():
-        raise InputError(f"{path} is not there; wanted a folder of pictures, .npz, .npy or .safetensors")
+        raise InputError(f"{path} is not there; {WANTED}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.numpy import load_file
@@ -49,9 +52,15 @@ def load_labelled(path: str | Path, limit: int | None = None) -> tuple[Tensor, T
             content = {"arr_0": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
             array, labels = next(iter(content.values())), content.get("labels", content.get("arr_1"))
     except Exception as error:
-        raise InputError(f"{path} cannot be read as images ({type(error).__name__}: {error})") from error
-    known = None if labels is None else torch.from_numpy(labels[:limit].astype(np.int64))
-    return _signed(array[:limit], path), known
+        known_kind = path.suffix in FILES and "pickle" not in str(error)
+        why = f" ({type(error).__name__}: {error})" if known_kind else ""
+        raise InputError(f"{path} cannot be read as images{why}; {WANTED}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} holds no arrays, but files such as {next(iter(content))!r}; {WANTED}")
+    classes = None
+    if isinstance(labels, np.ndarray) and labels.shape == array.shape[:1] and labels.dtype.kind in "iu":
+        classes = torch.from_numpy(labels[:limit].astype(np.int64))
+    return _signed(array[:limit] if array.ndim else array, path, signed), classes
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:
@@ -82,16 +91,19 @@ def _folder(path: Path, limit: int | None) -> tuple[np.ndarray, Tensor | None]:
     return np.stack(images), torch.tensor([names.index(parts[0]) for parts in owners]) if labelled else None
 
 
-def _signed(array: np.ndarray, path: Path) -> Tensor:
-    if array.ndim != 4 or not len(array):
-        raise InputError(f"{path} holds an array of shape {array.shape}; wanted (N, H, W, C) or (N, C, H, W)")
+def _signed(array: np.ndarray, path: Path, signed: bool = False) -> Tensor:
+    """(N, C, H, W) in [-1, 1] of what a file held; signed: as in ``load_labelled``."""
+    if array.ndim != 4 or not len(array) or array.dtype.kind not in "biuf":
+        raise InputError(f"{path} holds an array of shape {array.shape}, {array.dtype}; wanted (N, H, W, C) or (N, C, H, W)")
     if array.shape[3] in (1, 3) and (array.shape[1] not in (1, 3) or array.dtype == np.uint8):
         array = array.transpose(0, 3, 1, 2)
     x = torch.from_numpy(np.ascontiguousarray(array))
     if x.dtype == torch.uint8:
         return x.float().div_(127.5).sub_(1)
-    if not x.is_floating_point() or not -1.001 <= float(x.min()) <= float(x.max()) <= 1.001:
-        raise InputError(
-            f"{path} holds {x.dtype} in {float(x.min()):g} to {float(x.max()):g}; wanted uint8, or floats in [-1, 1]"
-        )
+    low, high = float(array.min()), float(array.max())
+    holds = f"{path} holds {x.dtype} in {low:g} to {high:g}; wanted uint8, or floats in [-1, 1]"
+    if not x.is_floating_point() or not -1.001 <= low <= high <= 1.001:
+        raise InputError(holds)
+    if signed and low >= 0:
+        raise InputError(f"{holds}: are they 0..1? Scale them by 2 x - 1")
     return x.float()

@@ -89,6 +89,8 @@ def shape_discriminator(
                 z = proposals.batch(iteration)[0][: len(x)]
                 x, labels = x[: len(z)], None if labels is None else labels[: len(z)]
                 refined = twin.refine(z, labels=labels, first_id=first_id, seed=seed)
+            if iteration == 0:
+                _check_range(twin, x)
             first_id += len(refined)
             facts = trainer.update(x, refined.images, labels)
             twin._refresh(student)
@@ -162,6 +164,7 @@ def fit_discriminator(
         held, held_labels = trainer.checked((held, held_labels))
         read = held_labels if trainer.reads_labels else None
         examination = source.sample(len(held), first_id=2**31, seed=seed, labels=held_labels).images
+        checks.real_images(held, tuple(examination.shape[1:]), examination)
         best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
         for iteration in _bar(iterations, "fitting", progress):
             x, labels = trainer.checked(batches.batch(iteration))
@@ -181,6 +184,15 @@ def fit_discriminator(
 
 def _bar(iterations: int, name: str, progress: bool | None) -> Iterable[int]:
     return tqdm(range(iterations), desc=name, disable=None if progress is None else not progress)
+
+
+def _check_range(refiner: Refiner, real: Tensor) -> None:
+    """InputError where real images are of another size or visibly in another range than G's, as it makes them."""
+    side = refiner._generator_side
+    assert side is not None
+    with side.evaluation_mode():
+        generated = side.render(*side.prefix(*refiner._probed))
+    checks.real_images(real, side.image_shape, generated)
 
 
 def _reads_labels(network: nn.Module | None, known: dict[str, Any]) -> tuple[bool, bool]:

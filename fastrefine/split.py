@@ -105,9 +105,17 @@ def layers(
 
     Listed are the modules that run exactly once and give one floating tensor with the batch first; whether the rest of
     the graph can be cut there is found out by ``split``. FLOPs count convolutions and products of matrices, forward
-    only. The generator is evaluated in eval mode and comes back as it was.
+    only. The generator is evaluated in eval mode and comes back as it was. A module of torch.export is one graph: of it
+    there are "input" and "output".
+
+    Raises InputError where ``generator`` is no module or ``sample_latent`` no tensor (N, ...).
     """
     generator = unwrap(generator)
+    if not isinstance(generator, nn.Module):
+        raise InputError(f"generator: wanted a torch.nn.Module, got {type(generator).__name__}")
+    if not isinstance(sample_latent, Tensor) or not sample_latent.dim() or not len(sample_latent):
+        got = f"shape {tuple(sample_latent.shape)}" if isinstance(sample_latent, Tensor) else type(sample_latent).__name__
+        raise InputError(f"latents: wanted a tensor (N, ...), got {got}; e.g. fastrefine.Normal(64).sample(torch.arange(8), 0)")
     labels = checks.labels(labels, len(sample_latent))
     call = bind(generator, labels is not None, kwargs or {})
     names = {module: name for name, module in generator.named_modules() if name}
@@ -127,7 +135,8 @@ def layers(
     try:
         with _plain_state(sample_latent.device), torch.no_grad():
             few, many = (tuple(_resized(value, n) for value in inputs) for n in _PROBE_SIZES)
-            generator.eval()
+            with contextlib.suppress(NotImplementedError):  # of torch.export, whose modules have one mode
+                generator.eval()
             handles += [module.register_forward_hook(record) for module in names]
             with counter:  # on detached weights: torch 2.13's counter fails on views of parameters under no_grad
                 weights = {name: value.detach() for name, value in call.named_parameters()}
@@ -224,7 +233,9 @@ def _find_module(call: GeneratorCall, at: str, inputs: tuple[Tensor, ...]) -> tu
     if not name or name not in modules:
         close = difflib.get_close_matches(name, [*modules, "input", "output"], n=4, cutoff=0.5)
         hint = f"; closest: {', '.join(map(repr, close))}" if close else ""
-        raise SplitError(f"the generator has no module named {name!r}{hint}. fr.layers lists the names")
+        raise SplitError(
+            f"the generator has no module named {name!r}{hint}. `fastrefine layers` or fastrefine.layers lists them"
+        )
     if number and not number.isdecimal():
         raise SplitError(f"in {at!r} the call after '#' must be a number from 0, got {number!r}")
     module, outputs = modules[name], []

@@ -34,17 +34,40 @@ def rows(
     """For each layer and precision: images/s of ours and of B0 (float32) with ``steps`` updates for every sample.
 
     B0: prefix once a batch, ``.backward()`` with parameter gradients on, at the best of three batch sizes. Both take
-    about ``seconds`` a figure; wall clock, so nothing else should run.
+    about ``seconds`` a figure; wall clock, so nothing else should run. Names and precisions are checked at once, by
+    SplitError and InputError, before anything is measured.
     """
     assert isinstance(refiner.generator, nn.Module) and refiner.prior is not None
+    generator, z = unwrap(refiner.generator), example(refiner)
+    for name in names:
+        split(generator, name, z)
+    for precision in precisions:
+        _ours(refiner, names[0], precision, steps)
+    return _rows(refiner, names, precisions, steps, seconds)
+
+
+def example(refiner: Refiner) -> Tensor:
+    """A few latents, where the caller's generator lies."""
+    assert isinstance(refiner.generator, nn.Module) and refiner.prior is not None
+    device = next((p.device for p in refiner.generator.parameters()), torch.device("cpu"))
+    return refiner.prior.sample(torch.arange(8), 0).to(device)
+
+
+def _ours(refiner: Refiner, name: str, precision: str, steps: int) -> Refiner:
+    return Refiner(
+        refiner.generator, refiner.discriminator, Collaborative(0.01, control="fixed"), at=name, max_steps=steps,
+        prior=refiner.prior, discriminator_output=refiner.discriminator_output, num_slots=refiner.num_slots,
+        device=refiner.device, precision=precision,
+    )  # fmt: skip
+
+
+def _rows(
+    refiner: Refiner, names: Sequence[str], precisions: Sequence[str], steps: int, seconds: float
+) -> Iterator[dict[str, Any]]:
     for name in names:
         base = _b0(refiner, name, steps, seconds)
         for precision in precisions:
-            ours = Refiner(
-                refiner.generator, refiner.discriminator, Collaborative(0.01, control="fixed"), at=name, max_steps=steps,
-                prior=refiner.prior, discriminator_output=refiner.discriminator_output, num_slots=refiner.num_slots,
-                device=refiner.device, precision=precision,
-            )  # fmt: skip
+            ours = _ours(refiner, name, precision, steps)
             ours.sample(ours.num_slots)
             n, speed = ours.num_slots, 0.0
             for _ in range(2):  # the first says how many make up the time

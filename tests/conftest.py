@@ -1,6 +1,9 @@
 """One thread, and the Triton interpreter where there is no GPU: both before anything imports triton."""
 
+import fcntl
 import os
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -25,3 +28,26 @@ def runtime(monkeypatch):
 
     monkeypatch.setattr(drivers, "choose", choose)
     return stand_in
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """name -> (folder, record) of an experiment's quick run with one seed: made once a session, a copy for each caller."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quick-runs"
+    shared.mkdir(exist_ok=True)
+
+    def get(name):
+        from fastrefine.experiments.catalogue import EXPERIMENTS
+
+        made, kept = shared / name, shared / f"{name}.pickle"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making it
+            if not kept.exists():
+                record = EXPERIMENTS[name].run(made, seeds=EXPERIMENTS[name].seeds[:1], quick=True)
+                kept.write_bytes(pickle.dumps(record))
+        folder = tmp_path_factory.mktemp("quick") / name
+        shutil.copytree(made / name, folder)
+        return folder, pickle.loads(kept.read_bytes())
+
+    return get

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
-from fastrefine import evaluation, pictures
+from fastrefine import cli_models, evaluation, pictures
 from fastrefine.errors import InputError
 from fastrefine.metrics import frechet_distance
 
@@ -77,8 +78,26 @@ def test_sets_that_cannot_be_compared_are_refused():
         evaluation.measure(images(5, 0), torch.zeros(5, 3, 4, 4), FEATURES)
     with pytest.raises(InputError, match="at least 2"):
         evaluation.measure(images(1, 0), images(5, 0), FEATURES)
-    with pytest.raises(InputError, match="wanted package.module:callable"):
-        evaluation.given_features("nosuchmodule:network")
+
+
+def test_features_come_from_a_factory_that_loads_its_weights():
+    found = evaluation.given_features(f"{__name__}:grey")
+    assert found.name == f"{__name__}:grey" and found(torch.zeros(5, 1, 8, 8))[0].shape == (5, 4)
+    with pytest.raises(InputError, match=r"the network of the features failed on a batch of shape \(5, 3, 2, 2\)"):
+        found(images(5, 0))
+    wanted = "wanted package.module:callable that, called without arguments, returns a torch.nn.Module"
+    for code, reason in (("nosuchmodule:network", "cannot be imported"), (f"{__name__}:nothing", "no attribute"),
+                         (f"{__name__}:function", "missing 1 required positional argument"),
+                         (f"{__name__}:no_module", "gave a int")):  # fmt: skip
+        with pytest.raises(InputError, match=f"{reason}.*{wanted}"):
+            evaluation.given_features(code)
+
+
+def test_features_with_random_weights_are_refused():
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match="makes other weights at each call: wanted it to load trained weights"):
+        evaluation.given_features(f"{__name__}:random_weights")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_default_classifier_learns_its_classes_and_repeats_its_bits():
@@ -122,10 +141,78 @@ def test_what_holds_no_images_is_named(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"no zip")
     np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
     np.save(tmp_path / "range.npy", np.full((3, 4, 4, 3), 200.0))
+    np.save(tmp_path / "scalar.npy", np.float32(1))
+    np.save(tmp_path / "text.npy", np.full((2, 4, 4, 3), "x"))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "g.pt")
+    (tmp_path / "merged.tar").write_bytes(bytes(1024))
     for name, reason in (("empty", "no pictures"), ("a.npz", "cannot be read"), ("flat.npy", r"shape \(3, 4\)"),
-                         ("range.npy", "wanted uint8, or floats"), ("absent", "not there")):  # fmt: skip
-        with pytest.raises(InputError, match=reason):
+                         ("range.npy", "wanted uint8, or floats"), ("absent", "not there"), ("scalar.npy", r"shape \(\)"),
+                         ("text.npy", "wanted"), ("g.pt", "holds no arrays, but files such as"),
+                         ("merged.tar", "cannot be read as images; wanted a folder of pictures")):  # fmt: skip
+        with pytest.raises(InputError, match=reason) as caught:
             pictures.load_images(tmp_path / name)
+        assert "pickle" not in str(caught.value)
+    for name in ("merged.tar", "g.pt"):
+        with pytest.raises(InputError, match=r"wanted a run's folder, a folder of pictures, \.npz or \.safetensors"):
+            evaluation.images_of(tmp_path / name)
+
+
+def test_labels_that_are_not_one_whole_number_for_each_image_are_none(tmp_path):
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    for labels in (np.array(["a", "b", "c"]), np.zeros(3), np.zeros(2, np.int64), np.zeros((3, 2), np.int64)):
+        np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=labels)
+        assert pictures.load_labelled(tmp_path / "a.npz")[1] is None
+
+
+# --- the command
+
+
+def command(*arguments):
+    """stdout and stderr of ``fastrefine evaluate`` in this process; its errors are raised."""
+    done = CliRunner().invoke(cli_models.evaluate, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
+    return done.output
+
+
+def saved(path, x):
+    np.savez(path, arr_0=x.numpy())
+    return path
+
+
+@pytest.mark.parametrize("wrong", ["images", "real", "baseline", "train"])
+def test_floats_in_0_to_1_are_not_read_as_if_they_were_in_minus_1_to_1(tmp_path, wrong):
+    """FAULTS 19"""
+    signed = images(40, 0).clamp(-1, 1)
+    sets = {name: saved(tmp_path / f"{name}.npz", signed) for name in ("images", "real", "baseline", "train")}
+    saved(sets[wrong], (signed + 1) / 2)
+    with pytest.raises(InputError, match=rf"{wrong}\.npz holds torch.float32 in 0\S* to .*are they 0\.\.1\?"):
+        command(sets["images"], "--real", sets["real"], "--baseline", sets["baseline"], "--train", sets["train"])
+    np.savez(tmp_path / "bright.npz", arr_0=np.full((3, 4, 4, 3), 200, np.uint8))
+    assert float(evaluation.images_of(tmp_path / "bright.npz").min()) > 0.5  # bytes leave no question
+
+
+def test_sets_are_checked_before_features_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "trained_features", None)
+    (tmp_path / "empty").mkdir()
+    small = saved(tmp_path / "small.npz", torch.zeros(4, 1, 4, 4) - 0.5)
+    grey8 = saved(tmp_path / "grey8.npz", torch.zeros(4, 1, 8, 8) - 0.5)
+    for given, reason in (
+        ((tmp_path / "empty",), "no pictures"), ((small,), "wanted one size"),
+        ((grey8, "--baseline", small), "wanted one size"), ((grey8, "--train", small), "no labels"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            command(*given, "--real", "digits")
+
+
+def test_the_command_shows_distance_beside_score_and_warns_when_they_part(tmp_path):
+    """FAULTS 30"""
+    raw, real = (saved(tmp_path / f"{k}.npz", images(200, k).clamp(-1, 1)) for k in range(2))
+    loud = saved(tmp_path / "loud.npz", (5 * images(200, 2)).clamp(-1, 1))  # purer colours, but not the real ones
+    for x in (raw, loud):
+        out = command(x, "--real", real, "--features", f"{__name__}:Colours")
+        assert "inception_score_mean-200" in out and "frechet_inception_distance-200" in out and "part ways" not in out
+    parted = command(loud, "--real", real, "--baseline", raw, "--features", f"{__name__}:Colours")
+    assert "warning: score and distance part ways" in parted
+    assert "part ways" not in command(raw, "--real", real, "--baseline", loud, "--features", f"{__name__}:Colours")
 
 
 def test_the_command_prints_torch_fidelitys_names(tmp_path):
@@ -144,3 +231,18 @@ def test_the_command_prints_torch_fidelitys_names(tmp_path):
 def grey():
     """Features of the command's test."""
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten())
+
+
+def function(x):
+    """Features, but not a factory of them."""
+    return x.flatten(1)
+
+
+def no_module():
+    """A factory of something else."""
+    return 3
+
+
+def random_weights():
+    """A factory that loads nothing."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))

@@ -109,10 +109,10 @@ def test_an_experiment_is_a_module_with_run_and_says_what_data_it_takes(experime
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS.values(), ids=EXPERIMENTS)
-def quick(request, tmp_path_factory):
+def quick(request, quick_run):
     """(experiment, folder, record) of a quick run with one seed."""
-    experiment, folder = request.param, tmp_path_factory.mktemp(request.param.name)
-    return experiment, folder, experiment.run(folder, seeds=experiment.seeds[:1], quick=True)
+    folder, record = quick_run(request.param.name)
+    return request.param, folder.parent, record
 
 
 def strict(path: Path):

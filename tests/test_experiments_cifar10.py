@@ -23,9 +23,8 @@ TINY = replace(
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cifar10")
-    return folder, cifar10.run(folder, seeds=(0,), quick=True)
+def quick(quick_run):
+    return quick_run("cifar10")
 
 
 def row_of(record, name, discriminator):

@@ -115,11 +115,11 @@ def test_the_held_out_samples_are_not_the_proposals(tmp_path):
 # --- the whole
 
 
-def test_in_a_quick_run_the_brier_score_tells_most_of_what_is_gained(tmp_path):
-    record = diagnosis.run(tmp_path, seeds=(0,), quick=True, data=None)
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(record))
+def test_in_a_quick_run_the_brier_score_tells_most_of_what_is_gained(quick_run):
+    folder, record = quick_run("diagnosis")
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
     assert all(claim["holds"] for claim in record["claims"]) and len(record["claims"]) == 6
     brier = [row["brier"] for row in record["rows"]]
     assert brier == sorted(brier, reverse=True) and len(brier) == len(diagnosis.QUICK.tuned)
     assert record["reduced"] and not record["comparison"]
-    assert 5_000 < (tmp_path / "scores.png").stat().st_size < 150_000
+    assert 5_000 < (folder / "scores.png").stat().st_size < 150_000

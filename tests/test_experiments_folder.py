@@ -16,9 +16,8 @@ PLAIN, CLASSES = folder.QUICK
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    outdir = tmp_path_factory.mktemp("folder")
-    return outdir, folder.run(outdir, seeds=(0,), quick=True)
+def quick(quick_run):
+    return quick_run("folder")
 
 
 @pytest.fixture(scope="module")

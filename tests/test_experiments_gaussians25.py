@@ -8,7 +8,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine import flatten
-from fastrefine.experiments import gaussians25, toy_data
+from fastrefine.experiments import toy_data
 from fastrefine.experiments.latent_law import LatentGrid
 
 
@@ -102,9 +102,9 @@ def test_samples_of_the_law_have_its_moments():
     assert ((z.var(0) / covariance.diag() - 1).abs() < 4.1 * math.sqrt(2 / n) + 1e-3).all()  # cells are .05 wide: h^2/12
 
 
-def test_every_row_stands_beside_its_law(tmp_path):
+def test_every_row_stands_beside_its_law(quick_run):
     pytest.importorskip("matplotlib")
-    result = gaussians25.run(tmp_path, seeds=(0,), quick=True, data=None)
+    folder, result = quick_run("gaussians25")
     rows = [row for row in result["rows"] if row["version"] == "[DDLS]"]
     assert {"generator", "DRS", "MH", "DDLS (ULA), eps .0002", "collaborative"} <= {row["name"] for row in rows}
     laws = result["laws"]
@@ -113,7 +113,7 @@ def test_every_row_stands_beside_its_law(tmp_path):
         furthest = max(abs(a - b) for a, b in zip(row["shares"], law["shares"], strict=True))
         assert row["share_distance"] == pytest.approx(furthest, abs=1e-4), row["name"]
     for name in ("samples", "mixing", "densities"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 0
+        assert (folder / f"{name}.png").stat().st_size > 0
 
 
 def test_fitting_a_discriminator_traces_its_networks_no_oftener_for_more_iterations(monkeypatch):

@@ -198,9 +198,8 @@ def test_published_figures_are_those_of_the_checkpoints_that_are_run():
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    outdir = tmp_path_factory.mktemp("mnist")
-    return outdir, mnist.run(outdir, quick=True)
+def quick(quick_run):
+    return quick_run("mnist")
 
 
 def test_a_quick_run_writes_rows_of_every_part_and_what_they_were_made_of(quick):

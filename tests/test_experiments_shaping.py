@@ -167,11 +167,11 @@ def test_a_landscape_is_bright_where_the_discriminator_is_high():
 
 
 @pytest.mark.parametrize(("experiment", "picture"), [(swissroll, "swissroll.png"), (gaussians8, "unequal8.png")])
-def test_in_a_quick_run_shaped_beats_frozen_and_tuned(experiment, picture, tmp_path):
-    record = experiment.run(tmp_path, seeds=(0,), quick=True, data=None)
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(record))
+def test_in_a_quick_run_shaped_beats_frozen_and_tuned(experiment, picture, quick_run):
+    folder, record = quick_run(experiment.__name__.rpartition(".")[2])
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
     assert [row["name"] for row in record["rows"] if "," not in row["name"]] == list(shaping_rows.NAMES)
     ahead = [claim for claim in record["claims"] if "every seed" in claim["claim"]]
     assert len(ahead) == 2 and all(claim["holds"] for claim in ahead)
     assert record["reduced"] and record["reductions"] and not record["comparison"]
-    assert 5_000 < (tmp_path / picture).stat().st_size < 150_000
+    assert 5_000 < (folder / picture).stat().st_size < 150_000

@@ -14,9 +14,8 @@ from fastrefine.experiments.cells import Cells
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("translation")
-    return folder, translation.run(folder, seeds=(0,), quick=True)
+def quick(quick_run):
+    return quick_run("translation")
 
 
 def rows_of(record):

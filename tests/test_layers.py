@@ -81,3 +81,16 @@ def test_layers_take_labels_and_work_in_inference_mode():
 def test_layers_of_one_sample_are_those_of_many():
     generator = dcgan_generator(32, 10, 4)
     assert layers(generator, torch.randn(1, 10)) == layers(generator, torch.randn(6, 10))
+
+
+@pytest.mark.parametrize(("latents", "got"), [
+    (16, "got int"), ((4, 16), "got tuple"), (torch.tensor(1.0), r"got shape \(\)"), (torch.randn(0, 6), r"got shape \(0, 6\)"),
+])  # fmt: skip
+def test_what_are_no_latents_is_named(latents, got):
+    with pytest.raises(InputError, match=rf"latents: wanted a tensor \(N, \.\.\.\), {got}"):
+        layers(nn.Linear(6, 6), latents)
+
+
+def test_what_is_no_generator_is_named():
+    with pytest.raises(InputError, match="wanted a torch.nn.Module, got str"):
+        layers("generator", torch.randn(4, 6))

@@ -332,3 +332,25 @@ def test_the_penalty_on_a_logit_is_the_weight_of_the_squared_gradient():
     x = RealBatches(REAL, 16, 0).batch(0)[0].requires_grad_()
     (grad,) = torch.autograd.grad(one.discriminator(x).sum(), x)
     assert found[1]["loss"] - found[0]["loss"] == pytest.approx(2.0 * float(grad.square().sum(1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("squash", "low"), [(nn.Tanh(), 0.0), (nn.Sigmoid(), -1.0)])
+def test_real_images_in_another_range_than_the_generators_are_refused_before_any_update(squash, low, monkeypatch):
+    """FAULTS 19"""
+    torch.manual_seed(0)
+    g = nn.Sequential(nn.Linear(2, 16), nn.Unflatten(1, (1, 4, 4)), nn.BatchNorm2d(1), squash).eval()
+    d = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    nn.init.normal_(g[0].weight, std=3.0)
+    real = torch.rand(200, 1, 4, 4) * (1 - low) + low
+    one = refiner((g, d), max_steps=1)
+    monkeypatch.setattr(fr.shaping._Trainer, "update", None)
+    for call in (
+        lambda: fr.shape_discriminator(one, real, 3, 16, 0.01),
+        lambda: fr.tune_discriminator(one, real, 3, 16, 0.01),
+        lambda: fr.fit_discriminator(g, real, 3, prior=fr.Normal(2), discriminator=d),
+    ):
+        with pytest.raises(fr.InputError, match=r"are the real images 0\.\.1" if low == 0 else r"are the real images -1\.\.1"):
+            call()
+    monkeypatch.undo()
+    right = 2 * real - 1 if low == 0 else (real + 1) / 2
+    assert isinstance(fr.shape_discriminator(one, right, 1, 16, 0.01), nn.Module)
