@@ -1,10 +1,14 @@
 """Data in the plane and what is measured of samples of it, on known input."""
 
 import math
+from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 
+from fastrefine.experiments import imbalanced8, plane_rows
+from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.mixtures import IMBALANCED8 as RING
 from fastrefine.experiments.plane import EARLY, draw_roll, measure_roll, smaller
 
@@ -90,3 +94,40 @@ def test_training_approaches_the_data():
     with torch.no_grad():
         before, after = (measure_roll(g(z), real)["distance"] for g in (raw, trained))
     assert after < 0.7 * before
+
+
+# --- the control of the ring: proposals of two generators
+
+
+def test_each_half_of_two_generators_has_latents_of_their_law():
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, z):
+            seen.append(z)
+            return torch.full_like(z, self.value)
+
+    z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    first = plane_rows.Halves(Recorder(1.0), Recorder(2.0))(z)[:, 0] == 1
+    assert abs(first.float().mean() - 0.5) < 0.02
+    for half in (seen[0][first], seen[1][~first]):  # each coordinate N(0, 1); false alarm below 1e-6 each
+        for values in (half[:, 0], half[:, 1], half.sum(1) / 2**0.5):
+            assert scipy.stats.kstest(values.numpy(), "norm").pvalue > 1e-6
+
+
+def test_the_control_refines_the_proposals_of_both_with_a_discriminator_shaped_on_both(tmp_path):
+    recipe = replace(
+        imbalanced8.QUICK, checkpoints=(2, 4), shaping_iterations=2, max_steps=2, samples=40, chain_length=2, real=100
+    )
+    table = plane_rows.Table(Cells(tmp_path, recipe), recipe, RING, 0)
+    pairs = table.pairs()
+    rows = list(table.covered(4))
+    assert [row["name"] for row in rows][:2] == ["refine, covering proposals", imbalanced8.COVERED]
+    whole = table.trained("shaped", 4, *pairs[4])
+    both = table.trained("shaped", 4, *pairs[4], ", covering")  # as it was kept
+    assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), both.parameters(), strict=True))
+    assert list(table.covered(4)) == rows

@@ -45,6 +45,23 @@ class Recipe:
     num_slots: int = 1000
 
 
+class Halves(nn.Module):
+    """Two generators of latents N(0, I_2), (n, 2), each of half of the samples: of one half plane of the latents.
+
+    A latent's angle is doubled first, so that each generator's latents have their own law.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(n, 2)."""
+        x, y = z.unbind(1)
+        doubled = torch.stack([x * x - y * y, 2 * x * y], 1) / z.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return torch.where(y[:, None] > 0, self.first(doubled), self.second(doubled))
+
+
 class Table:
     """The rows of one recipe, mixture and training seed, each kept in ``cells`` when it is done."""
 
@@ -64,6 +81,14 @@ class Table:
         for checkpoint, (g, d) in self.pairs().items():
             yield from self._of(checkpoint, g, d)
 
+    def covered(self, checkpoint: int) -> Iterator[Row]:
+        """A control: as ``rows`` refines at a checkpoint, but half of the proposals are the first checkpoint's generator's."""
+        pairs = self.pairs()
+        (early, _), (late, d) = pairs[min(pairs)], pairs[checkpoint]
+        g = Halves(early, late)
+        better = self.trained("shaped", checkpoint, g, d, ", covering")
+        yield from self._refined(checkpoint, self.refiner(g, better, "arg-max"), ", covering proposals")
+
     def points(self, checkpoint: int, name: str) -> Tensor:
         """The samples (n, 2) of a row that was made."""
         return self.cells.tensors(self._key(checkpoint, name), dict)["samples"]
@@ -77,7 +102,7 @@ class Table:
             stop=fr.stopping.MedianOfReal() if stop == "median" else None, keep="last" if stop == "median" else "best",
         )  # fmt: skip
 
-    def trained(self, how: str, checkpoint: int, g: nn.Module, d: nn.Module) -> nn.Module:
+    def trained(self, how: str, checkpoint: int, g: nn.Module, d: nn.Module, suffix: str = "") -> nn.Module:
         """D trained on: how = "shaped" on refined samples, "tuned" on raw ones; otherwise alike."""
         recipe = self.recipe
 
@@ -94,7 +119,7 @@ class Table:
             )  # fmt: skip
 
         _, empty = self.recipe.plane.networks(0)
-        return self.cells.network(f"{how}-{self.seed}-{checkpoint}", empty, train)
+        return self.cells.network(f"{how}-{self.seed}-{checkpoint}{suffix}", empty, train)
 
     def _of(self, checkpoint: int, g: nn.Module, d: nn.Module) -> Iterator[Row]:
         n = self.recipe.samples
