@@ -20,6 +20,7 @@ import fastrefine as fr
 from fastrefine import choosing, formats, shards
 from fastrefine.configuration import Configuration, ranges
 from fastrefine.errors import InputError
+from fastrefine.target import Target
 from fastrefine.worker import Worker
 
 BASE = Configuration(pair="digits", seeds="3-40,45,50-117", shard_size=50, max_steps=4, num_slots=16)
@@ -261,6 +262,24 @@ def test_neighbouring_shards_are_one_stream(monkeypatch, tmp_path):
     monkeypatch.setattr(worker.refiner, "stream", lambda n, **more: streams.append((more["first_id"], n)) or stream(n, **more))
     worker.run(tmp_path / "run")
     assert streams == [(3, 38), (45, 1), (50, 68)]
+
+
+def test_where_memory_runs_out_the_marker_tells_how_many_slots_were_left(tmp_path, monkeypatch):
+    """FAULTS 22: from there on the run has fewer slots, the shards before keep theirs."""
+    worker, calls = Worker(BASE), []
+    evaluate = Target.evaluate
+
+    def short_of_memory(target, a, context, view=None):
+        calls.append(len(a))
+        if len(a) > 8 and len(calls) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(target, a, context, view)
+
+    monkeypatch.setattr(Target, "evaluate", short_of_memory)
+    worker.run(tmp_path / "run")
+    told = [json.loads((tmp_path / "run" / f"shard-00000{i}.npz.done.json").read_text())["num_slots"] for i in range(3)]
+    assert told == [16, 8, 8]
+    assert shards.verify(tmp_path / "run").complete
 
 
 def test_a_selection_by_a_discriminator_that_is_no_density_ratio_warns_once(tmp_path):
