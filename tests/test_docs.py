@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("samplers.md", "quickstart.md", "production.md", "evaluation.md", "embedding.md")
+PAGES = (
+    "samplers.md", "quickstart.md", "production.md", "evaluation.md", "embedding.md", "choosing.md", "reports.md"
+)  # fmt: skip
 BLOCK = re.compile(r"```(python|console)\n(.*?)```", re.S)
 
 
