@@ -1,5 +1,6 @@
 """The experiment on 25 Gaussians: its measures on known samples, its quadrature against a law in closed form."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine import flatten
-from fastrefine.experiments import toy_data
+from fastrefine.experiments import gaussians25, plane_rows, toy_data
 from fastrefine.experiments.latent_law import LatentGrid
 
 
@@ -130,3 +131,20 @@ def test_fitting_a_discriminator_traces_its_networks_no_oftener_for_more_iterati
         return len(traced)
 
     assert 0 < times(2) == times(6)
+
+
+def test_a_run_that_is_cut_in_the_training_of_cs_has_left_the_other_grid(quick_run, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder, record = quick_run("gaussians25")
+    (folder / "result.json").unlink()
+
+    def cut(table):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plane_rows.Table, "rows", cut)
+    with pytest.raises(KeyboardInterrupt):
+        gaussians25.run(folder, seeds=(0,), quick=True, data=None)
+    left = json.loads((folder / "result.json").read_text())
+    assert left["rows"][-1]["status"] == "not run"
+    assert [row["name"] for row in left["rows"][:-1]] == [row["name"] for row in record["rows"] if row["version"] == "[DDLS]"]
+    assert left["claims"] and not any("[CS]" in claim["claim"] for claim in left["claims"])
