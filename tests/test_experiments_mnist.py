@@ -206,7 +206,7 @@ def test_a_quick_run_writes_rows_of_every_part_and_what_they_were_made_of(quick)
     outdir, record = quick
     assert json.loads((outdir / "result.json").read_text()) == record
     assert list(dict.fromkeys(row["part"] for row in record["rows"])) == ["table", "shaping", "layers", "denoising"]
-    assert record["reduced"] and record["reductions"] and record["recipe"]["checkpoints"] == [150]
+    assert record["reduced"] and record["reductions"] and record["recipe"]["checkpoints"] == [70]
     assert 0.9 < record["classifier_accuracy"]["0"] <= 1 and record["seeds"] == [0]
 
 
@@ -230,15 +230,15 @@ def test_shaping_starts_and_ends_with_the_tables_rows_at_as_many_samples(quick):
     table = {row["name"]: row for row in record["rows"] if row["part"] == "table"}
     first, last = [row for row in record["rows"] if row["part"] == "shaping"]
     assert (first["iterations"], last["iterations"]) == (0, 20)
-    assert first["frechet_distance"] == table["refine, unshaped"]["frechet_distance_200"]
-    assert last["classifier_score"] == table["refine, shaped"]["classifier_score_200"]
+    assert first["frechet_distance"] == table["refine, unshaped"]["frechet_distance_100"]
+    assert last["classifier_score"] == table["refine, shaped"]["classifier_score_100"]
 
 
 def test_denoising_is_measured_against_the_clean_images(quick):
     _, record = quick
     real, noisy, *denoised = [row for row in record["rows"] if row["part"] == "denoising"]
     assert real["mse"] == 0 < noisy["mse"] and all(row["mean_steps"] > 0 and row["mse"] > 0 for row in denoised)
-    assert [row["samples"] for row in (real, noisy)] == [100, 100] and real["accuracy"] > 0.9
+    assert [row["samples"] for row in (real, noisy)] == [50, 50] and real["accuracy"] > 0.9
 
 
 def test_a_run_that_was_cut_is_taken_up_where_it_stood(quick, monkeypatch):
@@ -260,8 +260,8 @@ def test_a_stage_of_shaping_goes_on_from_the_one_before(quick, monkeypatch, tmp_
         if path.name.startswith(("gan", "classifier")):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     one = Mnist(cells, recipe, fewer(quick_images(load_digits()), recipe.real, 1000), 0)
-    first = one.shaped(150, 1)
-    assert not cells.has("0-shaped-150-3")
+    first = one.shaped(70, 1)
+    assert not cells.has("0-shaped-70-3")
     began, shape = [], fr.shape_discriminator
 
     def watched(refiner, real, iterations, *arguments, **options):
@@ -269,7 +269,7 @@ def test_a_stage_of_shaping_goes_on_from_the_one_before(quick, monkeypatch, tmp_
         return shape(refiner, real, iterations, *arguments, **options)
 
     monkeypatch.setattr(fr, "shape_discriminator", watched)
-    last = one.shaped(150, 3)
+    last = one.shaped(70, 3)
     (start, iterations), *others = began
     assert iterations == 2 and not others
     assert torch.equal(start[-1].weight, first[-1].weight) and not torch.equal(last[-1].weight, first[-1].weight)

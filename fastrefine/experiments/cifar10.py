@@ -122,9 +122,9 @@ SNGAN = replace(
     steps=100_000, at="blocks.0",
 )  # fmt: skip
 QUICK = Recipe(
-    "dcgan", 8, 16, (24, 24), replace(_ADAM, rates=(1e-3, 1e-3), bfloat16=False), 100, classifier_width=8, classifier_steps=60,
-    protocol=Protocol(samples=300, chain_length=4, reference=300, num_slots=100), at="0", step_size=1.0, max_steps=10,
-    shaping_iterations=20, shaping_batch=50, shaping_rate=1e-3, ddls=(0.01, 0.1, 5), dgflow=(0.1, 0.01, 5),
+    "dcgan", 8, 16, (24, 24), replace(_ADAM, batch_size=32, rates=(1e-3, 1e-3), bfloat16=False), 70, classifier_width=8,
+    classifier_steps=40, protocol=Protocol(samples=150, chain_length=4, reference=150, num_slots=50), at="0", step_size=1.0,
+    max_steps=8, shaping_iterations=15, shaping_batch=30, shaping_rate=1e-3, ddls=(0.01, 0.1, 5), dgflow=(0.1, 0.01, 5),
     rows=(("own", ("standard", "DRS", "MH", "refine")), ("tuned", ("DDLS", "DGflow")), ("shaped", ("refine", "collaborative"))),
 )  # fmt: skip
 

@@ -61,8 +61,8 @@ class Recipe:
 
 FULL = Recipe()
 QUICK = replace(
-    FULL, vae_steps=150, flow_layers=2, flow_steps=40, gan_steps=150, fit_iterations=100, reference_samples=500,
-    step_size=0.15, max_steps=10, samples=300, classifier_steps=400,
+    FULL, vae_steps=80, flow_layers=2, flow_steps=20, gan_steps=60, fit_iterations=40, fit_batch=32, reference_samples=200,
+    step_size=0.5, max_steps=4, samples=200, classifier_steps=100,
 )  # fmt: skip
 
 

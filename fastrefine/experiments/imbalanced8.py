@@ -23,8 +23,8 @@ from fastrefine.experiments.result_file import against, claim, mean, pick, sprea
 
 FULL = Recipe(RING, (1000, 3000, 5000, 7000, 9000), 5000, 1000, 8e-3, 0.1)
 QUICK = Recipe(  # a small pair that learns fast: what shows its direction within seconds
-    Plane((64,) * 3, False, Training(256, "adam", (2e-3, 2e-3))), (250,), 100, 256, 5e-2, 0.1, max_steps=20, samples=800,
-    chain_length=4, real=1000, num_slots=256,
+    Plane((64,) * 3, False, Training(256, "adam", (2e-3, 2e-3))), (250,), 100, 128, 5e-2, 0.1, max_steps=12, samples=400,
+    chain_length=3, real=400, num_slots=128,
 )  # fmt: skip
 FIGURES = ("good", "kl", "js")
 LIMIT = 9.0

@@ -23,10 +23,11 @@ from fastrefine.experiments.result_file import against, claim, pick
 
 FULL = Recipe()
 QUICK = Recipe(
-    checkpoints=(150,), momentum_steps=(0.3,), shown=150, width=8, hidden=64, classifier_steps=100, max_steps=5,
-    fixed_samples=200, shaping_stages=(20,), shaping_steps=5, layers=("output",), denoising_iterations=10, denoised=100,
-    real=1000, training=replace(FULL.training, batch_size=32, bfloat16=False),
-    protocol=Protocol(samples=400, chain_length=2, reference=200, num_slots=50),
+    checkpoints=(70,), momentum_steps=(0.3,), shown=70, width=6, hidden=32, classifier_steps=40, max_steps=4,
+    fixed_samples=100, shaping_stages=(20,), shaping_batch=24, shaping_rate=2e-3, shaping_steps=3, layers=("output",),
+    denoising_iterations=2, denoised=50, real=1000,
+    training=replace(FULL.training, batch_size=24, rates=(3e-3, 2e-3), bfloat16=False),
+    protocol=Protocol(samples=200, chain_length=2, reference=200, num_slots=50),
 )  # fmt: skip
 REDUCTIONS = (
     "checkpoints 200, 1000 and 4200 of the published seven up to 5000",

@@ -65,8 +65,8 @@ def small(recipe: Recipe) -> Recipe:
     training = replace(recipe.plane.training, batch_size=100, rates=(5e-3, 5e-3))
     plane = replace(recipe.plane, hidden=(64, 64), training=training)
     return replace(
-        recipe, plane=plane, early=300, optimal=500, iterations=60, rate=5e-3, step_size=1.0, max_steps=12, samples=1000,
-        real=2000,
+        recipe, plane=plane, early=300, optimal=330, iterations=60, rate=5e-3, step_size=1.0, max_steps=12, samples=300,
+        real=1000, references=300,
     )  # fmt: skip
 
 

@@ -66,8 +66,9 @@ class Recipe:
 
 FULL = Recipe()
 QUICK = Recipe(  # the digits show the direction, the ring only that it runs
-    QUICK_RING, 60, Shaping(10, 100, max_steps=10), (("ring", SHAPED_AT[0]), ("digits", SHAPED_AT[1])),
-    ks=(0, 1, 2, 5, 10, 20, 40), hazards=(0.2,), points=200, images=300, digits_iterations=30, classifier_steps=300,
+    QUICK_RING, 5, Shaping(1, 100, max_steps=2), (("ring", SHAPED_AT[0]), ("digits", SHAPED_AT[1])),
+    image_step={"fixed": 10.0, "backtracking": 6.0}, ks=(0, 8, 30), hazards=(0.2,), points=50, images=120,
+    digits_iterations=12, classifier_steps=100,
 )  # fmt: skip
 
 

@@ -73,9 +73,9 @@ FULL = Recipe(
     shaping_rate=2e-4, samples=2000, classifier_width=12, classifier_steps=600,
 )  # fmt: skip
 QUICK = Recipe(
-    16, replace(_ADAM, rates=(1e-3, 1e-3)), 40, (6, 1), (12, 1), at="decoder.2", step_size=1.0, max_steps=10,
-    shaping_iterations=15, shaping_batch=30, shaping_rate=1e-3, samples=200, classifier_width=6, classifier_steps=60,
-    reference=200,
+    16, replace(_ADAM, batch_size=12, rates=(2e-3, 1e-3)), 40, (4, 1), (8, 1), at="decoder.2", step_size=1.0, max_steps=6,
+    shaping_iterations=12, shaping_batch=16, shaping_rate=2e-3, samples=100, classifier_width=4, classifier_steps=40,
+    reference=100,
 )  # fmt: skip
 REDUCED = ("two digit domains of 28x28 in place of photographs of 256x256; generators and discriminators to that measure",)
 
