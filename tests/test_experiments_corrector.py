@@ -1,7 +1,6 @@
 """The VAE and the flow, and small runs of the experiments with correctors and with fitted discriminators."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from PIL import Image
 from torch.func import jacrev, vmap
 
 import fastrefine as fr
-from fastrefine.experiments import base_models, corrector, fitted
+from fastrefine.experiments import base_models, corrector
 from fastrefine.experiments.base_models import VAE, Flow
 from fastrefine.experiments.train import build
 
@@ -83,23 +82,15 @@ def test_both_are_refined_on_the_flat_route(model):
     assert out.report["route"] == "flat" and (out.logits > out.initial_logits).all()
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    steps = dict(vae_steps=40, flow_steps=10, gan_steps=20, fit_iterations=4, reference_samples=64, max_steps=2)
-    monkeypatch.setattr(corrector, "QUICK", replace(corrector.QUICK, **steps, samples=100, classifier_steps=60))
-    sizes = dict(fit_iterations=4, shaping_iterations=1, digits_samples=100, classifier_steps=60)
-    monkeypatch.setattr(fitted, "QUICK", replace(fitted.QUICK, **sizes))
-
-
-def test_the_corrector_experiment_has_a_row_for_every_stage_and_a_picture(tmp_path, tiny):
-    found = corrector.run(tmp_path, seeds=(1,), quick=True, data=None)
-    assert json.loads((tmp_path / "result.json").read_text()) == found
+def test_the_corrector_experiment_has_a_row_for_every_stage_and_a_picture(quick_run):
+    folder, found = quick_run("corrector")
+    assert json.loads((folder / "result.json").read_text()) == found
     stages = [(row["seed"], row["model"], row["stage"]) for row in found["rows"]]
-    bases = [(1, model, stage) for model in ("vae", "flow") for stage in ("raw", "uncorrected", "refined")]
-    assert stages == [(1, "data", "training images"), (1, "gan", "raw"), *bases]
-    assert found["reduced"] and found["seeds"] == [1] and found["hardware"]["cores"] == 1
+    bases = [(0, model, stage) for model in ("vae", "flow") for stage in ("raw", "uncorrected", "refined")]
+    assert stages == [(0, "data", "training images"), (0, "gan", "raw"), *bases]
+    assert found["reduced"] and found["seeds"] == [0] and found["hardware"]["cores"] == 1
     assert len({row["frechet_distance"] for row in found["rows"]}) == len(stages), "every stage has samples of its own"
-    assert Image.open(tmp_path / "picture.png").width > 1000
+    assert Image.open(folder / "picture.png").width > 1000
 
 
 def test_claims_hold_only_where_both_figures_are_better_for_every_seed():
@@ -116,13 +107,13 @@ def test_claims_hold_only_where_both_figures_are_better_for_every_seed():
     assert [c["holds"] for c in corrector.claims(rows({(0, "flow"): (10.1, 8.0)}))] == [True, False]
 
 
-def test_the_fitted_experiment_has_a_row_for_every_stage_and_a_picture(tmp_path, tiny):
-    found = fitted.run(tmp_path, seeds=(0,), quick=True, data=None)
-    assert json.loads((tmp_path / "result.json").read_text()) == found
+def test_the_fitted_experiment_has_a_row_for_every_stage_and_a_picture(quick_run):
+    folder, found = quick_run("fitted")
+    assert json.loads((folder / "result.json").read_text()) == found
     assert [row["stage"] for row in found["rows"]] == ["raw", "fitted", "fitted, shaped"]
     steps = [row["mean_steps"] for row in found["rows"]]
     assert steps[0] == 0 and min(steps[1:]) > 0
     assert [c["holds"] for c in found["claims"]] == [
         found["rows"][2]["frechet_distance"] < found["rows"][0]["frechet_distance"]
     ]
-    assert found["data"] == "digits" and Image.open(tmp_path / "picture.png").width > 1000
+    assert found["data"] == "digits" and Image.open(folder / "picture.png").width > 1000

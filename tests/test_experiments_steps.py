@@ -1,5 +1,7 @@
 """The experiments on step control and on stop rules: what a row is made of, and their claims on known rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,16 @@ def test_a_curve_is_the_mean_over_seeds():
 
 
 NAME = "ring, D shaped at a uniform step"
+
+
+def test_the_ring_is_trained_once_and_shaped_at_either_stop(tmp_path):
+    ring = replace(cases.QUICK_RING, hidden=(8,))
+    recipe = replace(steps.QUICK, ring=ring, ring_steps=2, shaping=cases.Shaping(1, 20, max_steps=2))
+    cells = Cells(tmp_path, recipe)
+    uniform, median = (steps.trained_case(cells, recipe, "ring", at, 0) for at in steps.SHAPED_AT)
+    assert [case.name for case in (uniform, median)] == [f"ring, D shaped at {at}" for at in steps.SHAPED_AT]
+    assert torch.equal(uniform.generator[0].weight, median.generator[0].weight)
+    assert not torch.equal(uniform.discriminator[0].weight, median.discriminator[0].weight)
 
 
 @pytest.mark.parametrize("control", ["fixed", "backtracking"])

@@ -322,7 +322,7 @@ def test_the_first_accepted_proposal_is_taken_and_none_is_told():
 
 
 def test_a_killed_worker_and_a_stopped_one_are_taken_up_by_another_number_of_workers(tmp_path):
-    path, arguments = tmp_path / "run", ["--seeds", "0-1999", "--shard-size", "20", "--max-steps", "3", "--slots", "16"]
+    path, arguments = tmp_path / "run", ["--seeds", "0-1999", "--shard-size", "20", "--max-steps", "60", "--slots", "16"]
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         started = subprocess.Popen(
             [sys.executable, "-m", "fastrefine", "refine", "--pair", "digits", "--outdir", str(path), *arguments],
@@ -344,7 +344,7 @@ def test_a_killed_worker_and_a_stopped_one_are_taken_up_by_another_number_of_wor
         finished = command(path, *arguments, "--shard-id", shard, "--num-shards", "3")
         assert finished.returncode == 0, finished.stderr
     assert all(p.stat().st_mtime_ns == then for p, then in done.items()), "finished shards were made again"
-    again = Worker(replace(BASE, seeds="0-1999", shard_size=20, max_steps=3))
+    again = Worker(replace(BASE, seeds="0-1999", shard_size=20, max_steps=60))
     again.run(tmp_path / "whole")
     assert merged(path) == merged(tmp_path / "whole")
 

@@ -23,7 +23,7 @@ from fastrefine.experiments.plane_rows import REAL
 from fastrefine.experiments.recipes import Recipe as ImageRecipe
 from fastrefine.stopping import StopRule
 
-QUICK_RING = replace(RING, hidden=(64,) * 3, training=Training(100, "adam", (1e-3, 1e-3)))  # in 400 steps half are good
+QUICK_RING = replace(RING, hidden=(64,) * 3, training=Training(100, "adam", (2e-3, 2e-3)))  # in 250 steps half are good
 QUICK_RUN = "a quick run: all sizes reduced"  # what is said of it
 CONTROLS = ("fixed", "backtracking")
 NUM_REAL = 10_000  # points that stop and measure two-dimensional samples

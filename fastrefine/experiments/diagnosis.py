@@ -51,7 +51,7 @@ class Recipe:
 
 
 FULL = Recipe(RING, 3000, (10, 16, 25, 40, 63, 100, 158, 251, 398, 631, 1000, 1585, 2512, 3981), 8e-3)
-QUICK = Recipe(smaller(RING, 200), 250, (5, 15, 40, 100, 200), 2e-2, samples=1000, chain_length=10)
+QUICK = Recipe(smaller(RING, 200), 250, (5, 15, 40, 100, 160), 2.5e-2, samples=1000, chain_length=10)
 
 
 class Ladder:

@@ -96,14 +96,14 @@ IMAGENET128 = Recipe(
     step_size=0.5, max_steps=16, shaping_iterations=5000, shaping_batch=256, shaping_rate=1e-4,
 )  # fmt: skip
 _TINY: dict[str, Any] = {
-    "size": 8, "latent": 8, "steps": 40, "max_steps": 8, "shaping_iterations": 12, "shaping_batch": 32, "shaping_rate": 1e-3,
-    "samples": 160, "reference": 60, "num_slots": 80, "classifier_width": 6, "classifier_features": 32, "classifier_steps": 50,
-    "attention_size": 8,
+    "size": 8, "latent": 8, "features": (8, 8), "steps": 30, "max_steps": 5, "shaping_iterations": 8, "shaping_batch": 20,
+    "shaping_rate": 3e-3, "samples": 100, "reference": 50, "num_slots": 50, "classifier_width": 4, "classifier_features": 32,
+    "classifier_steps": 30, "attention_size": 8,
 }  # fmt: skip
-_FAST = gan.Training(32, "adam", (1e-3, 1e-3), (0.5, 0.999))
+_FAST = gan.Training(16, "adam", (2e-3, 2e-3), (0.5, 0.999))
 QUICK = (
-    replace(CELEBA64, **_TINY, features=(16, 16), training=_FAST, step_size=10.0),
-    replace(IMAGENET128, **_TINY, features=(8, 8), training=replace(_FAST, rates=(1e-3, 2e-3)), at="blocks.0", step_size=2.0),
+    replace(CELEBA64, **_TINY, training=_FAST, step_size=20.0),
+    replace(IMAGENET128, **_TINY, training=_FAST, at="blocks.0", step_size=4.0),
 )
 
 

@@ -89,7 +89,8 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     suffix = "-quick" if quick else ""
     with settings.threads_for(flops=0.0):  # these networks are small
         found = _against_laws(Cells(outdir / f"cells{suffix}", recipe), recipe, seed)
-        _write(outdir, recipe, cs, found, [])  # what stands until the long training of [CS] is done
+        # what stands until the long training of [CS] is done
+        _write(outdir, recipe, cs, found, [], pictures=not quick)
         table = plane_rows.Table(Cells(outdir / f"cells-cs{suffix}", cs), cs, GAUSSIANS25, seed)
         cs_rows = []
         for row in table.rows():
@@ -102,7 +103,9 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     return record
 
 
-def _write(outdir: Path, recipe: Recipe, cs: plane_rows.Recipe, found: _Found, cs_rows: list[Row]) -> dict[str, Any]:
+def _write(
+    outdir: Path, recipe: Recipe, cs: plane_rows.Recipe, found: _Found, cs_rows: list[Row], pictures: bool = True
+) -> dict[str, Any]:
     """result.json and the pictures of the grid of [DOT]; without rows of [CS] one says that they were not run."""
     laws = {name: law.facts() for name, law in found.laws.items()}
     left_out = [] if cs_rows else [{"version": "[CS]", "status": "not run", "wants": "an hour of training"}]
@@ -114,9 +117,10 @@ def _write(outdir: Path, recipe: Recipe, cs: plane_rows.Recipe, found: _Found, c
         claims=claims_of(found.table, found.laws, found.curves) + cs_claims(cs_rows),
         comparison=[] if recipe == QUICK else comparison(found.table, cs_rows),
     )  # fmt: skip
-    plot.samples(outdir / "samples.png", found.panels)
-    titles = {"fitted": "calibrated logit of fit_discriminator", "critic": "raw WGAN critic"}
-    plot.mixing(outdir / "mixing.png", titles, found.curves, laws)
+    if pictures:
+        plot.samples(outdir / "samples.png", found.panels)
+        titles = {"fitted": "calibrated logit of fit_discriminator", "critic": "raw WGAN critic"}
+        plot.mixing(outdir / "mixing.png", titles, found.curves, laws)
     return record
 
 

@@ -63,8 +63,8 @@ class Recipe:
 
 FULL = Recipe()
 QUICK = Recipe(
-    ring=QUICK_RING, ring_steps=400, roll=smaller(EARLY, 100), roll_steps=50, point_sizes=(30.0,), image_sizes=(30.0,),
-    max_steps=15, shaping=Shaping(30, 100, max_steps=10), points=300, images=300, point_seeds=1, classifier_steps=50,
+    ring=QUICK_RING, ring_steps=250, roll=smaller(EARLY, 100), roll_steps=20, point_sizes=(30.0,), image_sizes=(30.0,),
+    max_steps=10, shaping=Shaping(5, 100, max_steps=4), points=200, images=100, point_seeds=1, classifier_steps=20,
 )  # fmt: skip
 
 

@@ -65,10 +65,9 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = Recipe(  # the digits show the direction, the ring only that it runs
-    QUICK_RING, 5, Shaping(1, 100, max_steps=2), (("ring", SHAPED_AT[0]), ("digits", SHAPED_AT[1])),
-    image_step={"fixed": 10.0, "backtracking": 6.0}, ks=(0, 8, 30), hazards=(0.2,), points=50, images=120,
-    digits_iterations=12, classifier_steps=100,
+QUICK = Recipe(
+    QUICK_RING, sets=(("digits", SHAPED_AT[1]),), image_step={"fixed": 10.0, "backtracking": 6.0}, ks=(0, 8, 30),
+    hazards=(0.2,), images=120, digits_iterations=12, classifier_steps=100,
 )  # fmt: skip
 
 
