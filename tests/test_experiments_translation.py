@@ -45,7 +45,7 @@ def test_the_quick_run_leaves_its_record_and_a_picture(quick):
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
     assert record["experiment"] == "translation" and record["reduced"]
     assert len(record["rows"]) == 4 and len(record["claims"]) == 8
-    assert Image.open(folder / "translation.png").size[0] > 16 * 48
+    assert Image.open(folder / "translation-40.png").size[0] > 16 * 48
 
 
 def test_the_row_as_it_is_descends_the_loss_that_its_discriminator_was_trained_on(quick):

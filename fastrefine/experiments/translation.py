@@ -33,7 +33,9 @@ INK = 0.1  # pixels with more of it are the object
 
 @dataclass(frozen=True)
 class Recipe:
-    """training.rates: of the generators and the discriminators. cycle: weight of the L1 cycle loss; identity: of the other.
+    """checkpoints: iterations of training after which the translation is refined; the first is far from done.
+
+    training.rates: of the generators and the discriminators. cycle: weight of the L1 cycle loss; identity: of the other.
 
     at, step_size, max_steps: collaborative refinement by sgd with backtracking, stopped at the median logit of the target
     domain. D as it is was trained on the least-squares loss and is followed on it; shaped, it is a logit.
@@ -41,7 +43,7 @@ class Recipe:
 
     size: int
     training: gan.Training
-    steps: int
+    checkpoints: tuple[int, ...]
     generator: tuple[int, int]  # features, blocks
     discriminator: tuple[int, int]  # features, layers
     at: str
@@ -69,11 +71,11 @@ class Recipe:
 
 _ADAM = gan.Training(16, "adam", (2e-4, 2e-4), (0.5, 0.999))
 FULL = Recipe(
-    28, _ADAM, 1500, (16, 2), (32, 2), at="decoder.2", step_size=1.0, max_steps=50, shaping_iterations=150, shaping_batch=50,
-    shaping_rate=2e-4, samples=2000, classifier_width=12, classifier_steps=600,
+    28, _ADAM, (300, 1500), (16, 2), (32, 2), at="decoder.2", step_size=1.0, max_steps=50, shaping_iterations=150,
+    shaping_batch=50, shaping_rate=2e-4, samples=2000, classifier_width=12, classifier_steps=600,
 )  # fmt: skip
 QUICK = Recipe(
-    16, replace(_ADAM, batch_size=12, rates=(2e-3, 1e-3)), 40, (4, 1), (8, 1), at="decoder.2", step_size=1.0, max_steps=6,
+    16, replace(_ADAM, batch_size=12, rates=(2e-3, 1e-3)), (40,), (4, 1), (8, 1), at="decoder.2", step_size=1.0, max_steps=6,
     shaping_iterations=12, shaping_batch=16, shaping_rate=2e-3, samples=100, classifier_width=4, classifier_steps=40,
     reference=100,
 )  # fmt: skip
@@ -133,67 +135,73 @@ class Translation:
             cells, lambda: PictureClassifier(recipe.size, recipe.classifier_width), self.target, seed=seed,
             steps=recipe.classifier_steps, batch_size=100,
         )  # fmt: skip
-        pairs = gan.checkpoints(cells, f"cyclegan-{seed}", self._trainer, (recipe.steps,))
-        generators, discriminators = pairs[recipe.steps]
-        self.generator: nn.Module = generators[0]  # type: ignore[index]
-        self.own: nn.Module = discriminators[1]  # type: ignore[index]
+        found = gan.checkpoints(cells, f"cyclegan-{seed}", self._trainer, recipe.checkpoints)
+        # of each checkpoint: to the target domain, and the D of that domain
+        self.pairs: dict[int, gan.Pair] = {k: (g[0], d[1]) for k, (g, d) in found.items()}  # type: ignore[index]
 
     def _trainer(self) -> gan.Trainer:
         return CycleTrainer(self.recipe.networks(self.seed), self.domain.train, self.target.train, self.recipe, self.seed)
 
     def refiner(
-        self, discriminator: nn.Module, *, at: str, loss: str = "nonsaturating", max_steps: int | None = None
-    ) -> fr.Refiner:
+        self, generator: nn.Module, discriminator: nn.Module, *, at: str, loss: str = "nonsaturating",
+        max_steps: int | None = None,
+    ) -> fr.Refiner:  # fmt: skip
         """Refines at ``at``; loss: "least_squares" for the D that was trained on it."""
         r = self.recipe
         return fr.Refiner(
-            self.generator, discriminator, fr.Collaborative(r.step_size, loss=loss), at=at, num_slots=r.num_slots,
+            generator, discriminator, fr.Collaborative(r.step_size, loss=loss), at=at, num_slots=r.num_slots,
             real=self.target.train[: r.reference], stop=fr.stopping.MedianOfReal(),
             max_steps=r.max_steps if max_steps is None else max_steps,
         )  # fmt: skip
 
-    def shaped(self, at: str) -> nn.Module:
+    def shaped(self, checkpoint: int, at: str) -> nn.Module:
         """The target domain's D, shaped on source images of the training half."""
-        r = self.recipe
+        r, (g, d) = self.recipe, self.pairs[checkpoint]
 
         def shape() -> nn.Module:
             return fr.shape_discriminator(
-                self.refiner(self.own, at=at), self.target.train, r.shaping_iterations, r.shaping_batch, r.shaping_rate,
+                self.refiner(g, d, at=at), self.target.train, r.shaping_iterations, r.shaping_batch, r.shaping_rate,
                 latents=self.domain.train, seed=self.seed, progress=None,
             )  # fmt: skip
 
         _, empty = r.networks(0)
-        return self.cells.network(f"shaped-{self.seed}-{at}", empty[1], shape)  # type: ignore[index]
+        return self.cells.network(f"shaped-{self.seed}-{checkpoint}-{at}", empty[1], shape)  # type: ignore[index]
 
     def rows(self) -> list[Row]:
-        """Translated, refined with D as it is, and with the shaped one at a feature map and on the image itself."""
-        at = self.recipe.at
+        """At each checkpoint: translated, refined with D as it is, with the shaped one at a feature map and on the image."""
+        return [row for checkpoint in self.recipe.checkpoints for row in self._at(checkpoint)]
+
+    def images(self, checkpoint: int, name: str) -> Tensor:
+        """The first images of a row that was made."""
+        return self.cells.tensors(f"{self.seed}-{checkpoint}-{name}", dict)["images"]
+
+    def _at(self, k: int) -> list[Row]:
+        (g, d), at = self.pairs[k], self.recipe.at
         return [
-            self._row("translated", lambda: self.refiner(self.own, at=at, max_steps=0)),
-            self._row("refine, D as it is", lambda: self.refiner(self.own, at=at, loss="least_squares")),
-            self._row("refine, shaped", lambda: self.refiner(self.shaped(at), at=at)),
-            self._row("refine, shaped, on the image", lambda: self.refiner(self.shaped("output"), at="output")),
+            self._row(k, "translated", lambda: self.refiner(g, d, at=at, max_steps=0)),
+            self._row(k, "refine, D as it is", lambda: self.refiner(g, d, at=at, loss="least_squares")),
+            self._row(k, "refine, shaped", lambda: self.refiner(g, self.shaped(k, at), at=at)),
+            self._row(k, "refine, shaped, on the image", lambda: self.refiner(g, self.shaped(k, "output"), at="output")),
         ]
 
-    def images(self, name: str) -> Tensor:
-        """The first images of a row that was made."""
-        return self.cells.tensors(f"{self.seed}-{name}", dict)["images"]
+    def _row(self, checkpoint: int, name: str, make: Callable[[], fr.Refiner]) -> Row:
+        key, (g, d) = f"{self.seed}-{checkpoint}-{name}", self.pairs[checkpoint]
 
-    def _row(self, name: str, make: Callable[[], fr.Refiner]) -> Row:
         def row() -> Row:
             out = make().refine(self.source, seed=self.seed)
-            self.cells.put(f"{self.seed}-{name}", {"images": out.images[:SHOWN]})
+            self.cells.put(key, {"images": out.images[:SHOWN]})
             with torch.no_grad():
-                translated = torch.cat([self.generator(part) for part in self.source.split(100)])
-                score = torch.cat([self.own(part).flatten(1).mean(1) for part in out.images.split(100)])
+                translated = torch.cat([g(part) for part in self.source.split(100)])
+                score = torch.cat([d(part).flatten(1).mean(1) for part in out.images.split(100)])
             return {
-                "seed": self.seed, "name": name, "samples": len(out), **figures(self.source, translated, out.images),
-                "score": float(score.mean()), "identity": accuracy(self.judge.classifier, out.images, self.labels),
-                **self.judge(out.images), "mean_steps": float(out.steps.double().mean()),
-                "logit_before": float(out.initial_logits.mean()), "logit_after": float(out.logits.mean()),
+                "seed": self.seed, "checkpoint": checkpoint, "name": name, "samples": len(out),
+                **figures(self.source, translated, out.images), "score": float(score.mean()),
+                "identity": accuracy(self.judge.classifier, out.images, self.labels), **self.judge(out.images),
+                "mean_steps": float(out.steps.double().mean()), "logit_before": float(out.initial_logits.mean()),
+                "logit_after": float(out.logits.mean()),
             }  # fmt: skip
 
-        return self.cells.row(f"{self.seed}-{name}", row)
+        return self.cells.row(key, row)
 
 
 def figures(source: Tensor, translated: Tensor, images: Tensor) -> Row:
@@ -226,7 +234,8 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool = False, data: Path
             translation = Translation(cells, recipe, images, seed)
             accuracies[seed] = translation.judge.accuracy
             rows += translation.rows()
-        draw(outdir / "translation.png", translation, rows)
+        for checkpoint in recipe.checkpoints:
+            draw(outdir / f"translation-{checkpoint}.png", translation, checkpoint)
     return result_file.write(
         outdir, "translation", rows=rows, seeds=list(seeds), recipe=asdict(recipe), reduced=True, reductions=REDUCED,
         classifier_accuracy=accuracies, claims=claims(rows), comparison=comparison(rows),
@@ -236,21 +245,25 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool = False, data: Path
 
 def claims(rows: list[Row]) -> list[Row]:
     """[CS] shows pictures and no figures; what they should mean, on means over seeds."""
+    return [each for checkpoint in _checkpoints(rows) for each in _claims(rows, checkpoint)]
 
+
+def _claims(rows: list[Row], checkpoint: int) -> list[Row]:
     def of(key: str, name: str) -> float:
-        return result_file.mean(rows, key, name=name)
+        return result_file.mean(rows, key, name=name, checkpoint=checkpoint)
 
     found = []
     for name in ("refine, shaped", "refine, shaped, on the image"):
+        title = f"{checkpoint} iterations, {name}"
         for key, what in (("frechet_distance", "a lower Frechet distance"), ("colour_error", "colours nearer the true ones")):
             before, after = of(key, "translated"), of(key, name)
-            text = f"{name}: {what} than the translated image's"
+            text = f"{title}: {what} than the translated image's"
             found.append(result_file.claim(text, after < before, before=before, after=after))
         background, inside = of("background_change", name), of("object_change", name)
-        text = f"{name}: a background pixel changes less than half as much as one of the object"
+        text = f"{title}: a background pixel changes less than half as much as one of the object"
         found.append(result_file.claim(text, background < 0.5 * inside, background=background, object=inside))
         before, after = of("identity", "translated"), of("identity", name)
-        text = f"{name}: the digit stays the one it was (classifier's accuracy within .01, or better)"
+        text = f"{title}: the digit stays the one it was (classifier's accuracy within .01, or better)"
         found.append(result_file.claim(text, after >= before - 0.01, before=before, after=after))
     return found
 
@@ -258,22 +271,29 @@ def claims(rows: list[Row]) -> list[Row]:
 def comparison(rows: list[Row]) -> list[Row]:
     """Our figures; no paper has them."""
     found, lower = [], ("palette_error", "colour_error", "frechet_distance", "background_change")
-    for row in dict.fromkeys(row["name"] for row in rows):
-        for key, better in (*((key, "lower") for key in lower), ("identity", "higher")):
-            headline = key == "frechet_distance" and row in ("translated", "refine, shaped")
-            found.append(result_file.against(row, key, None, result_file.pick(rows, key, name=row), better, headline=headline))
+    for checkpoint in _checkpoints(rows):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            for key, better in (*((key, "lower") for key in lower), ("identity", "higher")):
+                headline = key == "frechet_distance" and name in ("translated", "refine, shaped")
+                ours = result_file.pick(rows, key, name=name, checkpoint=checkpoint)
+                case = f"{name}, {checkpoint} iterations"
+                found.append(result_file.against(case, key, None, ours, better, headline=headline))
     return found
 
 
-def draw(path: Path, translation: Translation, rows: list[Row]) -> None:
+def _checkpoints(rows: list[Row]) -> list[int]:
+    return sorted({row["checkpoint"] for row in rows})
+
+
+def draw(path: Path, translation: Translation, checkpoint: int) -> None:
     """Source, translated, refined (shaped D, at the feature map), thrice the difference; below, the refined one's score."""
-    before, after = (translation.images(name) for name in ("translated", "refine, shaped"))
+    before, after = (translation.images(checkpoint, name) for name in ("translated", "refine, shaped"))
     difference = (3 * (after - before)).clamp(-1, 1)
     shown = (("source", translation.source[:SHOWN]), ("translated", before), ("refined", after), ("3x difference", difference))
     with torch.no_grad():
-        score = translation.own(after).flatten(1).mean(1)
+        score = translation.pairs[checkpoint][1](after).flatten(1).mean(1)
     picture.comparison(
         path, [(label, picture_files.colour(x)) for label, x in shown], [f"{float(v):.2f}" for v in score],
-        "grey to glowing digits: a CycleGAN's translation, refined with the shaped PatchGAN; grey: no difference", 48,
+        f"grey to glowing digits: CycleGAN, {checkpoint} iterations, refined with the shaped PatchGAN; grey: no difference", 48,
     )  # fmt: skip
     picture_files.shrink(path)
