@@ -21,7 +21,13 @@ TELL_EVERY = 10.0  # seconds, where there is no terminal for a bar
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
-    """The places where the generator can be cut (usable as --at), with shapes and what a step costs from there."""
+    """The places where the generator can be cut (usable as --at), with shapes and what a step costs from there.
+
+    \b
+    fastrefine layers --pair digits
+    fastrefine layers --generator mymodels:Generator --generator-weights g.pt \\
+        --prior '{"name": "normal", "shape": [128]}'
+    """
     if not flags["pair"] and not flags["generator"]:
         raise click.UsageError("wanted --pair, or --generator with --prior; no discriminator is needed here")
     import torch
@@ -62,6 +68,10 @@ def shape(
 
     With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. Otherwise pass
     the same --discriminator with --discriminator-weights OUTDIR/discriminator.safetensors.
+
+    \b
+    fastrefine shape --pair mypair --real train/ --stop median --iterations 300 --outdir shaped
+    fastrefine refine --pair shaped --real train/ --stop median --seeds 0-9999 --outdir run
     """
     if not flags["real"]:
         raise click.UsageError("--real is needed: real images to shape the discriminator on")
@@ -80,7 +90,7 @@ def shape(
 
     started = told = time.monotonic()
     allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
-    worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle)
+    worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle, labels=True)
     refiner = worker.refiner
     curve: list[dict[str, float]] = []
 
@@ -92,8 +102,8 @@ def shape(
             click.echo(f"shaping: {len(curve)} of {iterations} iterations in {told - started:.0f} s", err=True)
 
     shaped = fr.shape_discriminator(
-        refiner, refiner.real, iterations, batch_size, learning_rate, stop=refiner.stop, seed=seed, progress=None,
-        callback=note,
+        refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
+        seed=seed, progress=None, callback=note,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     part = outdir / "discriminator.part"
@@ -143,6 +153,10 @@ def evaluate(
     """Frechet distance, score, KID, precision and recall of DIR (a run, pictures or .npz) against real images.
 
     The figures are on the features named beside them and compare only with figures of the same ones.
+
+    \b
+    fastrefine evaluate run --real held-out/ --features mymodule:network
+    fastrefine evaluate run --real held-out/ --train train/ --baseline unrefined
     """
     from fastrefine import evaluation, pictures
     from fastrefine.errors import InputError
@@ -189,18 +203,20 @@ def evaluate(
 def bench(
     ctx: click.Context, steps: int, names: str | None, precisions: str, seconds: float, as_json: bool, **flags: Any
 ) -> None:
-    """Images per second of YOUR pair at candidate layers and precisions, beside B0, the usual loop, in one run."""
-    import torch
+    """Images per second of YOUR pair at candidate layers and precisions, beside B0, the usual loop, in one run.
 
+    \b
+    fastrefine bench --pair mypair --steps 20
+    fastrefine bench --pair mypair --layers layer2,output --precisions float32
+    """
     from fastrefine import throughput
     from fastrefine.worker import Worker
 
     at, allow_pickle, device = flags["at"], flags.pop("allow_pickle"), flags.pop("device")
-    refiner = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle).refiner
-    assert isinstance(refiner.generator, torch.nn.Module)
+    worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle, labels=True)
+    bench = throughput.Bench(worker.refiner, steps, seconds, labelled=worker.labelled)
     names = names or at
-    chosen = names.split(",") if names else throughput.candidates(refiner.generator, throughput.example(refiner))
-    rows = throughput.rows(refiner, chosen, precisions.split(","), steps, seconds)
+    rows = bench.rows(names.split(",") if names else bench.candidates(), precisions.split(","))
     found = []
     if not as_json:
         click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")

@@ -172,7 +172,11 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
 @click.pass_context
 def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
-    """Check every shard of DIR against its marker: count, sha256, configuration. Exit 3 where something is to be made."""
+    """Check every shard of DIR against its marker: count, sha256, configuration. Exit 3 where something is to be made.
+
+    \b
+    fastrefine verify run && fastrefine merge run --output run.npz
+    """
     from fastrefine import shards
 
     found = shards.verify(directory)
@@ -197,7 +201,11 @@ def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True,
               help="FILE.npz (ADM: arr_0 uint8 NHWC, arr_1 labels), FILE.tar (webdataset), or a PNG folder.")  # fmt: skip
 def merge(directory: Path, output: Path) -> None:
-    """Join the shards of DIR into one file or tree, in order of seed."""
+    """Join the shards of DIR into one file or tree, in order of seed.
+
+    \b
+    fastrefine merge run --output run.npz
+    """
     from fastrefine import shards
 
     count = shards.merge(directory, output)

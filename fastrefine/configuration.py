@@ -81,8 +81,6 @@ class Configuration:
         for name in ("shard_size", "num_slots", "chain_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        if self.classes == "random" and self.num_classes < 1:
-            raise InputError("random classes need num_classes, how many there are")
         ranges(self.seeds)
 
     @property

@@ -265,7 +265,7 @@ class Refiner:
         shape = source.latents.shape[1:] if source.latents is not None else self.prior.shape  # type: ignore[union-attr]
         key = (tuple(shape), None if labels is None else (labels.is_floating_point(), tuple(labels.shape[1:])))
         if self._target is not None and self._key == key:
-            self._check_labels(labels)
+            self.check_labels(labels)
             return self._target
         if self._generator_key != key:
             self._forget()
@@ -286,7 +286,7 @@ class Refiner:
                 checks.real_images(self.real, side.image_shape, images)
             self._bind(critic)
             assert self._bound is not None
-            self._check_labels(labels)
+            self.check_labels(labels)
             target = Target(
                 side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep", self.compile
             )
@@ -304,7 +304,8 @@ class Refiner:
             self._forget_discriminator()
         self._seen_weights = now
 
-    def _check_labels(self, labels: Tensor | None) -> None:
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Raise InputError for labels (n,) that the prepared networks do not know."""
         assert self._generator_side is not None and self._discriminator_side is not None
         for side in (self._generator_side, self._discriminator_side):
             if labels is not None and side.takes_labels:

@@ -33,7 +33,7 @@ class RealLogits:
             raise InputError(f"no real image has label {label}; give `real` images of every class that is sampled")
         return found
 
-    def _per_sample(self, labels: Tensor | None, pick: Callable[[Tensor, Tensor], Tensor], n: int) -> Tensor:
+    def per_sample(self, labels: Tensor | None, pick: Callable[[Tensor, Tensor], Tensor], n: int) -> Tensor:
         """``pick(logits of the class, positions)`` for each class among ``labels``, or for all at once."""
         everyone = torch.arange(n)
         if self.labels is None or labels is None:
@@ -46,7 +46,7 @@ class RealLogits:
 
     def median(self, labels: Tensor | None, n: int) -> Tensor:
         """(n,) median real logit, per class if labelled."""
-        return self._per_sample(labels, lambda logits, at: logits.median().expand(len(at)), n)
+        return self.per_sample(labels, lambda logits, at: logits.median().expand(len(at)), n)
 
     def reference(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
         """(n,) logit of a real image drawn for each sample by (seed, id), of the sample's class if labelled."""
@@ -55,7 +55,7 @@ class RealLogits:
         def pick(logits: Tensor, at: Tensor) -> Tensor:
             return logits[(u[at] * len(logits)).long().clamp(max=len(logits) - 1)]
 
-        return self._per_sample(labels, pick, len(ids))
+        return self.per_sample(labels, pick, len(ids))
 
 
 class StopRule:

@@ -24,10 +24,13 @@ from fastrefine.calibration import judge
 from fastrefine.choosing import Chooser
 from fastrefine.configuration import Configuration, Shard
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.pictures import load_images
+from fastrefine.pair import takes_labels
+from fastrefine.pictures import load_labelled
 from fastrefine.refiner import Refiner
 from fastrefine.result import Result, Status
 from fastrefine.shards import Folder
+from fastrefine.split import unwrap
+from fastrefine.stopping import RealLogits
 from fastrefine.weights_file import digest
 
 log = logging.getLogger("fastrefine")
@@ -53,28 +56,49 @@ class Outcome:
 class Worker:
     """The networks of a configuration, prepared once; any number of shards may be made with it.
 
-    device: as for Refiner. Raises InputError on what does not fit.
+    device: as for Refiner. labels: the caller has labels for networks that take them, though the configuration names no
+    classes. Raises InputError on what does not fit.
     """
 
-    def __init__(self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False):
+    def __init__(
+        self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False, labels: bool = False
+    ):
         pair, configuration = pairs.configured(configuration, allow_pickle=allow_pickle)
         self.configuration = c = configuration
         if c.select != "none" and c.discriminator_output == "critic":
             raise InputError(f"select={c.select} reads logits of a probability, and a critic has none; use select=none")
-        real = load_images(c.real) if c.real else None
+        taken = [takes_labels(unwrap(network), {}) for network in (pair.generator, pair.discriminator)]
+        required = any(needs for _, needs in taken)
+        if required and c.classes is None and not labels:
+            raise InputError("the networks need labels: pass --class 3, or --class random, with --num-classes 10")
+        if c.classes == "random" and c.num_classes < 1:
+            raise InputError("random classes need num_classes, how many there are")
+        self.labelled = c.classes is not None or required or (labels and c.num_classes > 0)
+        real, classes = load_labelled(c.real) if c.real else (None, None)
+        if real is not None and classes is None and self.labelled and taken[1][0]:
+            raise InputError(f"the discriminator takes labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
         stop: Any = None if c.stop == "none" else c.stop
         if isinstance(stop, str):
             stop = getattr(fr.stopping, _RULES[stop])()
         self.refiner = Refiner(
             pair.generator, pair.discriminator, pairs.make_sampler(c.sampler), at=c.at, max_steps=c.max_steps, stop=stop,
-            prior=pairs.make_prior(c.prior), real=real, discriminator_output=c.discriminator_output,
-            num_slots=c.num_slots, device=device, precision=c.precision, keep=c.keep,
+            prior=pairs.make_prior(c.prior), real=real, real_labels=classes if self.labelled else None,
+            discriminator_output=c.discriminator_output, num_slots=c.num_slots, device=device, precision=c.precision,
+            keep=c.keep,
         )  # fmt: skip
         self.facts: dict[str, Any] = {
             "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
-            "real_sha256": None if real is None else hashlib.sha256(real.numpy().tobytes()).hexdigest(),
+            "real_sha256": None if real is None else _sha256(real, self.refiner.real_labels),
         }  # fmt: skip
-        shape = self.refiner.sample(0).images.shape[1:]  # what does not fit is told before a folder is claimed
+        # what does not fit is told before a folder is claimed
+        nobody = torch.zeros(0, dtype=torch.int64)
+        shape = self.refiner.sample(0, labels=nobody if self.labelled else None).images.shape[1:]
+        if c.classes is not None:
+            sampled = range(c.num_classes) if c.classes == "random" else range(int(c.classes), int(c.classes) + 1)
+            self.refiner.check_labels(torch.tensor(sampled[-1:]))
+            missing = set(sampled) - set(sampled if classes is None else classes.tolist())
+            if missing:
+                raise InputError(f"{c.real} has no image of class {min(missing)}; wanted some of every class that is sampled")
         if len(shape) != 3:
             raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
         self.chooser = self._piloted()
@@ -187,7 +211,8 @@ class Worker:
             selected = torch.ones(len(part) // length, dtype=torch.bool)
             if self.chooser is not None:
                 images = part.ids[::length] // length
-                at, selected = self.chooser.choose(part.logits.view(-1, length), images)
+                of = None if part.labels is None else part.labels[::length].cpu()
+                at, selected = self.chooser.choose(part.logits.view(-1, length), images, of)
                 part = part.select(torch.arange(len(images)) * length + at)
             yield part, selected
 
@@ -204,16 +229,17 @@ class Worker:
         c = self.configuration
         if c.select == "none":
             return None
-        real = None
-        if c.select == "mh" and self.refiner.real is not None:
-            real = self.refiner.score(self.refiner.real).double().cpu()
         if c.select == "mh":  # reads no figure of a pilot pass
-            return Chooser(c, {}, real)
-        labels = self._labels(torch.arange(choosing.PILOT))
+            if self.refiner.real is None:
+                return Chooser(c, {})
+            return Chooser(c, {}, RealLogits(self.refiner.real_logits("select=mh"), self.refiner.real_labels))
+        n = choosing.pilot_size(c)
+        ids = torch.arange(n)
+        labels = None if c.classes is None else ids % c.num_classes if c.classes == "random" else self._labels(ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastrefineWarning)
-            pilot = self.refiner.sample(choosing.PILOT, first_id=choosing.PILOT_FIRST, seed=c.seed, labels=labels)
-        return Chooser.piloted(c, pilot.logits.cpu())
+            pilot = self.refiner.sample(n, first_id=2**32 - n, seed=c.seed, labels=labels)  # ids that no image owns
+        return Chooser.piloted(c, pilot.logits.cpu(), labels)
 
 
 def _joined(runs: list[range], limit: int) -> Iterator[tuple[int, int]]:
@@ -223,6 +249,13 @@ def _joined(runs: list[range], limit: int) -> Iterator[tuple[int, int]]:
         if stop == len(runs) or runs[stop].start != runs[stop - 1].stop or runs[stop].stop - runs[start].start > limit:
             yield start, stop
             start = stop
+
+
+def _sha256(images: Tensor, labels: Tensor | None) -> str:
+    found = hashlib.sha256(images.numpy().tobytes())
+    if labels is not None:
+        found.update(labels.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _columns(outs: Sequence[Result]) -> dict[str, np.ndarray]:

@@ -151,7 +151,7 @@ def test_bench_measures_an_export(files):
     (("--precisions", "float32,fp8"), InputError, "precision is 'fp8'"),
 ])  # fmt: skip
 def test_bench_checks_everything_before_it_prints_or_measures(files, flags, error, told, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "_b0", None)
+    monkeypatch.setattr(throughput.Bench, "_b0", None)
     done = CliRunner().invoke(cli, ["bench", "--pair", str(files / "pair"), *flags], standalone_mode=False)
     assert done.output == ""
     with pytest.raises(error, match=told):

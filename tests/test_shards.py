@@ -98,7 +98,6 @@ def test_the_number_of_workers_changes_no_byte(worker, whole, tmp_path, workers)
 @pytest.mark.parametrize("select", ["mh", "drs", "obrs"])
 def test_selection_depends_on_neither_shard_size_nor_workers(tmp_path, monkeypatch, select):
     monkeypatch.setattr(choosing, "PILOT", 64)
-    monkeypatch.setattr(choosing, "PILOT_FIRST", 2**32 - 64)
     found = []
     for size, workers in ((50, 1), (17, 2)):
         configuration = replace(BASE, select=select, chain_length=3, shard_size=size, real="digits")
@@ -311,7 +310,7 @@ def test_rejection_by_image_accepts_what_one_pass_with_the_pilots_figures_would(
 
 
 def test_the_first_accepted_proposal_is_taken_and_none_is_told():
-    chooser = choosing.Chooser(replace(BASE, select="obrs", chain_length=3), {"log_scale": 0.0})
+    chooser = choosing.Chooser(replace(BASE, select="obrs", chain_length=3), {None: {"log_scale": 0.0}})
     never = -math.inf
     table = torch.tensor([[never, 9.0, 9.0], [never, never, never], [9.0, never, 9.0]])
     position, selected = chooser.choose(table, torch.arange(3))
