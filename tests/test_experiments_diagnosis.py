@@ -20,9 +20,10 @@ NOISE = (0.3, -1.0, 0.9, -0.2, 0.1)
 def rows_of(brier, gain, z=NOISE, ece=NOISE, seed=0):
     """Rows whose gains in KL and JS are the opposite of the one in good."""
     return [
-        {"seed": seed, "brier": b, "gain_good": g, "gain_kl": -g, "gain_js": -g, "z": s, "abs_z": abs(s), "ece": e}
+        {"seed": seed, "optimizer": "sgd", "brier": b, "z": s, "abs_z": abs(s), "ece": e,
+         **{f"gain_{key}": -g if key in ("kl", "js") else g for key in diagnosis.GAINS}}
         for b, g, s, e in zip(brier, gain, z, ece, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def found(table, score, gain="good", seed="pooled"):
@@ -89,9 +90,16 @@ def test_no_claim_holds_where_it_tells_less_or_the_wrong_way(brier, other):
 def test_published_correlations_stand_beside_the_mean_over_seeds():
     rows = rows_of((1, 2, 3, 4, 5), (1, 2, 3, 4, 5)) + rows_of((1, 2, 3, 4, 5), (5, 4, 3, 2, 1), seed=1)
     comparison = diagnosis.comparison(diagnosis.correlations(rows))
-    brier = next(row for row in comparison if row["case"] == "Brier" and row["metric"].endswith("good"))
+    brier = next(row for row in comparison if row["case"] == "Brier, D by sgd" and row["metric"].endswith("good"))
     assert (brier["published"], brier["ours"], brier["seeds"]) == (-0.68, pytest.approx(0, abs=1e-12), 2)
-    assert all(row["published"] is None for row in comparison if row["case"] == "|Z|")
+    assert all(row["published"] is None for row in comparison if row["case"].startswith("|Z|"))
+
+
+def test_the_ladders_of_two_optimizers_are_judged_apart():
+    rising = rows_of((5, 4, 3, 2, 1), (1, 2, 3, 4, 5))
+    falling = [row | {"optimizer": "adam"} for row in rows_of((5, 4, 3, 2, 1), (5, 4, 3, 2, 1))]
+    verdict = {c["claim"].split(":")[0]: c["holds"] for c in diagnosis.claims(diagnosis.correlations(rising + falling))}
+    assert verdict == {"D by sgd": True, "D by adam": False}
 
 
 # --- the ladder
@@ -101,7 +109,7 @@ def test_every_discriminator_judges_the_same_proposals_and_goes_on_from_the_one_
     cells = Cells(tmp_path, TINY)
     rows = list(diagnosis.Ladder(cells, TINY, 0).rows())
     assert len({row["standard_js"] for row in rows}) == 1 and [row["iterations"] for row in rows] == [1, 3]
-    first, second = (cells.tensors(f"discriminator-0-{k}", dict)["0.weight"] for k in (1, 3))
+    first, second = (cells.tensors(f"discriminator-sgd-0-{k}", dict)["0.weight"] for k in (1, 3))
     start = TINY.plane.networks(diagnosis.FRESH)[1][0].weight.detach()
     one, two = (float((b - a).norm()) for a, b in ((start, first), (first, second)))
     assert 0 < one < two < 5 * one  # one update away from the start, then two more
