@@ -91,9 +91,10 @@ def _diagnose(real: Tensor, fake: Tensor, real_weight: Tensor, fake_weight: Tens
     """Each side's weights are scaled to a sum of one half."""
     if not len(real) or not len(fake):
         raise InputError(f"diagnose wants real and generated logits, got {len(real)} and {len(fake)}")
-    p = torch.sigmoid(torch.cat([real, fake]))
-    if not bool(torch.isfinite(p).all()):
-        raise InputError("diagnose wants logits without NaN")
+    logits = torch.cat([real, fake])
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("diagnose wants finite logits, got NaN or inf among them")
+    p = torch.sigmoid(logits)
     y = torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
     sides = [w / w.sum() for w in (real_weight, fake_weight)]
     w = torch.cat(sides) / 2
@@ -197,6 +198,7 @@ class Calibration:
         d = torch.as_tensor(logits.logits if isinstance(logits, Result) else logits).detach()
         if d.dim() != 1:
             raise InputError(f"a calibration wants logits of shape (N,), got {tuple(d.shape)}")
+        d = d if d.is_floating_point() else d.double()
         known = torch.isfinite(d)
         found = d.clone()
         found[known] = torch.from_numpy(self._apply(d[known].double().cpu().numpy())).to(d)

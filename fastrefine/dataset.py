@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastrefine import checks
+from fastrefine.errors import InputError
 
 if TYPE_CHECKING:
     from fastrefine.refiner import Refiner
@@ -33,6 +34,11 @@ class RefinedDataset(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if info is not None and self.refiner.device.type == "cuda" and torch.cuda._is_in_bad_fork():
+            raise InputError(
+                "a refiner on a GPU cannot be used in a forked process: DataLoader(..., num_workers=0), which is as fast on "
+                'one GPU, or multiprocessing_context="spawn"'
+            )
         if workers == 1:
             yield from self._items(0, self.n)
             return

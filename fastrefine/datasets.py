@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import InputError
+from .pictures import SUFFIXES
 
 NUM_DIGITS_TRAIN = 1400
 """Training images of `load_digits`; the other 397 of the 1,797 are held out."""
@@ -31,7 +32,6 @@ MNIST_FILES = {
 }
 
 CIFAR10_PARTS = {"train": "cifar10-train", "test": "cifar10-test"}
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
 
 class Images(NamedTuple):
@@ -106,9 +106,9 @@ class PictureFolder:
 
     def __init__(self, path: str | os.PathLike[str], size: int):
         root = Path(path)
-        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:
-            raise InputError(f"{root} has no pictures; wanted files ending in {', '.join(PICTURES)}")
+            raise InputError(f"{root} has no pictures; wanted files ending in {', '.join(SUFFIXES)}")
         owners = [p.relative_to(root).parts[0] if p.parent != root else "" for p in found]
         order = _shuffled(len(found))
         self.size, self.paths = size, [found[i] for i in order]
@@ -157,7 +157,7 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of each picture of a zip, in order of names."""
     try:
         with zipfile.ZipFile(archive) as opened:
-            for name in sorted(n for n in opened.namelist() if n.lower().endswith(PICTURES)):
+            for name in sorted(n for n in opened.namelist() if n.lower().endswith(SUFFIXES)):
                 yield name, opened.read(name)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{archive} cannot be read as a zip ({error}); fetch the file again") from error

@@ -126,15 +126,18 @@ def measure(images: Tensor, real: Tensor, features: Features, *, kid_subset: int
     """torch-fidelity's names: inception_score_mean/_std, frechet_inception_distance, kernel_inception_distance_mean/_std,
     precision, recall, f_score; of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1].
 
-    "inception" is part of the names only: what was measured by stands under "features". num_samples is N. The score is
-    left out where the features give no logits. Raises InputError on sets of different shape, or too small for a covariance.
+    "inception" is part of the names only: what was measured by stands under "features". num_samples is N. Precision and
+    recall are of 10,000 images of each set at most, drawn from all of them, like the subsets of KID. The score is left out
+    where the features give no logits. Raises InputError on sets of different shape, or too small for a covariance.
     """
     check(images, real)
     ours, probabilities = features(images)
     theirs, _ = features(real)
+    # files often lie class by class, and some estimators read parts: mixed by torch-fidelity's permutation
+    ours, theirs = _mixed(ours), _mixed(theirs)
     found: dict[str, Any] = {"num_samples": len(images), "num_real": len(real), "features": features.name}
     if probabilities is not None:
-        found |= _score(probabilities)
+        found |= _score(_mixed(probabilities))
     subset = min(kid_subset, len(images), len(real))
     return found | _distances(ours, theirs, subset) | _precision_recall(ours.numpy(), theirs.numpy())
 
@@ -189,6 +192,11 @@ def _distances(ours: Tensor, theirs: Tensor, subset: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _mixed(x: Tensor) -> Tensor:
+    """The rows of ``x`` in a fixed random order."""
+    return x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
+
+
 def _score(probabilities: Tensor, splits: int = 10) -> dict[str, float]:
     from fastrefine.metrics import classifier_score
 
@@ -208,8 +216,8 @@ def _precision_recall(ours: np.ndarray, theirs: np.ndarray, limit: int = 10_000)
 
 
 def _covered(x: np.ndarray, manifold: np.ndarray) -> float:
-    centres = torch.from_numpy(np.asarray(manifold, np.float32))
-    points = torch.from_numpy(np.asarray(x, np.float32))
+    offset = manifold.mean(0, dtype=np.float64)  # a common one would cost cdist the digits that tell points apart
+    centres, points = (torch.from_numpy((np.asarray(a, np.float64) - offset).astype(np.float32)) for a in (manifold, x))
     radius = torch.cat(
         [torch.cdist(part, centres).kthvalue(NEIGHBOURS + 1).values for part in centres.split(BLOCK)]
     )  # the nearest is the point itself

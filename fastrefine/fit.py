@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -114,12 +115,38 @@ def _warn(text: str) -> None:
     warnings.warn(text, FastrefineWarning, stacklevel=4)
 
 
-def weights(module: nn.Module | None) -> tuple[Any, ...]:
-    """Changes whenever a parameter or buffer is updated in place, or replaced."""
-    if module is None:
-        return ()
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+class Weights:
+    """A module's parameters and buffers as they are now; unequal once one was updated in place, or replaced.
+
+    An update by way of ``.data`` leaves a tensor's version as it is, so that the content is summed up too, in two ways.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        self.tensors = () if module is None else (*module.parameters(), *module.buffers())  # held: an id is not used again
+        self.versions = [0 if t.is_inference() else t._version for t in self.tensors]
+        self.sums: list[bytes] = []
+        with torch.no_grad():
+            for device in dict.fromkeys(t.device for t in self.tensors):  # one wait for each
+                here = [t for t in self.tensors if t.device == device and t.numel()]
+                sums = [part for t in here for part in _sums(t)]
+                self.sums.append(torch.stack(sums).cpu().numpy().tobytes() if sums and device.type != "meta" else b"")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Weights):
+            return NotImplemented
+        same = len(self.tensors) == len(other.tensors) and all(map(operator.is_, self.tensors, other.tensors))
+        return same and self.versions == other.versions and self.sums == other.sums
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _sums(t: Tensor) -> list[Tensor]:
+    """Float64 scalars where ``t`` lies."""
+    t = torch.view_as_real(t) if t.is_complex() else t
+    if not t.is_floating_point():
+        return [t.sum(dtype=torch.float64)]
+    wide = torch.promote_types(t.dtype, torch.float32)
+    return [t.sum(dtype=wide).double(), torch.linalg.vector_norm(t, dtype=wide).double()]
 
 
 def device_of(*modules: Any) -> torch.device:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+import re
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -48,8 +49,12 @@ def quiet_torch(device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+# of an optional second parameter, which may also be noise, a truncation, a step
+_LABELS = re.compile("label|class|cond|target|categor|attr|^(y|c|cls|emb|embedding)$", re.IGNORECASE)
+
+
 def takes_labels(module: Any, known: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether ``module(x, labels)`` is a valid call, and whether labels are required."""
+    """Whether ``module(x, labels)`` is a valid call, and whether labels are required: an optional one is told by its name."""
     function = module.forward if isinstance(module, nn.Module) else module
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -60,9 +65,10 @@ def takes_labels(module: Any, known: dict[str, Any]) -> tuple[bool, bool]:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 or positional[1].name in known:
         return False, False
-    if isinstance(positional[1].default, bool | float | str):  # an option such as return_features=False
-        return False, False
-    return True, positional[1].default is inspect.Parameter.empty
+    if positional[1].default is inspect.Parameter.empty:
+        return True, True
+    option = isinstance(positional[1].default, bool | float | str)  # such as return_class_features=False
+    return not option and bool(_LABELS.search(positional[1].name)), False
 
 
 class Identity(nn.Module):

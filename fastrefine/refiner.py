@@ -23,6 +23,12 @@ from fastrefine.target import DTYPES, Target
 Callback = Callable[[dict[str, int]], None]
 
 
+_FIXED = {
+    "sampler", "stop", "at", "prior", "real", "real_labels", "precision", "dtype", "device", "coupling", "compile",
+    "discriminator_output", "output_key", "generator_kwargs", "discriminator_kwargs",
+}  # fmt: skip
+
+
 class Refiner:
     """Refines samples of ``generator`` with the gradient of ``discriminator``; neither is ever modified.
 
@@ -127,13 +133,26 @@ class Refiner:
                 "--real FOLDER or FILE.npz to a command"
             )
         fit.check(self)
-        self._seen_weights: tuple[Any, Any] = ((), ())
+        self._seen_weights = (fit.Weights(None), fit.Weights(None))
         self._forget()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sizes, outputs and callbacks may be set at any time; what networks were prepared by is refused with InputError."""
+        if name in _FIXED and "_key" in vars(self):
+            raise InputError(f"{name} of a Refiner cannot be set: make another one, Refiner(..., {name}=...)")
+        super().__setattr__(name, value)
+
+    def replaced(self, **settings: Any) -> Refiner:
+        """The same refiner with another sampler, rule, compile or what may be set; the cut of the generator is shared."""
+        twin = copy.copy(self)
+        vars(twin).update(settings)
+        twin._forget_discriminator()
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was prepared, which is made again at first use: graphs and captures are one process's."""
         twin = copy.copy(self)
-        twin._seen_weights = ((), ())
+        twin._seen_weights = (fit.Weights(None), fit.Weights(None))
         twin.__dict__.pop("_probed", None)
         twin._forget()
         return vars(twin)
@@ -281,7 +300,10 @@ class Refiner:
                 self._discriminator_side = self._new_discriminator_side(images, y)
             critic = self._discriminator_side
             if y is not None and not (side.takes_labels or critic.takes_labels):
-                raise InputError("labels were given, but neither the generator nor the discriminator takes them")
+                raise InputError(
+                    "labels were given, but neither the generator nor the discriminator takes them; wanted a second argument, "
+                    "named e.g. labels or y where it is optional"
+                )
             if self.real is not None:
                 checks.real_images(self.real, side.image_shape, images)
             self._bind(critic)
@@ -297,7 +319,7 @@ class Refiner:
 
     def _notice_updates(self) -> None:
         """Forget what was prepared from weights that the caller has updated since."""
-        now = fit.weights(self.generator), fit.weights(self.discriminator)
+        now = fit.Weights(self.generator), fit.Weights(self.discriminator)
         if now[0] != self._seen_weights[0]:
             self._forget()
         elif now[1] != self._seen_weights[1]:
@@ -351,7 +373,7 @@ class Refiner:
     def _refresh(self, discriminator: nn.Module) -> None:
         """Take an updated discriminator of the same structure; nothing is traced again (used while shaping)."""
         self.discriminator = discriminator
-        self._seen_weights = self._seen_weights[0], fit.weights(discriminator)
+        self._seen_weights = self._seen_weights[0], fit.Weights(discriminator)
         if self._target is None or self._discriminator_side is None:
             return
         with quiet_torch(self.device), self._target.generator.evaluation_mode():

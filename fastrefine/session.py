@@ -40,8 +40,9 @@ def parts(refiner: Refiner, source: Source, chunk: int, snapshots: tuple[int, ..
         count += len(block)
         while count >= chunk:
             together = Result.concatenate(held)
-            yield together.select(slice(0, chunk))
             rest = together.select(slice(chunk, None))
+            # a part owns its memory: a view would keep, and torch.save write, the whole block
+            yield Result.concatenate([together.select(slice(0, chunk))]) if len(rest) else together
             held, count = [rest] if len(rest) else [], len(rest)
     if held:
         yield Result.concatenate(held)
@@ -183,7 +184,8 @@ class _Watch:
             raise NonFiniteError(f"logit or gradient not finite for {len(ids)} samples, first ids {ids[:5]}")
         real = self.refiner._real_logits
         highest = torch.inf if real is None else float(real.logits.max())
-        hidden = (~part.images.isfinite()).flatten(1).any(1)
+        hidden = ~part.images.isfinite()
+        hidden = hidden.flatten(1).any(1) if hidden.dim() > 1 else hidden
         stalled = part.status == Status.STALLED
         rows = torch.stack([bad, hidden, stalled, part.logits > highest])
         sums = rows.sum(1, dtype=torch.int64)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from fastrefine import checks, freeze, ops, stopping
@@ -60,8 +62,8 @@ def shape_discriminator(
         rule or sampler that reads the refiner's ``real`` scores all of it anew in every iteration.
     optimizer: "adam" (with betas) | "sgd". gradient_penalty: on a logit the weight of |grad D|^2 at real images (R1 of
         Mescheder et al. 2018 without its factor 1/2), default 0; on a critic of WGAN-GP's two-sided penalty, default 10.
-    batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated; "train" updates its statistics
-        and draws dropout by (seed, iteration).
+    batch_norm: "eval" keeps D's batch and instance norms and dropout in eval mode while it is updated; "train" updates
+        their statistics and draws dropout by (seed, iteration). Everything else is in training mode in both.
     Proposals have consecutive ids under ``seed``, from 0, as many in each iteration as there are real images.
     progress: a tqdm bar on stderr; None shows it on a terminal only.
     callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
@@ -69,11 +71,13 @@ def shape_discriminator(
     Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
     """
     checks.count("iterations", iterations, 0)
+    if not isinstance(refiner, Refiner):
+        raise InputError(f"refiner is a {type(refiner).__name__}; wanted a fastrefine.Refiner")
     with quiet_torch(refiner.device):
         student = _trainable(refiner.discriminator, refiner.device)
-        twin = refiner.with_discriminator(student)
+        rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
+        twin = refiner.with_discriminator(student).replaced(stop=rule)
         twin.num_slots = min(refiner.num_slots, checks.count("batch_size", batch_size, 1))
-        twin.stop = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
         twin.progress, twin.callback, twin.output_device = False, None, refiner.device
         if twin.prior is None and latents is None:
             raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
@@ -103,8 +107,9 @@ def tune_discriminator(
     refiner: Refiner, real: Any, iterations: int, batch_size: int, learning_rate: float, **options: Any
 ) -> nn.Module:
     """Train D further on real images against raw samples of G; arguments as for ``shape_discriminator``."""
-    raw = copy.copy(refiner)
-    raw.max_steps, raw.sampler = 0, _RAW
+    if not isinstance(refiner, Refiner):
+        raise InputError(f"refiner is a {type(refiner).__name__}; wanted a fastrefine.Refiner")
+    raw = refiner.replaced(max_steps=0, sampler=_RAW)
     options = {"stop": stopping.FixedSteps(), **options}
     return shape_discriminator(raw, real, iterations, batch_size, learning_rate, **options)
 
@@ -143,6 +148,8 @@ def fit_discriminator(
     checks.count("check_every", check_every, 1)
     checks.count("patience", patience, 1)
     check_choice("discriminator_output", discriminator_output, ("logit", "probability"))
+    if not isinstance(generator, nn.Module):
+        raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module")
     device = next((p.device for p in unwrap(generator).parameters()), torch.device("cpu"))
     with quiet_torch(device):
         g = freeze.private_copy(unwrap(generator)).float()
@@ -232,6 +239,8 @@ class _Trainer:
         self.scale = refiner.discriminator_output
         self.penalty = (10.0 if self.scale == "critic" else 0.0) if gradient_penalty is None else gradient_penalty
         parameters = list(student.parameters())
+        if not parameters:
+            raise InputError(f"the discriminator, a {type(student).__name__}, has no parameters to train")
         self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(parameters, learning_rate, betas=betas)
@@ -253,7 +262,10 @@ class _Trainer:
         device = self.refiner.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             seed_noise(device, (self.seed * 1_000_003 + self.updates) % 2**63)
-            self.student.train(self.training)
+            self.student.train()  # a spectral norm follows its weights in this mode only
+            for module in () if self.training else self.student.modules():
+                if isinstance(module, _NormBase | _DropoutNd):
+                    module.eval()
             real = real.detach().to(device, self.dtype).requires_grad_(self.penalty > 0)
             fake = fake.detach().to(device, self.dtype)
             if labels is not None:

@@ -100,3 +100,14 @@ def test_a_critics_scores_serve_as_tensors_and_as_results():
 def test_what_cannot_be_calibrated_is_named(call):
     with pytest.raises(fr.InputError):
         call()
+
+
+def test_a_diagnosis_of_logits_that_are_not_finite_is_refused():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(fr.InputError, match="finite"):
+            fr.diagnose(torch.tensor([0.0, bad]), torch.zeros(3))
+
+
+def test_whole_numbers_are_calibrated_as_numbers():
+    found = fr.calibrate(*samples(300, 300), method="platt")
+    assert torch.equal(found(torch.tensor([1, 2])), found(torch.tensor([1.0, 2.0], dtype=torch.float64)))

@@ -2,13 +2,15 @@
 
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import fastrefine as fr
-from fastrefine import pairs
+from fastrefine import dataset, pairs
 
 
 def refiner(**options):
@@ -89,3 +91,34 @@ def test_a_callback_that_raises_cancels_and_leaves_the_refiner_usable():
         one.sample(400)
     one.callback = None
     assert torch.equal(one.sample(20).images, refiner().sample(20).images)
+
+
+def test_weights_updated_by_way_of_data_or_replaced_are_noticed():
+    made = refiner()
+    first = made.sample(20).logits
+    made.discriminator[-1].bias.data.add_(5.0)  # as the average of a generator's weights is kept in many codes
+    assert float((made.sample(20).logits - first).mean()) > 3
+    made.discriminator[-1].bias = nn.Parameter(torch.full_like(made.discriminator[-1].bias, -5.0))
+    assert float((made.sample(20).logits - first).mean()) < -3
+
+
+@pytest.mark.parametrize("name", ["sampler", "stop", "at", "precision", "prior", "real"])
+def test_what_networks_were_prepared_by_is_not_set_in_silence(name):
+    with pytest.raises(fr.InputError, match=f"{name} of a Refiner cannot be set: make another one"):
+        setattr(refiner(), name, None)
+
+
+def test_a_part_of_a_stream_owns_its_memory():
+    for part in refiner().stream(20, chunk=3):
+        assert part.images.untyped_storage().nbytes() == part.images.numel() * part.images.element_size()
+
+
+def test_a_forked_process_is_told_that_it_cannot_use_a_refiner_of_a_gpu(monkeypatch):
+    made = refiner()
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(dataset, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    items = made.dataset(4)
+    assert len(list(items)) > 0  # on a CPU it may
+    vars(made)["device"] = torch.device("cuda")
+    with pytest.raises(fr.InputError, match="num_workers=0"):
+        next(iter(items))

@@ -56,6 +56,26 @@ def test_precision_and_recall_tell_apart_what_is_false_from_what_is_missing():
     assert 0.4 < more["precision"] < 0.6 and more["recall"] > 0.9
 
 
+def test_images_that_lie_class_by_class_are_judged_like_mixed_ones():
+    x = torch.cat([images(200, i) + 5 * torch.eye(3)[i].view(3, 1, 1) for i in range(3)])
+    random = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    ordered, shuffled = (evaluation.measure(y, x, FEATURES)["inception_score_mean"] for y in (x, x[random]))
+    assert ordered > 2.8 and shuffled > 2.8  # of three classes; 1 where every part of it sees one class
+
+
+def test_precision_and_recall_of_many_images_see_every_class(monkeypatch):
+    x, y = (torch.cat([images(100, seed), images(100, seed + 1, 5.0)]).mean((2, 3)).numpy() for seed in (0, 2))
+    mixed = (evaluation._mixed(torch.from_numpy(a)).numpy() for a in (x, y))
+    found = evaluation._precision_recall(*mixed, limit=120)
+    assert found["precision"] > 0.85 and found["recall"] > 0.85
+
+
+def test_precision_does_not_depend_on_an_offset_of_the_features():
+    x, y = (images(200, seed).mean((2, 3)).numpy() for seed in (0, 1))
+    plain, moved = (evaluation._precision_recall(x + offset, y + offset) for offset in (0.0, 500.0))
+    assert plain == moved and plain["precision"] < 1
+
+
 def test_features_without_logits_give_no_score():
     plain = evaluation.Features(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "plain")
     found = evaluation.measure(images(50, 0), images(50, 1), plain)

@@ -318,6 +318,22 @@ def test_an_option_after_the_images_is_no_label():
     assert same_result(refiner(g, WithOption()).sample(N, labels=labels), refiner(g).sample(N, labels=labels))
 
 
+def test_labels_do_not_go_into_an_optional_argument_that_is_noise():
+    """FAULTS 21"""
+
+    class WithNoise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = generator()
+
+        def forward(self, z, noise=None):
+            return self.module(z if noise is None else z + noise[:, None])
+
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    d = ByClass(IMAGE, 1, "embedding")
+    assert same_result(refiner(WithNoise(), d).sample(N, labels=labels), refiner(d=d).sample(N, labels=labels))
+
+
 def test_scoring_by_class_and_real_images_by_class():
     """FAULTS 21"""
     d, x, y = ByClass(IMAGE, 1, "embedding"), torch.linspace(-1, 1, 6 * IMAGE).view(6, IMAGE), [0, 1, 2, 0, 1, 2]

@@ -184,6 +184,15 @@ def test_bad_arguments_are_named(options, message):
         fr.shape_discriminator(refiner(), **given)
 
 
+def test_what_is_no_refiner_no_network_or_has_nothing_to_train_is_named():
+    with pytest.raises(fr.InputError, match="refiner is a NoneType"):
+        fr.shape_discriminator(None, REAL, 1, 8, 0.1)
+    with pytest.raises(fr.InputError, match="generator is a function"):
+        fr.fit_discriminator(lambda z: z, REAL, 1, prior=fr.Normal(2))
+    with pytest.raises(fr.InputError, match="has no parameters to train"):
+        fr.shape_discriminator(refiner((pair()[0], nn.Sequential(nn.Flatten(), nn.AvgPool1d(2)))), REAL, 1, 8, 0.1)
+
+
 def equal(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -230,6 +239,15 @@ def test_dropout_is_drawn_by_the_seed_and_not_from_the_callers_numbers():
         return found
 
     assert equal(shaped(1), shaped(2)) and not equal(shaped(1), shaped(1, seed=4))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm], ids=["old", "new"])
+def test_a_spectral_norm_follows_the_weights_while_batch_norm_and_dropout_keep_still(norm):
+    d = nn.Sequential(norm(nn.Linear(2, 16)), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), norm(nn.Linear(16, 1)))
+    shaped = fr.shape_discriminator(refiner((pair()[0], d)), REAL, 100, 32, 1e-2)
+    for layer in (shaped[0], shaped[4]):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) < 1.1
+    assert torch.equal(shaped[1].running_mean, d[1].running_mean)
 
 
 def test_a_float64_refiner_trains_a_float32_discriminator():

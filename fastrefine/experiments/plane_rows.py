@@ -107,10 +107,9 @@ class Table:
         recipe = self.recipe
 
         def train() -> nn.Module:
-            refiner = self.refiner(g, d, "arg-max")
-            refiner.keep = "last"
             # half a minute of compiling, won back over thousands of iterations
-            refiner.compile = how == "shaped" and recipe.shaping_iterations > 1000
+            compiled = how == "shaped" and recipe.shaping_iterations > 1000
+            refiner = self.refiner(g, d, "arg-max").replaced(keep="last", compile=compiled)
             update = fr.shape_discriminator if how == "shaped" else fr.tune_discriminator
             fresh = Fresh(self.mixture.draw, recipe.shaping_batch, self.seed + 1)
             return update(

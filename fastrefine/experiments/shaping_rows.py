@@ -135,8 +135,8 @@ class Table:
         recipe, batch = self.recipe, self.recipe.plane.training.batch_size
 
         def train() -> nn.Module:
-            refiner = self.refiner(g, d)
-            refiner.compile = name == "shaped" and recipe.iterations >= 500  # half a minute, won back
+            compiled = name == "shaped" and recipe.iterations >= 500  # half a minute, won back
+            refiner = self.refiner(g, d).replaced(compile=compiled)
             fresh = Fresh(self.case.draw, batch, self.seed + 1)
             work = fr.shape_discriminator if name == "shaped" else fr.tune_discriminator
             return work(refiner, fresh, recipe.iterations, batch, recipe.rate, seed=self.seed, progress=None)
