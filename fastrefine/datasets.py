@@ -126,15 +126,6 @@ class PictureFolder:
         return torch.stack([self[int(i)][0] for i in indices])
 
 
-def load_folder(path: str | os.PathLike[str], size: int, held_out: float = 0.1) -> Images:
-    """All pictures of a folder at once, see ``PictureFolder``; a share of them, at least one, is held out."""
-    pictures = PictureFolder(path, size)
-    if len(pictures) < 2:
-        raise InputError(f"{path} has one picture; wanted two or more, for one is held out")
-    x, n = pictures.images(range(len(pictures))), len(pictures) - max(1, int(held_out * len(pictures)))
-    return Images(x[:n], x[n:], pictures.labels[:n], pictures.labels[n:])
-
-
 def _read_classes(folder: Path, name: str) -> tuple[Tensor, Tensor]:
     """(images, labels) of ``folder``/name.zip or ``folder``/name."""
     archive = folder / f"{name}.zip"
