@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fastrefine.cli_production import FOLDER, configuration_of, model_options
+from fastrefine.cli_production import FOLDER, configuration_of, model_options, usual_device
 
 PATH = click.Path(exists=True, path_type=Path)
 TELL_EVERY = 10.0  # seconds, where there is no terminal for a bar
@@ -90,7 +90,7 @@ def shape(
 
     started = told = time.monotonic()
     allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
-    worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle, labels=True)
+    worker = Worker(configuration_of(ctx, flags), device=device or usual_device(), allow_pickle=allow_pickle, labels=True)
     refiner = worker.refiner
     curve: list[dict[str, float]] = []
 
@@ -145,7 +145,7 @@ def shape(
               "trained here on --train.")  # fmt: skip
 @click.option("--train", help="Labelled real images for the default features (default: --real, if it is labelled).")
 @click.option("--baseline", type=PATH, help="Unrefined images, to tell when score and distance part ways.")
-@click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most.")
+@click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most, drawn from all of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with torch-fidelity's names.")
 def evaluate(
     images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
@@ -161,8 +161,8 @@ def evaluate(
     from fastrefine import evaluation, pictures
     from fastrefine.errors import InputError
 
-    ours = evaluation.images_of(images)[:limit]
-    unrefined = None if baseline is None else evaluation.images_of(baseline)[:limit]
+    ours = evaluation.images_of(images, limit)
+    unrefined = None if baseline is None else evaluation.images_of(baseline, limit)
     truth = pictures.load_images(real, limit, signed=True)
     for given in (ours, unrefined):
         if given is not None:
@@ -213,7 +213,7 @@ def bench(
     from fastrefine.worker import Worker
 
     at, allow_pickle, device = flags["at"], flags.pop("allow_pickle"), flags.pop("device")
-    worker = Worker(configuration_of(ctx, flags), device=device, allow_pickle=allow_pickle, labels=True)
+    worker = Worker(configuration_of(ctx, flags), device=device or usual_device(), allow_pickle=allow_pickle, labels=True)
     bench = throughput.Bench(worker.refiner, steps, seconds, labelled=worker.labelled)
     names = names or at
     rows = bench.rows(names.split(",") if names else bench.candidates(), precisions.split(","))

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from fastrefine.configuration import FORMATS, SELECTIONS, Configuration, ranges
+from fastrefine.configuration import CHOICES, FORMATS, SELECTIONS, Configuration, ranges
 from fastrefine.errors import InputError
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -82,11 +82,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--sampler-args", type=JsonObject(), help="Further arguments of the sampler, as JSON."),
         click.option("--max-steps", type=click.IntRange(min=0), default=50, show_default=True),
         click.option("--stop", default="none", show_default=True, help="none | median | reference | uniform | a logit."),
-        click.option("--keep", type=click.Choice(("last", "best")), default="last", show_default=True),
+        click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
         click.option("--real", type=click.Path(), help="Real images that stop and select: folder, .npz, .safetensors, digits."),
+        click.option("--image-range", type=(float, float), help="Of what G makes (default: the pair's, or -1 1)."),
         click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
         click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
-        click.option("--precision", type=click.Choice(("float64", "float32", "tf32", "bfloat16", "float16")), default="float32",
+        click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32",
                      show_default=True),
         click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints, which runs whatever code they bring."),
         click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
@@ -115,7 +116,6 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--percentile", type=float, default=95.0, show_default=True, help="Of drs.")
 @click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True)
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a file.")
-@click.option("--image-range", type=(float, float), default=(-1.0, 1.0), show_default=True, help="Of what G makes.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="JSON as in a manifest's \"configuration\"; flags given beside it win.")  # fmt: skip
 @click.option("--outdir", type=FOLDER, required=True, help="Shards, their markers and manifest.json; given again, resumes.")
@@ -148,7 +148,7 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
     signal.signal(signal.SIGTERM, _terminated)
     again = f"fastrefine {shlex.join(sys.argv[1:])}"
     try:
-        worker = Worker(configuration, device=device or _device(), allow_pickle=allow_pickle)
+        worker = Worker(configuration, device=device or usual_device(), allow_pickle=allow_pickle)
         folder = worker.folder(outdir)
         share = shard_id * world + rank, num_shards * world
         total = sum(shard.count for shard in folder.share(*share))
@@ -187,6 +187,8 @@ def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
             click.echo(f"damaged  {name}: {why}")
         if found.missing:
             click.echo(f"missing  {len(found.missing)} of {found.total} shards, first {found.missing[0]}")
+        for name in found.leftovers:
+            click.echo(f"leftover {name} (of a worker that was killed, or is at work; remove it when none is)")
         for name in found.foreign:
             click.echo(f"foreign  {name} (left alone)")
         state = "complete" if found.complete else "incomplete; the command of the run, given again, makes the rest"
@@ -228,7 +230,9 @@ def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
             base = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"{path} is no JSON ({error})") from error
-        base = base.get("configuration", base)
+        base = base.get("configuration", base) if isinstance(base, dict) else base
+        if not isinstance(base, dict):
+            raise InputError(f'{path} holds {base!r}; wanted a JSON object, as a manifest\'s "configuration"')
 
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
@@ -239,6 +243,8 @@ def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
                  ("weights", f"{role}_weights"), ("key", f"{role}_key"))}  # fmt: skip
         there = {key: value for key, value in parts.items() if value is not None}
         if there:
+            if not isinstance(base.get(role), dict | None):
+                raise InputError(f'{path} has a {role} {base[role]!r}; wanted e.g. {{"code": "package.module:callable"}}')
             values[role] = {**(base.get(role) or {}), **there}
             if "code" not in values[role]:
                 raise InputError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
@@ -265,7 +271,8 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _device() -> str | None:
+def usual_device() -> str | None:
+    """This process's GPU, if there is one."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None

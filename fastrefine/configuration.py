@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,13 @@ from fastrefine.errors import InputError
 FORMATS = ("npz", "png", "wds", "safetensors")
 SELECTIONS = ("none", "mh", "drs", "obrs")
 STOPS = ("none", "median", "reference", "uniform")
+CHOICES = {
+    "format": FORMATS, "select": SELECTIONS, "keep": ("last", "best"),
+    "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
+    "discriminator_output": ("", "logit", "probability", "critic"),  # "": the pair's
+}  # fmt: skip
+COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1}  # at least
+USUAL_RANGE = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class Network:
     weights: str = ""
     key: str = ""
 
+    def __post_init__(self) -> None:
+        _check_kinds(self, str, ("code", "weights", "key"))
+        _check_kinds(self, dict, ("arguments",))
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -40,7 +52,8 @@ class Configuration:
     pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; or generator and discriminator. prior,
     sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: images that stop, step or select by.
     seeds: "0-49999", "3,7,10-12": one image each. classes: None, a class for all, or "random" (drawn by seed).
-    select: with chain_length proposals for each image; budget: of obrs. image_range: of what G makes.
+    select: with chain_length proposals for each image; budget: of obrs. image_range: of what G makes; None: the pair's, or
+    -1 to 1 (``pairs.configured``). Raises InputError on values of the wrong kind or out of range.
     """
 
     pair: str = ""
@@ -66,27 +79,46 @@ class Configuration:
     percentile: float = 95.0
     format: str = "npz"
     shard_size: int = 1000
-    image_range: tuple[float, float] = (-1.0, 1.0)
+    image_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self, str, ("pair", "at", "real", "seeds", *CHOICES))
+        _check_kinds(self, dict, ("prior", "sampler"))
         if bool(self.pair) == bool(self.generator or self.discriminator):
             raise InputError("wanted either a pair, or a generator and a discriminator")
         if not self.pair and not (self.generator and self.discriminator):
             raise InputError("wanted both a generator and a discriminator")
-        for name, value, choices in (("format", self.format, FORMATS), ("select", self.select, SELECTIONS)):
-            if value not in choices:
-                raise InputError(f"{name} is {value!r}; wanted one of {', '.join(choices)}")
-        if isinstance(self.stop, str) and self.stop not in STOPS:
+        _check_kinds(self, Network | None, ("generator", "discriminator"))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(filter(None, choices))}")
+        if self.stop not in STOPS and not _is_number(self.stop):
             raise InputError(f"stop is {self.stop!r}; wanted a logit or one of {', '.join(STOPS)}")
-        for name in ("shard_size", "num_slots", "chain_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        for name, least in COUNTS.items():
+            if not _is_count(getattr(self, name), least):
+                raise InputError(f"{name} is {getattr(self, name)!r}; wanted a whole number of at least {least}")
+        if self.classes not in (None, "random") and not _is_count(self.classes, 0):
+            raise InputError(f"classes is {self.classes!r}; wanted a class for all, a whole number of at least 0, or random")
+        if not _is_number(self.budget) or not 0 < self.budget <= 1:
+            raise InputError(f"budget is {self.budget!r}; wanted the accepted share, more than 0 and at most 1")
+        if not _is_number(self.percentile) or not 0 <= self.percentile <= 100:
+            raise InputError(f"percentile is {self.percentile!r}; wanted 0 to 100")
         ranges(self.seeds)
+        if self.image_range is not None:
+            ends: Any = self.image_range if isinstance(self.image_range, tuple | list) else ()
+            if len(ends) != 2 or not all(map(_is_number, ends)) or not ends[0] < ends[1]:
+                raise InputError(f"image_range is {self.image_range!r}; wanted two finite numbers, low before high")
+            object.__setattr__(self, "image_range", (float(ends[0]), float(ends[1])))
 
     @property
     def proposals(self) -> int:
         """Proposals for each image."""
         return 1 if self.select == "none" else self.chain_length
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """``image_range``, or the usual one where none is given."""
+        return self.image_range or USUAL_RANGE
 
     def to_json(self) -> dict[str, Any]:
         """As JSON knows it."""
@@ -95,6 +127,8 @@ class Configuration:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Configuration:
         """The configuration of a JSON object; InputError names what it does not know."""
+        if not isinstance(values, Mapping):
+            raise InputError(f'a configuration is {values!r}; wanted a JSON object, as a manifest\'s "configuration"')
         known = {f.name for f in fields(cls)}
         unknown = [name for name in values if name not in known]
         if unknown:
@@ -104,17 +138,38 @@ class Configuration:
             for name in ("generator", "discriminator"):
                 if isinstance(found.get(name), Mapping):
                     found[name] = Network(**found[name])
-            if "image_range" in found:
-                low, high = found["image_range"]
-                found["image_range"] = (float(low), float(high))
             return cls(**found)
         except TypeError as error:
             raise InputError(f"the configuration does not fit: {error}") from error
 
     def identity(self, facts: Mapping[str, Any]) -> str:
-        """sha256 of the configuration and of what it names outside itself (digests of networks and images)."""
-        text = json.dumps({"configuration": self.to_json(), **facts}, sort_keys=True)
+        """sha256 of the configuration without paths, and of what they lead to (code, digests of networks and images)."""
+        text = json.dumps({"configuration": without_paths(self.to_json()), **facts}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's JSON without where pair, weights and real images lie: a run depends on what is there."""
+    kept = {name: value for name, value in values.items() if name not in ("pair", "real")}
+    for role in ("generator", "discriminator"):
+        if isinstance(kept.get(role), Mapping):
+            kept[role] = {name: value for name, value in kept[role].items() if name != "weights"}
+    return kept
+
+
+def _check_kinds(given: Any, kind: Any, names: Iterable[str]) -> None:
+    wanted = {str: "text", dict: "an object of names and values"}.get(kind, 'e.g. {"code": "package.module:callable"}')
+    for name in names:
+        if not isinstance(getattr(given, name), kind):
+            raise InputError(f"{name} is {getattr(given, name)!r}; wanted {wanted}")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ranges(text: str) -> list[range]:

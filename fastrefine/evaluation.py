@@ -225,13 +225,14 @@ def _covered(x: np.ndarray, manifold: np.ndarray) -> float:
     return float(torch.cat(inside).double().mean())
 
 
-def images_of(path: Path) -> Tensor:
-    """Images of a run's folder, of pictures, or of a file, float32 (N, C, H, W) in [-1, 1]."""
-    from fastrefine.pictures import FILES, from_pixels, load_images
+def images_of(path: Path, limit: int | None = None) -> Tensor:
+    """Images of a run's folder, of pictures, or of a file, float32 (N, C, H, W) in [-1, 1]; limit: as ``pictures.some``."""
+    from fastrefine.pictures import FILES, from_pixels, load_images, some
     from fastrefine.shards import MANIFEST, Folder
 
     if (path / MANIFEST).is_file():
-        return from_pixels(np.concatenate([pixels for pixels, _ in Folder.open(path).parts()]))
+        pixels = np.concatenate([pixels for pixels, _ in Folder.open(path).parts()])
+        return from_pixels(pixels[some(len(pixels), limit)])
     if path.is_file() and path.suffix not in FILES:
         raise InputError(f"{path} holds no images; wanted a run's folder, a folder of pictures, .npz or .safetensors")
-    return load_images(path, signed=True)
+    return load_images(path, limit, signed=True)

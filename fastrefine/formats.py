@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tarfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,12 @@ class Batch:
 def name_of(kind: str, index: int) -> str:
     """The name of shard ``index`` in its folder."""
     return f"{index:06d}" if kind == "png" else f"shard-{index:06d}{SUFFIX[kind]}"
+
+
+def check_channels(kind: str, channels: int) -> None:
+    """Raise InputError where the format cannot hold images of so many channels."""
+    if kind in ("png", "wds") and channels not in (1, 3):
+        raise InputError(f"the {kind} format holds PNG files of 1 or 3 channels, got {channels}; use npz or safetensors")
 
 
 def write(kind: str, path: Path, batch: Batch) -> None:
@@ -101,23 +108,36 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def publish(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """``content`` at ``path``: under a name of this process's own, to the disk (sync: at once), then renamed."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def publish(path: Path, content: bytes, *, new: bool = False) -> None:
+    """``content`` at ``path``: under a name that nobody else has, to the disk, then renamed.
+
+    new: raises FileExistsError where ``path`` is there already.
+    """
+    part = part_of(path)
     try:
-        _write(part, content, sync)
-        os.replace(part, path)
+        _write(part, content)
+        (os.link if new else os.replace)(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
+def part_of(path: Path) -> Path:
+    """A name beside ``path`` to write it under, unique among threads, processes and machines."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+
+
+def whole_of(name: str) -> str:
+    """The name that a file ``part_of`` is to get; of other files their own."""
+    return name.rsplit(".", 2)[0] if name.endswith(".part") else name
+
+
 def publish_all(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
     """As ``publish``, (name, content) of many files of a folder; what else lies in it stays."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = part_of(folder)
     try:
         part.mkdir()
         with ThreadPoolExecutor(16) as pool:  # a disk takes what several threads wait for in one go
-            list(pool.map(lambda file: _write(part / file[0], file[1], sync=True), files))
+            list(pool.map(lambda file: _write(part / file[0], file[1]), files))
         folder.mkdir(exist_ok=True)
         for name, _ in files:
             os.replace(part / name, folder / name)
@@ -125,12 +145,11 @@ def publish_all(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes, sync: bool) -> None:
+def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def merge_npz(
@@ -151,12 +170,13 @@ def merge_npz(
 
 
 def merge_png(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
-    """output/000000/000123.png, as NVlabs' tools write them."""
-    for pixels, columns in parts:
-        for png, number in zip(_pngs(pixels), columns["ids"].tolist(), strict=True):
-            path = output / f"{number - number % PER_FOLDER:06d}" / f"{number:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            publish(path, png, sync=False)
+    """output/000000/000123.png, as NVlabs' tools write them; output: absent, or an empty folder."""
+    with _replacing(output.resolve()) as part:
+        for pixels, columns in parts:
+            for png, number in zip(_pngs(pixels), columns["ids"].tolist(), strict=True):
+                path = part / f"{number - number % PER_FOLDER:06d}" / f"{number:06d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(png)
 
 
 def merge_tar(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
@@ -169,12 +189,12 @@ def merge_tar(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarr
 @contextlib.contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``output`` when all went well and is gone otherwise."""
-    part = output.with_name(f"{output.name}.{os.getpid()}.part")
+    part = part_of(output)
     try:
         yield part
         os.replace(part, output)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def _npz(batch: Batch) -> bytes:
@@ -222,8 +242,7 @@ def _untar(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def _pngs(pixels: np.ndarray) -> Iterator[bytes]:
     from PIL import Image
 
-    if pixels.shape[-1] not in (1, 3):
-        raise InputError(f"a PNG has 1 or 3 channels, got {pixels.shape[-1]}; use the npz or safetensors format")
+    check_channels("png", pixels.shape[-1])
     for image in pixels:
         buffer = io.BytesIO()
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,13 +22,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastrefine import priors, samplers
-from fastrefine.configuration import Configuration, Network
+from fastrefine.configuration import USUAL_RANGE, Configuration, Network
 from fastrefine.errors import InputError
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Sampler
+from fastrefine.split import unwrap
 from fastrefine.weights_file import load_weights, read_weights
 
 CONFIG = "config.json"
+ROLES = ("generator", "discriminator")
 DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes")
 PRIORS = {"normal": priors.Normal, "uniform": priors.Uniform, "truncated_normal": priors.TruncatedNormal}
 SAMPLERS = {
@@ -37,12 +41,13 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two networks in eval mode, with the prior and the defaults that they were saved with."""
+    """Two networks in eval mode, with the prior and the defaults that they were saved with, and what made them."""
 
     generator: nn.Module
     discriminator: nn.Module
     prior: dict[str, Any]
     defaults: dict[str, Any]
+    specs: tuple[Network, Network]
 
 
 def save_pair(
@@ -55,31 +60,46 @@ def save_pair(
     code: "package.module:callable" of (generator, discriminator), which ``arguments`` (keywords, JSON values) make the
     architectures with. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
 
-    Returns the folder. Raises InputError where the code does not give modules that the weights fit, so a pair that was
-    saved can be loaded, or has no module ``at``. What the folder held of an earlier pair is replaced.
+    Wrapped networks (DataParallel, torch.compile) are saved as what is in them. Returns the folder. Raises InputError where
+    the code does not give modules that the weights fit, so a pair that was saved can be loaded, or has no module ``at``. What
+    the folder held of an earlier pair is replaced when all of the new one is written.
     """
     folder = Path(folder)
     if not isinstance(code, tuple | list) or [type(part) for part in code] != [str, str]:
         raise InputError(f'code is {code!r}; wanted two texts, ("package.module:Generator", "package.module:Discriminator")')
-    names = {"input", "output", *dict(generator.named_modules(remove_duplicate=False))} - {""}
+    networks = [unwrap(network) for network in (generator, discriminator)]
+    for network, name in zip(networks, ROLES, strict=True):
+        if not isinstance(network, nn.Module):
+            raise InputError(f"the {name} is a {type(network).__name__}; wanted a torch.nn.Module")
+    names = {"input", "output", *dict(networks[0].named_modules(remove_duplicate=False))} - {""}
     if at.partition("#")[0] not in names:
         raise InputError(f"at is {at!r}, no module of the generator; wanted one of {', '.join(sorted(names)[:20])}")
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {}
-    for name, module, where, given in zip(
-        ("generator", "discriminator"), (generator, discriminator), code, arguments, strict=True
-    ):
-        empty, weights = _built(Network(where, dict(given)), name), {k: v.detach() for k, v in module.state_dict().items()}
-        load_weights(empty, weights, f"the {name}")
-        part = folder / f"{name}.part"
-        save_file({k: v.contiguous().clone() for k, v in weights.items()}, part)
-        part.replace(folder / f"{name}.safetensors")
-        described[name] = {"code": where, "arguments": dict(given), "weights": f"{name}.safetensors"}
+    try:
+        g_arguments, d_arguments = (json.loads(json.dumps(dict(given))) for given in arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"arguments are {arguments!r}, no two objects of JSON ({error}); wanted ({{...}}, {{...}})") from error
+    defaults = Configuration(
+        pair=str(folder), at=at, discriminator_output=discriminator_output, image_range=image_range, num_classes=num_classes
+    )  # which checks them
+    described, weights = {}, {}
+    for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
+        state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
+        load_weights(_built(Network(where, given), name), state, f"the {name}")
+        weights[f"{name}.safetensors"] = state
+        described[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
     config = {
         **described, "prior": describe_prior(prior), "at": at, "discriminator_output": discriminator_output,
-        "image_range": list(image_range), "num_classes": num_classes,
+        "image_range": list(defaults.value_range), "num_classes": num_classes,
     }  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    text = json.dumps(config, indent=1) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as made:
+        part = Path(made)
+        for file, state in weights.items():
+            save_file(state, part / file)
+        (part / CONFIG).write_text(text)
+        for file in (*weights, CONFIG):
+            os.replace(part / file, folder / file)
     return folder
 
 
@@ -92,15 +112,15 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
         raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        specs = [Network(**config[name]) for name in ("generator", "discriminator")]
+        g, d = (Network(**config[name]) for name in ROLES)
         prior = dict(config["prior"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / CONFIG} is no configuration of a pair ({type(error).__name__}: {error})") from error
     networks = [
         load_network(replace(spec, weights=str(folder / spec.weights)), name, allow_pickle=allow_pickle)
-        for spec, name in zip(specs, ("generator", "discriminator"), strict=True)
+        for spec, name in zip((g, d), ROLES, strict=True)
     ]
-    return Pair(networks[0], networks[1], prior, {name: config[name] for name in DEFAULTS if name in config})
+    return Pair(networks[0], networks[1], prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
 
 
 def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:
@@ -120,10 +140,9 @@ def configured(configuration: Configuration, *, allow_pickle: bool = False) -> t
         pair = load_pair(configuration.pair, allow_pickle=allow_pickle)
     else:
         assert configuration.generator and configuration.discriminator
-        pair = Pair(
-            load_network(configuration.generator, "generator", allow_pickle=allow_pickle),
-            load_network(configuration.discriminator, "discriminator", allow_pickle=allow_pickle), {}, {},
-        )  # fmt: skip
+        specs = configuration.generator, configuration.discriminator
+        g, d = (load_network(spec, name, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
+        pair = Pair(g, d, {}, {}, specs)
     at, generator = configuration.at, configuration.generator
     if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
         raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
@@ -135,8 +154,8 @@ def configured(configuration: Configuration, *, allow_pickle: bool = False) -> t
     for name, usual in (("at", "input"), ("discriminator_output", "logit")):
         if not getattr(configuration, name):
             own[name] = pair.defaults.get(name, usual)
-    if "image_range" in pair.defaults and configuration.image_range == Configuration.image_range:
-        own["image_range"] = tuple(pair.defaults["image_range"])
+    if configuration.image_range is None:
+        own["image_range"] = pair.defaults.get("image_range", USUAL_RANGE)
     if not configuration.num_classes and pair.defaults.get("num_classes"):
         own["num_classes"] = pair.defaults["num_classes"]
     return pair, replace(configuration, **own)
@@ -229,9 +248,10 @@ def _embedded(name: str) -> Pair:
     recipe = {"digits": ("digits", 32, "act2"), "mnist": ("mnist", 64, "act7")}[name]
     path = Path(str(files("fastrefine"))) / "weights" / f"{name}.safetensors"
     weights = read_weights(path)
+    g, d = (Network(f"fastrefine.experiments.networks:{recipe[0]}_{role}") for role in ROLES)
     networks = []
-    for role in ("generator", "discriminator"):
-        module = _built(Network(f"fastrefine.experiments.networks:{recipe[0]}_{role}"), role)
+    for spec, role in zip((g, d), ROLES, strict=True):
+        module = _built(spec, role)
         load_weights(module, {k: v for k, v in weights.items() if k.startswith(f"{role}.")}, str(path))
         networks.append(module)
-    return Pair(networks[0], networks[1], {"name": "normal", "shape": [recipe[1]]}, {"at": recipe[2]})
+    return Pair(networks[0], networks[1], {"name": "normal", "shape": [recipe[1]]}, {"at": recipe[2]}, (g, d))

@@ -21,7 +21,7 @@ def load_images(path: str | Path, limit: int | None = None, *, signed: bool = Fa
 
 
 def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1], float32, and their labels (N,) int64 where there are any; the first ``limit``.
+    """Images (N, C, H, W) in [-1, 1], float32, and their labels (N,) int64 where there are any; see ``some`` on limit.
 
     A folder: its pictures, those of subfolders too, in order of names, all of one size, grey ones with one channel;
     subfolders are classes where every picture lies in one and there are two or more. A .npz (labels: arr_1 or "labels")
@@ -34,7 +34,8 @@ def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = 
         from fastrefine.datasets import load_digits
 
         digits = load_digits()
-        return digits.train[:limit], digits.train_labels[:limit]
+        at = some(len(digits.train), limit)
+        return digits.train[at], digits.train_labels[at]
     path = Path(path)
     if path.is_dir():
         pixels, classes = _folder(path, limit)
@@ -59,8 +60,15 @@ def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = 
         raise InputError(f"{path} holds no arrays, but files such as {next(iter(content))!r}; {WANTED}")
     classes = None
     if isinstance(labels, np.ndarray) and labels.shape == array.shape[:1] and labels.dtype.kind in "iu":
-        classes = torch.from_numpy(labels[:limit].astype(np.int64))
-    return _signed(array[:limit] if array.ndim else array, path, signed), classes
+        classes = torch.from_numpy(labels[some(len(labels), limit)].astype(np.int64))
+    return _signed(array[some(len(array), limit)] if array.ndim else array, path, signed), classes
+
+
+def some(n: int, limit: int | None) -> np.ndarray | slice:
+    """Which ``limit`` of n rows are taken, in order: drawn once and for all, for files often lie class by class."""
+    if limit is None or limit >= n:
+        return slice(None)
+    return np.sort(np.random.RandomState(2020).permutation(n)[:limit])
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:
@@ -68,10 +76,17 @@ def from_pixels(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
 
 
+def scaled(images: Tensor, image_range: tuple[float, float]) -> Tensor:
+    """Images in [-1, 1] in another range."""
+    low, high = image_range
+    return (images + 1) * ((high - low) / 2) + low
+
+
 def _folder(path: Path, limit: int | None) -> tuple[np.ndarray, Tensor | None]:
     from PIL import Image
 
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)[:limit]
+    found = np.array(sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), dtype=object)
+    files: list[Path] = list(found[some(len(found), limit)])
     if not files:
         raise InputError(f"{path} has no pictures ({', '.join(SUFFIXES)})")
     images: list[np.ndarray] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastrefine import formats
-from fastrefine.configuration import Configuration, Shard, shards
+from fastrefine.configuration import Configuration, Shard, shards, without_paths
 from fastrefine.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -34,28 +33,31 @@ class Folder:
     def claim(cls, path: Path, configuration: Configuration, facts: dict[str, Any]) -> Folder:
         """The folder of this configuration, made if need be; facts: what the identity depends on besides, and the pilot's.
 
-        Raises InputError where the folder belongs to a run of another configuration.
+        Raises InputError where the folder belongs to a run of another configuration, or to none and holds files with names
+        of this one's.
         """
         path.mkdir(parents=True, exist_ok=True)
         identity = configuration.identity(facts)
         manifest = {"fastrefine": 1, "identity": identity, "configuration": configuration.to_json(), **facts}
         text = json.dumps(manifest, indent=1) + "\n"
         target = path / MANIFEST
-        part = path / f"{MANIFEST}.{os.getpid()}.part"
-        part.write_text(text)
-        try:
-            with contextlib.suppress(FileExistsError):  # another worker was first
-                os.link(part, target)
-        finally:
-            part.unlink()
-        there = _read_manifest(path)
-        if there["identity"] != identity:
-            differing = _differences(there, json.loads(text))
+        taken = sorted(cls(path, configuration, identity).names() & {p.name for p in path.iterdir()} - {MANIFEST})
+        if taken and not target.exists():  # looked for after the files: a worker writes its manifest before them
             raise InputError(
-                f"{path} belongs to a run of another configuration (differs in {', '.join(differing) or 'its identity'}); "
-                "wanted a new --outdir, or the flags of that run"
+                f"{path} has no {MANIFEST}, but holds {taken[0]}, which the run would write over; wanted a new or empty "
+                "--outdir, or that file elsewhere"
             )
-        return cls(path, configuration, identity)
+        with contextlib.suppress(FileExistsError):  # another worker was first
+            if not target.exists():
+                formats.publish(target, text.encode(), new=True)
+        there = _read_manifest(path)
+        differing = _differences(there, json.loads(text))
+        if differing:
+            raise InputError(
+                f"{path} belongs to a run of another configuration (differs in {', '.join(differing)}); wanted a new "
+                "--outdir, or the flags of that run"
+            )
+        return cls(path, configuration, there["identity"])
 
     @classmethod
     def open(cls, path: Path) -> Folder:
@@ -66,6 +68,10 @@ class Folder:
     def shards(self) -> list[Shard]:
         """All shards of the run."""
         return list(shards(self.configuration))
+
+    def names(self) -> set[str]:
+        """The names of all files of the run."""
+        return {MANIFEST}.union(*({self.file(shard).name, self.marker(shard).name} for shard in self.shards()))
 
     def share(self, worker: int, workers: int) -> list[Shard]:
         """The shards of one worker of several: consecutive ones, as many for each as there are of them all."""
@@ -115,18 +121,22 @@ class Folder:
             problem = self.problem(shard)
             if problem:
                 raise InputError(f"{self.file(shard)}: {problem}; the command of the run, given again, makes it anew")
-            yield formats.read(self.configuration.format, self.file(shard), self.configuration.image_range)
+            yield formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``verify`` found. damaged, missing: (file, why). foreign: names that are not the run's."""
+    """What ``verify`` found. damaged, missing: (file, why). foreign: names that are not the run's.
+
+    leftovers: parts of its files, which a killed worker left, or which workers write now.
+    """
 
     total: int
     images: int
     damaged: list[tuple[str, str]]
     missing: list[str]
     foreign: list[str]
+    leftovers: list[str]
 
     @property
     def complete(self) -> bool:
@@ -137,10 +147,9 @@ class Verdict:
 def verify(path: Path) -> Verdict:
     """Every shard against its marker. Raises InputError where there is no run."""
     folder = Folder.open(path)
-    damaged, missing, images, own = [], [], 0, {MANIFEST}
+    damaged, missing, images, own = [], [], 0, folder.names()
     every = folder.shards()
     for shard in every:
-        own |= {folder.file(shard).name, folder.marker(shard).name}
         problem = folder.problem(shard)
         if not problem:
             images += shard.count
@@ -148,8 +157,9 @@ def verify(path: Path) -> Verdict:
             missing.append(folder.file(shard).name)
         else:
             damaged.append((folder.file(shard).name, problem))
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.endswith(".part"))
-    return Verdict(len(every), images, damaged, missing, foreign)
+    others = sorted(p.name for p in path.iterdir() if p.name not in own)
+    leftovers = [name for name in others if formats.whole_of(name) in own]
+    return Verdict(len(every), images, damaged, missing, [n for n in others if n not in leftovers], leftovers)
 
 
 def merge(path: Path, output: Path) -> int:
@@ -158,6 +168,10 @@ def merge(path: Path, output: Path) -> int:
     Streamed shard by shard. Raises InputError where a shard is not done; nothing is written at ``output`` then.
     """
     folder = Folder.open(path)
+    if output.suffix not in (".npz", ".tar", ""):
+        raise InputError(f"output is {output}; wanted a name that ends in .npz or .tar, or a folder for PNG files")
+    if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; wanted a new folder for the PNG files")
     for shard in folder.shards():
         problem = folder.problem(shard)
         if problem:
@@ -170,12 +184,8 @@ def merge(path: Path, output: Path) -> int:
         formats.merge_npz(output, count, first[0].shape[1:], _chain(first, parts))
     elif output.suffix == ".tar":
         formats.merge_tar(output, parts)
-    elif not output.suffix:
-        if output.is_dir() and any(output.iterdir()):
-            raise InputError(f"{output} is not empty; wanted a new folder for the PNG files")
-        formats.merge_png(output, parts)
     else:
-        raise InputError(f"output is {output}; wanted a name that ends in .npz or .tar, or a folder for PNG files")
+        formats.merge_png(output, parts)
     return count
 
 
@@ -188,15 +198,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     target = path / MANIFEST
     try:
         found = json.loads(target.read_text())
-        found["identity"], found["configuration"]
+        found["identity"], found["configuration"].items()
         return found
     except FileNotFoundError as error:
         raise InputError(f"{path} has no {MANIFEST}; wanted the --outdir of `fastrefine refine`") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{target} is no manifest of a run ({error}); remove it if it is yours to remove") from error
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    mine, other = ({**m.get("configuration", {}), **{k: v for k, v in m.items() if k != "configuration"}} for m in (a, b))
+    mine, other = ({**m, "configuration": None, **without_paths(m["configuration"])} for m in (a, b))
     keys = dict.fromkeys([*mine, *other])
     return [key for key in keys if mine.get(key) != other.get(key) and key not in ("identity", "seconds")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import platform
 import time
 import warnings
 from collections import Counter, deque
@@ -22,10 +21,10 @@ import fastrefine as fr
 from fastrefine import choosing, formats, ops, pairs
 from fastrefine.calibration import judge
 from fastrefine.choosing import Chooser
-from fastrefine.configuration import Configuration, Shard
+from fastrefine.configuration import USUAL_RANGE, Configuration, Shard
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.pair import takes_labels
-from fastrefine.pictures import load_labelled
+from fastrefine.pictures import load_labelled, scaled
 from fastrefine.refiner import Refiner
 from fastrefine.result import Result, Status
 from fastrefine.shards import Folder
@@ -74,7 +73,10 @@ class Worker:
         if c.classes == "random" and c.num_classes < 1:
             raise InputError("random classes need num_classes, how many there are")
         self.labelled = c.classes is not None or required or (labels and c.num_classes > 0)
-        real, classes = load_labelled(c.real) if c.real else (None, None)
+        usual = c.value_range == USUAL_RANGE
+        real, classes = load_labelled(c.real, signed=not usual) if c.real else (None, None)
+        if real is not None and not usual:
+            real = scaled(real, c.value_range)
         if real is not None and classes is None and self.labelled and taken[1][0]:
             raise InputError(f"the discriminator takes labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
         stop: Any = None if c.stop == "none" else c.stop
@@ -88,6 +90,7 @@ class Worker:
         )  # fmt: skip
         self.facts: dict[str, Any] = {
             "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
+            "code": [[spec.code, spec.arguments] for spec in pair.specs],
             "real_sha256": None if real is None else _sha256(real, self.refiner.real_labels),
         }  # fmt: skip
         # what does not fit is told before a folder is claimed
@@ -101,6 +104,7 @@ class Worker:
                 raise InputError(f"{c.real} has no image of class {min(missing)}; wanted some of every class that is sampled")
         if len(shape) != 3:
             raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
+        formats.check_channels(c.format, shape[0])
         self.chooser = self._piloted()
         self.judged = self.chooser is None
         self.facts["selection"] = choosing.described(self.chooser)
@@ -172,7 +176,7 @@ class Worker:
             if self.chooser is not None:
                 columns["selected"] = torch.cat(selected).numpy()
                 told["unselected"] = int((~columns["selected"]).sum())
-            yield shard, formats.Batch(images, columns, self.configuration.image_range), told
+            yield shard, formats.Batch(images, columns, self.configuration.value_range), told
 
     def _pieces(self, runs: list[range]) -> Iterator[tuple[Result, Tensor]]:
         """Results of each run of seeds, and which of them were selected."""
@@ -263,8 +267,3 @@ def _columns(outs: Sequence[Result]) -> dict[str, np.ndarray]:
     if outs[0].labels is not None:
         rows["labels"] = torch.cat([out.labels for out in outs if out.labels is not None])
     return {name: tensor.cpu().numpy() for name, tensor in rows.items()}
-
-
-def machine() -> dict[str, str]:
-    """What bits may depend on besides the configuration."""
-    return {"fastrefine": fr.__version__, "torch": torch.__version__, "machine": platform.machine()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
 from fastrefine import cli_models, evaluation, pictures
@@ -154,6 +155,23 @@ def test_images_come_from_every_kind_of_file_alike(tmp_path):
     torch.testing.assert_close(found, expected[[0, 2, 4, 1, 3]])
     assert labels.tolist() == [0, 0, 0, 1, 1] and pictures.load_labelled(tmp_path / "a.npz")[1].tolist() == [0, 1, 0, 1, 0]
     assert pictures.load_labelled(tmp_path / "a.npy")[1] is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_a_limit_draws_from_all_images_also_where_they_lie_class_by_class(tmp_path, kind):
+    pixels = np.zeros((60, 4, 4, 3), np.uint8)
+    pixels[30:] = 255
+    if kind == "npz":
+        path = tmp_path / "a.npz"
+        np.savez(path, arr_0=pixels, arr_1=np.repeat([0, 1], 30))
+    else:
+        path = tmp_path / "folder"
+        for i, x in enumerate(pixels):
+            (path / str(i // 30)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x).save(path / str(i // 30) / f"{i:02}.png")
+    images, labels = pictures.load_labelled(path, 20)
+    assert len(images) == 20 and 5 <= labels.sum() <= 15 and torch.equal(images[:, 0, 0, 0] > 0, labels.bool())
+    assert torch.equal(images, evaluation.images_of(path, 20))
 
 
 def test_what_holds_no_images_is_named(tmp_path):

@@ -220,3 +220,64 @@ def test_a_pair_is_not_saved_with_a_layer_that_it_has_not(tmp_path):
     with pytest.raises(InputError, match="at is 'act9', no module of the generator; wanted one of act1, act2"):
         pairs.save_pair(tmp_path / "pair", pair.generator, pair.discriminator, code=code, prior=fr.Normal(32), at="act9")
     assert not (tmp_path / "pair").exists()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that holds a pair."""
+    pair = pairs.load_pair("digits")
+    return fr.save_pair(tmp_path / "p", pair.generator, pair.discriminator, code=CODE, prior=fr.Normal(32))
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def save_another(folder, **more):
+    torch.manual_seed(0)
+    given = {"code": CODE, "prior": fr.Normal(32), **more}
+    fr.save_pair(folder, networks.digits_generator(), networks.digits_discriminator(), **given)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"code": (CODE[0], CODE[0])}, {"prior": torch.zeros(3)}, {"arguments": ({}, {"x": torch.zeros(1)})}, {"arguments": ({},)},
+    {"image_range": (1.0, 0.0)}, {"image_range": "x"}, {"num_classes": 2.5}, {"discriminator_output": "score"},
+])  # fmt: skip
+def test_a_pair_that_cannot_be_saved_leaves_the_earlier_one_as_it_was(saved, wrong):
+    before = content(saved)
+    with pytest.raises(InputError):
+        save_another(saved, **wrong)
+    assert content(saved) == before
+
+
+@pytest.mark.parametrize("file", ["discriminator.safetensors", "config.json"])
+def test_a_full_disk_leaves_the_earlier_pair_as_it_was(saved, monkeypatch, file):
+    before = content(saved)
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    if file == "config.json":
+        monkeypatch.setattr(pairs.Path, "write_text", full)
+    else:
+        usual = pairs.save_file
+        monkeypatch.setattr(pairs, "save_file", lambda state, path: (full if "logit.weight" in state else usual)(state, path))
+    with pytest.raises(OSError, match="No space"):
+        save_another(saved)
+    assert content(saved) == before
+
+
+def test_networks_inside_data_parallel_are_saved_as_themselves(tmp_path):
+    pair = pairs.load_pair("digits")
+    wrapped = [torch.nn.DataParallel(network) for network in (pair.generator, pair.discriminator)]
+    fr.save_pair(tmp_path / "p", *wrapped, code=CODE, prior=fr.Normal(32), at="act2")
+    again = fr.load_pair(tmp_path / "p")
+    assert digest(again.generator) == digest(pair.generator) and digest(again.discriminator) == digest(pair.discriminator)
+
+
+def test_what_is_no_network_is_not_saved(tmp_path):
+    pair = pairs.load_pair("digits")
+    for given in ((lambda z: z, pair.discriminator), (pair.generator, lambda x: x)):
+        with pytest.raises(InputError, match="is a function; wanted a torch.nn.Module"):
+            fr.save_pair(tmp_path / "p", *given, code=CODE, prior=fr.Normal(32))
+    assert not (tmp_path / "p").exists()

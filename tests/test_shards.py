@@ -224,6 +224,7 @@ def test_a_writer_that_fails_leaves_no_shard_under_its_name(worker, tmp_path, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    worker.folder(path)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         worker.run(path)
