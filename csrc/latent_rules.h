@@ -95,14 +95,17 @@ struct Mala : Metropolis<T> {  // vector: the energy's gradient at the standing 
 };
 
 template <class T>
-struct Hmc : Metropolis<T> {  // vectors: the energy's gradient at the standing point, momentum; hyper[6]: leapfrog
-  static constexpr bool recalls = true;
+struct Hmc : Metropolis<T> {  // vectors: the energy's gradient at the standing point, momentum; hyper[6, 7]: leapfrog, jitter
+  static constexpr bool recalls = true, varies = true;
   static constexpr int vectors = 2;
   T size;
   bool accept, begins;
 
   static int length(const double* hyper) { return static_cast<int>(hyper[6]); }
   static bool turns(int step, const double* hyper) { return step % length(hyper) == 0; }
+  static void pace(Scalars<T>& own, double uniform, const double* hyper) {
+    own[1] *= static_cast<T>(1 + hyper[7] * (2 * uniform - 1));
+  }
   static void terms(const Element<T>& e, const Scalars<T>& own, bool, const double*, double* term) {
     Metropolis<T>::prior_terms(e, term);
     const double before = e.normal, after = double(e.v[1]) - 0.5 * double(own[1]) * double(energy_gradient(e));

@@ -18,7 +18,7 @@ constexpr std::int64_t kBlock = 2048;        // features per task: what a task t
 constexpr std::int64_t kBatch = 4 * kLanes;  // features whose normals are made at once
 constexpr int kPartial = 16;                 // lanes of the fixed-order sums
 static_assert(kBlock % kBatch == 0 && kBatch % kPartial == 0, "a block is whole batches, a batch is whole lanes");
-enum Stream : std::uint32_t { kProposal = 0, kAccept = 1 };  // as in fastrefine/ops/noise.py
+enum Stream : std::uint32_t { kProposal = 0, kAccept = 1, kJitter = 3 };  // as in fastrefine/ops/noise.py
 
 struct Plan {  // what `apply` does to one slot
   bool accept = false, better = false, update = false, done = false, usable = true;
@@ -93,7 +93,7 @@ class Step {
   void sum(std::int64_t s) {
     double lanes[R::sums][kPartial] = {}, drawn[R::recalls ? kBatch : 1] = {};
     const bool first = step[s] == 0;
-    const Scalars<T> own = scalars(s);
+    const Scalars<T> own = paced(s, sample_id[s], step[s], true);
     const T clip = static_cast<T>(clip_of(s));
     const Row row = row_of(s, 0, grad && std::isfinite(peaks[s]));
     auto add = [&](std::int64_t begin, std::int64_t i, int lane) {
@@ -125,9 +125,20 @@ class Step {
             static_cast<std::uint32_t>(element / 4), out);
   }
 
-  T uniform(std::int64_t s) const {
-    const Words r = philox(p.seed, {0, static_cast<std::uint32_t>(step[s]), static_cast<std::uint32_t>(sample_id[s]), kAccept});
-    return static_cast<T>((r.x + 0.5) * 0x1p-32);
+  double uniform(std::int64_t id, int at_step, Stream stream) const {
+    const Words r = philox(p.seed, {0, static_cast<std::uint32_t>(at_step), static_cast<std::uint32_t>(id), stream});
+    return (r.x + 0.5) * 0x1p-32;
+  }
+
+  // The scalars as they are in the transition that ends with the update `at_step` (over), or else is under way there.
+  Scalars<T> paced(std::int64_t s, std::int64_t id, int at_step, bool over) const {
+    Scalars<T> own = scalars(s);
+    if constexpr (R::varies) {
+      const double* hyper = p.hyper.data();
+      const int began = over ? std::max(at_step - R::length(hyper), 0) : at_step - at_step % R::length(hyper);
+      R::pace(own, uniform(id, began, kJitter), hyper);
+    }
+    return own;
   }
 
   static T magnitude(T g) {
@@ -151,7 +162,7 @@ class Step {
 
     Scalars<T> own = scalars(s);
     if (!bad) {
-      const T u = R::tests ? uniform(s) : 0;
+      const T u = R::tests ? static_cast<T>(uniform(sample_id[s], step[s], kAccept)) : 0;
       const Trial<T> trial{finite ? d : -kInfinity, finite ? loss : kInfinity, step[s], sums.data() + s * R::sums, u, p.features};
       plan.accept = R::observe(trial, own, p.hyper.data());
       if (plan.accept) logit[s] = d;
@@ -299,7 +310,8 @@ class Step {
 
   void propose(std::int64_t s, std::int64_t begin, std::int64_t size, const Row& row) {
     const Plan& plan = plans[s];
-    const R rule({scalars(s), logit[s], plan.step, plan.accept, at<const T>(p.schedule), p.schedule_length}, p.hyper.data());
+    const Scalars<T> own = paced(s, plan.id, plan.step, false);
+    const R rule({own, logit[s], plan.step, plan.accept, at<const T>(p.schedule), p.schedule_length}, p.hyper.data());
     const bool draws = R::noise && R::turns(plan.step, p.hyper.data());
     double drawn[R::noise ? kBatch : 1] = {};
     for (std::int64_t from = 0; from < size; from += R::noise ? kBatch : size) {

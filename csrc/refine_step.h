@@ -30,7 +30,7 @@ struct Params {
   Address output_scalars = 0;                                    // (n, output_rows + 1) real
 
   std::string rule;
-  std::array<double, 7> hyper{};
+  std::array<double, 8> hyper{};
   bool noise = false;                 // whether the rule reads normals
   Address latent = 0, schedule = 0;   // (3, F), (2, schedule_length) real; 0: the rule has none
   std::int64_t schedule_length = 0;

@@ -4,6 +4,7 @@
 // terms     per element, for rules with sums: what it adds to each sum over the slot's features, before `observe`
 // observe   per slot: takes in an evaluation (loss inf for a trial that is to be rejected), returns "accept"
 // advance   per slot that goes on: the scalars that change with the proposal
+// pace      per slot, for rules that vary: the scalars as `terms` and `propose` read them in this transition
 // propose   per element: the next activation; vectors are updated in place
 #pragma once
 #include <algorithm>
@@ -58,6 +59,7 @@ template <class T>
 struct Rule {
   static constexpr bool rejects = false, tests = false;  // tests: needs every finite gradient, and a uniform
   static constexpr bool noise = false, recalls = false;  // recalls: `terms` reads the normals of the last transition
+  static constexpr bool varies = false;  // its step size is another in each transition
   static constexpr bool latent = false, clips = false;   // reads the table; is clipped to it, where there is one
   static constexpr int scalars = 0, vectors = 0, sums = 0;
 

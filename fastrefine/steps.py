@@ -11,8 +11,10 @@ from torch import Tensor
 from fastrefine.errors import InputError
 from fastrefine.result import Result, Status
 from fastrefine.samplers.base import Sampler
+from fastrefine.samplers.hmc import HMC
 
 RARE, SURE = 0.1, 0.98  # acceptance below and above which a step size is called too large, or needlessly small
+RESONANCE = 0.3  # how far from a multiple of pi, in radians, trajectories of one length are said to come back
 ERRORS, FEWEST = 4.0, 16  # standard errors by which the mean logit must fall, at least, and of how many samples
 
 
@@ -82,9 +84,11 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
 
     A fixed step without noise is beyond stability where most updates lower the logit; fewer falls do not prove that it is
     sound (docs/samplers.md shows steps that ruin samples at a sixth). MALA and HMC accept less than a tenth of their
-    proposals where a step is too large. The law of DDLS with noise_scale 1 has a mean logit at least that of the prior
-    (its derivative in the tilt by exp(w d) is a variance), and DGflow ascends: a mean logit that fell by more than the
-    proposals' standard deviation, of 16 samples or more, tells of steps that are too large.
+    proposals where a step is too large; that nearly all are accepted tells of one that is needlessly small, or, under a
+    normal prior and with HMC's jitter=0, of trajectories that come back to where they began. The law of DDLS with
+    noise_scale 1 has a mean logit at least that of the prior (its derivative in the tilt by exp(w d) is a variance), and
+    DGflow ascends: a mean logit that fell by more than the proposals' standard deviation, of 16 samples or more, tells of
+    steps that are too large.
 
     Raises InputError for anything but a Result and a sampler.
     """
@@ -116,9 +120,20 @@ def _problem(sampler: Sampler, falls: float, gain: float, least: float, acceptan
 
 
 def _hint(sampler: Sampler, acceptance: float | None) -> str:
-    if acceptance is not None and acceptance > SURE and not getattr(sampler, "adapt", 0):
-        return f"{acceptance:.1%} of the proposals were accepted: a larger step size would mix faster"
-    return ""
+    if acceptance is None or acceptance <= SURE or getattr(sampler, "adapt", False):
+        return ""
+    found = f"{acceptance:.1%} of the proposals were accepted: "
+    if isinstance(sampler, HMC) and _resonates(sampler):
+        turn = "leapfrog x step_size is near a multiple of pi"
+        return f"{found}{turn}, where trajectories under a normal prior come back to z or -z; jitter= mends it"
+    return f"{found}a larger step size would mix faster"
+
+
+def _resonates(sampler: HMC) -> bool:
+    """Whether every trajectory turns a normal direction in which d is flat by nearly a multiple of pi, the same for all."""
+    turn = 2 * sampler.leapfrog * math.asin(min(sampler.step_size / 2, 1.0))  # exactly: about leapfrog x eps
+    turns = round(turn / math.pi)
+    return not sampler.jitter and turns > 0 and abs(turn - turns * math.pi) < RESONANCE
 
 
 def _quantiles(values: Tensor) -> tuple[float, float, float]:

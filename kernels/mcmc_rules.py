@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .philox import normal_at
+from .philox import normal_at, uniform_at
 
 
 @triton.jit
@@ -96,12 +96,20 @@ def mala(
 
 
 @triton.jit
+def _jittered(size, began, sample_id, seed, hyper, DTYPE: tl.constexpr):
+    """The step size of the trajectory that began at this step."""
+    uniform = uniform_at(tl.load(seed), (began * 0).to(tl.int32), began, sample_id, 3)
+    return size * (1 + tl.load(hyper + 7) * (2 * uniform - 1)).to(DTYPE)
+
+
+@triton.jit
 def hmc_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed, hyper, DTYPE: tl.constexpr):
     """Kinetic energy at the start of the trajectory, whose momentum is drawn again, less that at its end."""
     began = step - tl.load(hyper + 6).to(tl.int32)
-    before = normal_at(tl.load(seed), element, tl.where(began < 0, 0, began), sample_id, 0, DTYPE).to(tl.float64)
-    force = energy_grad(trial, g, latent).to(tl.float64)
-    after = vectors[1].to(tl.float64) - 0.5 * scalars[1].to(tl.float64) * force
+    began = tl.where(began < 0, 0, began)
+    before = normal_at(tl.load(seed), element, began, sample_id, 0, DTYPE).to(tl.float64)
+    size = _jittered(scalars[1], began, sample_id, seed, hyper, DTYPE).to(tl.float64)
+    after = vectors[1].to(tl.float64) - 0.5 * size * energy_grad(trial, g, latent).to(tl.float64)
     return quadratic(trial, latent), 0.5 * ((before - after) * (before + after))
 
 
@@ -111,11 +119,21 @@ def hmc_observe(logit, loss, first, step, scalars, sums, uniform, features, hype
 
 
 @triton.jit
+def hmc_pace(scalars, step, sample_id, seed, hyper, DTYPE: tl.constexpr):
+    began = step - step % tl.load(hyper + 6).to(tl.int64)
+    size = _jittered(scalars[1], began, sample_id, seed, hyper, DTYPE)
+    return size, size
+
+
+@triton.jit
 def hmc(
     a, trial, g, xi, accept, vectors, scalars, logit, step, latent, pace, hyper, NOISE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """vectors: grad U at the standing point, momentum. Between its ends a trajectory goes on from the trial."""
-    size = scalars[1]
+    """vectors: grad U at the standing point, momentum. Between its ends a trajectory goes on from the trial.
+
+    pace: its step size.
+    """
+    size = pace[0]
     begins = step % tl.load(hyper + 6).to(tl.int64) == 0
     force = energy_grad(trial, g, latent)
     v = tl.where(accept, force, vectors[0])

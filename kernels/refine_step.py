@@ -274,9 +274,10 @@ def refine_decide(
 def refine_apply(
     activation_ptr, view_ptr, position_ptr, grad_ptr, best_ptr, vectors_ptr, scalars_ptr, logit_ptr, latent_ptr, schedule_ptr,
     pool_ptr, out_ptr, plan_ptr, clip_ptr, hyper_ptr, seed_ptr, num_slots, features, channels, pixels, schedule_steps,
-    PROPOSE: tl.constexpr, SCALARS: tl.constexpr, VECTORS: tl.constexpr, TESTS: tl.constexpr, LATENT: tl.constexpr,
-    SCHEDULE: tl.constexpr, NOISE: tl.constexpr, CLAMP: tl.constexpr, CLIP: tl.constexpr, KEEP_BEST: tl.constexpr,
-    GRAD: tl.constexpr, VIEW: tl.constexpr, CHANNEL_TILE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    PROPOSE: tl.constexpr, PACE: tl.constexpr, SCALARS: tl.constexpr, VECTORS: tl.constexpr, TESTS: tl.constexpr,
+    LATENT: tl.constexpr, SCHEDULE: tl.constexpr, NOISE: tl.constexpr, CLAMP: tl.constexpr, CLIP: tl.constexpr,
+    KEEP_BEST: tl.constexpr, GRAD: tl.constexpr, VIEW: tl.constexpr, CHANNEL_TILE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
     element, inside, place, place_inside = places(tl.program_id(1), features, channels, pixels, CHANNEL_TILE, BLOCK)
@@ -313,6 +314,7 @@ def refine_apply(
             if TESTS:
                 g = tl.where((flags & FINITE) != 0, g, 0.0)
             step = tl.load(plan_ptr + STEP * num_slots + slot)
+            sample_id = tl.load(plan_ptr + SAMPLE_ID * num_slots + slot)
             logit = tl.load(logit_ptr + slot)
             scalars = scalars_of(scalars_ptr, slot, num_slots, SCALARS, DTYPE)
             vectors = vectors_of(vectors_ptr, at, stride, inside, VECTORS, DTYPE, BLOCK)
@@ -321,9 +323,10 @@ def refine_apply(
             if SCHEDULE:
                 column = schedule_ptr + tl.minimum(step, schedule_steps - 1)
                 pace = tl.load(column), tl.load(column + schedule_steps)
+            if PACE is not None:
+                pace = PACE(scalars, step, sample_id, seed_ptr, hyper_ptr + 4, DTYPE)
             xi = g
             if NOISE:
-                sample_id = tl.load(plan_ptr + SAMPLE_ID * num_slots + slot)
                 xi = normal_at(tl.load(seed_ptr), element, step, sample_id, 0, DTYPE)
             a, vectors = PROPOSE(
                 position, trial, g, xi, accept, vectors, scalars, logit, step, prior, pace, hyper_ptr + 4, NOISE, DTYPE

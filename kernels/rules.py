@@ -3,12 +3,13 @@
 sums     one slot's block of features: what each element adds to the sums (float64) that observe gets
 observe  slots at once: takes in a finite evaluation (loss inf for a trial that is to be rejected) -> accept, scalars
 start    slots at once: the scalars of samples that enter
+pace     one slot: two numbers of its own for propose, in this step
 propose  one slot's block of features: the next activation and the vectors, from the standing position ``a``, the trial and
          the (clipped) gradient ``g`` there, and normals ``xi`` where NOISE
 
 vectors, scalars: three each, in the order of the sampler's ``Kernel``; what is over means nothing. latent: precision, low
-and high of each element. pace: the schedule's numbers of this step. ``hyper`` points to the rule's hyper-parameters in
-float64, cast on load, ``seed`` to the run's: nothing is baked into a kernel.
+and high of each element. pace: the schedule's numbers of this step, or what the rule's own function gives. ``hyper`` points
+to the rule's hyper-parameters in float64, cast on load, ``seed`` to the run's: nothing is baked into a kernel.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
-from .mcmc_rules import ddls, hmc, hmc_observe, hmc_sums, mala, mala_observe, mala_sums, metropolis_start
+from .mcmc_rules import ddls, hmc, hmc_observe, hmc_pace, hmc_sums, mala, mala_observe, mala_sums, metropolis_start
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class FusedRule:
     rejects: bool = False
     sums: KernelInterface | None = None
     terms: int = 0  # numbers that ``sums`` returns
+    pace: KernelInterface | None = None
     tests: bool = False  # reads a uniform; a last gradient counts, and that of a trial that is not finite is 0
     schedule: bool = False
     late: bool = False  # the sampler changes its numbers in ``propose``: a sample retires with those before ``observe``
@@ -206,7 +208,7 @@ RULES: dict[str, FusedRule] = {
     "ladam": FusedRule(ladam, ladam_observe, start_zero, scalars=1, vectors=2, late=True),
     "ddls": FusedRule(ddls, observe_all, start_zero, schedule=True),
     "mala": FusedRule(mala, mala_observe, metropolis_start, 3, 1, rejects=True, sums=mala_sums, terms=2, tests=True),
-    "hmc": FusedRule(hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, tests=True),
+    "hmc": FusedRule(hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, pace=hmc_pace, tests=True),
     "dot_adam": FusedRule(dot_adam, dot_observe, start_zero, 2, 3, sums=dot_sums, terms=4),
     "dot_sgd": FusedRule(dot_sgd, dot_observe, start_zero, 2, 1, sums=dot_sums, terms=4),
 }

@@ -67,6 +67,7 @@ class Variant:
         fused, grad = RULES[self.rule], self.evaluated and self.grad
         rule = fused if grad else RULES["sgd"]
         propose = {"PROPOSE": rule.propose, "SCALARS": rule.scalars, "TESTS": rule.tests, "SCHEDULE": rule.schedule}
+        propose |= {"PACE": rule.pace}
         propose |= {"VECTORS": fused.vectors, "LATENT": self.latent and grad}
         options: dict[str, Any] = {"NOISE": self.noise and grad, "CLAMP": self.clamp and grad, "CLIP": self.clip and grad}
         options |= {"KEEP_BEST": self.keep_best and self.evaluated, "VIEW": self.view, "CHANNEL_TILE": self.channel_tile}

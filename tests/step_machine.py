@@ -22,7 +22,7 @@ SAMPLERS = {
     "noise": DGflow(0.3, gamma=0.5),
     "ddls": DDLS((0.3, 0.2), (1.0, 0.5, 0.0)),
     "mala": MALA(0.3, adapt=3),
-    "hmc": HMC(0.3, leapfrog=2, adapt=4),
+    "hmc": HMC(0.3, leapfrog=2, adapt=4, jitter=0.5),
     "dot_adam": DOT(0.3, lipschitz=2.0),
     "dot_sgd": DOT(0.3, "sgd", lipschitz=2.0, projection="published"),
     "dot_clip": DOT(0.3, lipschitz=0.5, projection="none"),

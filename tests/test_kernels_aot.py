@@ -75,7 +75,7 @@ def test_every_kernel_and_rule_is_compiled():
     every = specialisations()
     assert {one.kernel.__name__ for one in every} == kernels
     rules = pytest.importorskip("fastrefine.kernels.rules").RULES
-    for part in ("propose", "observe", "start", "sums"):
+    for part in ("propose", "observe", "start", "sums", "pace"):
         compiled = {one.constants.get(part.upper()) for one in every}
         assert {getattr(rule, part) for rule in rules.values()} <= compiled
     applied = [one.constants for one in every if one.kernel.__name__ == "refine_apply"]

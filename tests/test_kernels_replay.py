@@ -61,7 +61,7 @@ def changed(sampler):
         return replace(sampler, step_size=0.07, clamp=(-1.0, 0.75)), None
     numbers = {
         DDLS: dict(step_size=(0.2, 0.1), noise_scale=(0.3, 0.6, 0.5)), MALA: dict(step_size=0.07, adapt=2, target=0.2),
-        HMC: dict(step_size=0.07, adapt=3, leapfrog=3), DOT: dict(step_size=0.07, lipschitz=1.5),
+        HMC: dict(step_size=0.07, adapt=3, leapfrog=3, jitter=0.9), DOT: dict(step_size=0.07, lipschitz=1.5),
     }  # fmt: skip
     other = replace(sampler, **numbers[type(sampler)])
     precision, low, high = sampler.latent.table

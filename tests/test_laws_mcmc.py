@@ -61,9 +61,9 @@ def stationary(sampler, name, transitions=4, backend="reference"):
 
 
 STEPS = {
-    "gaussian": [fr.MALA(0.1), fr.MALA(1.3), fr.HMC(0.2, 3), fr.HMC(1.1, 4), fr.HMC(0.9, 1)],
-    "truncated exponential": [fr.MALA(0.02), fr.MALA(0.3), fr.HMC(0.3, 3), fr.HMC(1.0, 4)],
-    "truncated normal": [fr.MALA(0.02), fr.MALA(0.4), fr.HMC(0.3, 3), fr.HMC(0.9, 4)],
+    "gaussian": [fr.MALA(0.1), fr.MALA(1.3), fr.HMC(0.2, 3), fr.HMC(1.1, 4), fr.HMC(0.9, 1), fr.HMC(0.8, 4, jitter=0.5)],
+    "truncated exponential": [fr.MALA(0.02), fr.MALA(0.3), fr.HMC(0.3, 3), fr.HMC(1.0, 4), fr.HMC(0.8, 4, jitter=0.5)],
+    "truncated normal": [fr.MALA(0.02), fr.MALA(0.4), fr.HMC(0.3, 3), fr.HMC(0.9, 4), fr.HMC(0.8, 4, jitter=0.5)],
 }
 CASES = [(name, sampler) for name, samplers in STEPS.items() for sampler in samplers]
 
@@ -202,6 +202,39 @@ class NoKinetic(fr.HMC):
         return None
 
 
+class EvenLastKick(fr.HMC):
+    """H' is reckoned with the step size before the jitter."""
+
+    def observe(self, *args):
+        return dataclasses.replace(self, jitter=0.0)._observe(*args)
+
+    def _observe(self, *args):
+        return super().observe(*args)
+
+    def kernel(self):
+        return None
+
+
+class SizeOfEachStep(fr.HMC):
+    """Every step within a trajectory draws a size of its own."""
+
+    def jittered(self, state, noise, ago):
+        return super().jittered(state, noise, 0)
+
+    def kernel(self):
+        return None
+
+
+class SizeOfTheState(fr.HMC):
+    """The size depends on where the trajectory begins, which the way back does not know."""
+
+    def jittered(self, state, noise, ago):
+        return state["step_size"][:, None] * (1 + self.jitter * torch.tanh(state["position"].sum(1, keepdim=True)))
+
+    def kernel(self):
+        return None
+
+
 class OneMomentum(fr.HMC):
     """Every trajectory starts from the momentum of the first."""
 
@@ -247,6 +280,9 @@ MUTANTS = {
     "HMC with a whole first kick": (WholeFirstKick(0.5, 3), "gaussian"),
     "HMC without the last kick": (NoLastKick(0.5, 3), "gaussian"),
     "HMC without the kinetic energy": (NoKinetic(0.5, 3), "gaussian"),
+    "HMC with a last kick of another size": (EvenLastKick(0.5, 3, jitter=0.5), "gaussian"),
+    "HMC with a size for each step": (SizeOfEachStep(0.5, 3, jitter=0.5), "gaussian"),
+    "HMC with a size by the state": (SizeOfTheState(0.5, 3, jitter=0.5), "gaussian"),
     "HMC with one momentum": (OneMomentum(0.8, 3), "gaussian"),
     "HMC that does not turn at walls": (NotTurned(0.5, 3), "truncated exponential"),
 }

@@ -120,11 +120,17 @@ def mala(sampler, prior, value, z, identity):
     return z, {"acceptance": accepted / STEPS, "step_sizes": eps}
 
 
+def jittered(eps, sampler, identity, step):
+    """Neal 2011, section 3.2: eps times a uniform factor in 1 - jitter ... 1 + jitter, drawn before the trajectory."""
+    u = uniform(SEED, torch.tensor([identity]), torch.tensor([step]), 1, Stream.JITTER)[0, 0].item()
+    return eps * (1 - sampler.jitter + 2 * sampler.jitter * u)
+
+
 def hmc(sampler, prior, value, z, identity):
     """Neal 2011, with walls."""
-    eps, count, accepted, length = sampler.step_size, STEPS // sampler.leapfrog, 0, sampler.leapfrog
+    base, count, accepted, length = sampler.step_size, STEPS // sampler.leapfrog, 0, sampler.leapfrog
     for k in range(count):
-        p = draws("normal", identity, k * length, DIM)
+        p, eps = draws("normal", identity, k * length, DIM), jittered(base, sampler, identity, k * length)
         q, before = z, value(z).item() + 0.5 * (p * p).sum().item()
         for _ in range(length):
             p = p - eps / 2 * gradient(value, q)[1]
@@ -136,8 +142,8 @@ def hmc(sampler, prior, value, z, identity):
         if draws("uniform", identity, (k + 1) * length, 1) < probability:
             z, accepted = q, accepted + 1
         if (k + 1) * length <= sampler.adapt:
-            eps = adapted(eps, sampler.step_size, k + 1, probability, sampler)
-    return z, {"acceptance": accepted / count, "step_sizes": eps}
+            base = adapted(base, sampler.step_size, k + 1, probability, sampler)
+    return z, {"acceptance": accepted / count, "step_sizes": base}
 
 
 def flow(sampler, prior, value, a, identity):
@@ -175,7 +181,8 @@ RUNS = {
     "mala on a box": (fr.MALA(0.15, logit_scale=0.8), "uniform", mala),
     "mala, adapted": (fr.MALA(0.5, adapt=8), "truncated", mala),
     "hmc": (fr.HMC(0.8, 3), "normal", hmc),
-    "hmc on a box": (fr.HMC(0.9, 4, logit_scale=0.8), "uniform", hmc),
+    "hmc of one length": (fr.HMC(0.8, 3, jitter=0), "normal", hmc),
+    "hmc on a box": (fr.HMC(0.9, 4, logit_scale=0.8, jitter=0.5), "uniform", hmc),
     "hmc, adapted": (fr.HMC(0.3, 2, adapt=8), "truncated", hmc),
     "dgflow KL": (fr.DGflow(0.05, "KL", 0.02), "normal", flow),
     "dgflow JS": (fr.DGflow(0.1, "JS", 0.02), "normal", flow),
@@ -272,10 +279,10 @@ def test_without_noise_ddls_climbs_the_log_posterior():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("adapt", [0, 6])
 def test_hmc_of_one_leapfrog_step_is_mala(adapt, backend):
-    """Proposals and acceptance are equal when the step sizes are: eps of MALA is the square of HMC's."""
+    """Proposals and acceptance are equal when the step sizes are: eps of MALA is the square of HMC's, without jitter."""
     options = dict(prior=fr.Normal(DIM), max_steps=STEPS, num_slots=16, precision="float64")
     size, found = 1.1, []
-    for sampler in (fr.MALA(size**2, adapt=adapt, target=0.6), fr.HMC(size, 1, adapt=0, target=0.6)):
+    for sampler in (fr.MALA(size**2, adapt=adapt, target=0.6), fr.HMC(size, 1, adapt=0, target=0.6, jitter=0)):
         with serving(backend):
             found.append(fr.Refiner(G, D, sampler, **options).sample(64, seed=SEED))
     if adapt:  # of the step size they adapt different powers: the check must be able to fail

@@ -18,7 +18,7 @@ SAMPLERS = {
     "collaborative": fr.Collaborative(0.1),
     "ddls": fr.DDLS((0.1, 0.05), (1.0, 0.5)),
     "mala": fr.MALA(0.5, adapt=4),
-    "hmc": fr.HMC(0.5, 2, adapt=4),
+    "hmc": fr.HMC(0.5, 2, adapt=4, jitter=0.5),
     "dgflow": fr.DGflow(0.05, "JS"),
     "dot": fr.DOT(0.02),
     "dot, sgd": fr.DOT(0.02, "sgd"),

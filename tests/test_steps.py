@@ -85,6 +85,17 @@ def test_rare_and_sure_acceptance_are_told(sampler):
     assert adapted.stable and not warned and adapted.step_sizes[2] < 40
 
 
+def test_acceptance_by_resonance_is_no_reason_for_a_larger_step():
+    def advice(sampler):
+        return run(sampler, curvature=1e-4, max_steps=40)[0].advice
+
+    for leapfrog in (10, 20):
+        told = advice(fr.HMC(0.314, leapfrog, jitter=0))
+        assert "near a multiple of pi" in told and "jitter=" in told and "larger" not in told
+    for sampler in (fr.HMC(0.314, 10), fr.HMC(0.2, 10, jitter=0), fr.HMC(0.01, 10, jitter=0)):
+        assert "larger step size would mix faster" in advice(sampler)
+
+
 def test_transport_is_not_judged_by_its_logit():
     assert run(fr.DOT(0.5, lipschitz=100.0), curvature=0.01)[0].stable
 

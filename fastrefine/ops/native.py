@@ -116,7 +116,7 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> tuple[Any
         "pool_rows": rows,
         "output_rows": window - 1,
         "rule": kernel.rule,
-        "hyper": (*kernel.hyper, *[0.0] * (7 - len(kernel.hyper))),
+        "hyper": (*kernel.hyper, *[0.0] * (8 - len(kernel.hyper))),
         "scalars": _address(slots.scalars, real, count[0], s),
         "vectors": _address(slots.vectors, real, count[1], s, f),
         "num_scalars": count[0],

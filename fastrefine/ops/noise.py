@@ -20,6 +20,7 @@ class Stream(enum.IntEnum):
     PROPOSAL = 0
     ACCEPT = 1
     LATENT = 2
+    JITTER = 3
     LAST_STEP = 4
     REFERENCE = 5
     SELECTION = 6
@@ -91,3 +92,7 @@ class Noise:
     def uniform(self, stream: int = Stream.ACCEPT) -> Tensor:
         """(S,) uniforms in (0, 1)."""
         return uniform(self._seed, self._id, self._step, 1, stream)[:, 0].to(self._dtype)
+
+    def jitter(self, ago: int | Tensor) -> Tensor:
+        """(S,) uniforms in (-1, 1), float64: those that were drawn ``ago`` steps before, an int or (S,), 0 or more."""
+        return 2 * uniform(self._seed, self._id, (self._step - ago).clamp(min=0), 1, Stream.JITTER)[:, 0] - 1

@@ -52,6 +52,7 @@ class Evaluation(NamedTuple):
 class NoiseSource(Protocol):
     def normal(self, stream: int = ..., ago: int = ...) -> Tensor: ...
     def uniform(self, stream: int = ...) -> Tensor: ...
+    def jitter(self, ago: int | Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,13 +170,17 @@ def adam(g: Tensor, state: State, step: Tensor, step_size: float) -> tuple[Tenso
     return per_slot(scale.to(g.dtype)) * m / spread, {"first_moment": m, "second_moment": v}
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise InputError unless ``value`` is a finite number in [low, high] (in (low, high] with ``open_low``)."""
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise InputError unless ``value`` is a finite number in [low, high], without an end that is open."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
+    ends = {low} if open_low else set()
+    ends |= {high} if open_high else set()
+    if is_number and math.isfinite(value) and low <= value <= high and value not in ends:
         return
     wanted = f"{'more than' if open_low else 'at least'} {low:g}"
-    wanted += f" and at most {high:g}" if high < math.inf else ""
+    wanted += f" and {'less than' if open_high else 'at most'} {high:g}" if high < math.inf else ""
     raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, per_slot
+from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, check_number, per_slot
 from fastrefine.samplers.metropolis import DECAY, LARGEST, SMALLEST, MetropolisSampler
 
 
@@ -20,19 +20,26 @@ class HMC(MetropolisSampler):
     size, where the adaptation is over. At a bounded prior's walls position and momentum are reflected. One transition is
     ``leapfrog`` steps of the engine, so max_steps is a multiple of it; only accepted points are returned.
 
-    step_size: eps of the leapfrog, more than 0. leapfrog: 1 or more. logit_scale: more than 0. adapt: for how many steps
-    each chain tunes its own eps towards the acceptance ``target`` (.65, Beskos et al. 2013), by Robbins-Monro on log eps.
-    Needs at="input" with a prior. Raises InputError on values out of range.
+    All steps of a trajectory have the size eps (1 + jitter v), v uniform in (-1, 1) and drawn once for each trajectory,
+    whatever the state (Neal 2011, section 3.2; Mackenzie 1989): each size leaves the law invariant, so their mixture does.
+    Of one length, trajectories resonate: where d is flat under a normal prior a direction turns by leapfrog x eps, near a
+    multiple of pi z comes back as -z or z, nothing mixes, and all is accepted. jitter=0 keeps the one length.
+
+    step_size: eps of the leapfrog, more than 0. leapfrog: 1 or more. logit_scale: more than 0. jitter: 0 to 1, without 1.
+    adapt: for how many steps each chain tunes its own eps (that before the jitter) towards the acceptance ``target`` (.65,
+    Beskos et al. 2013), by Robbins-Monro on log eps. Needs at="input" with a prior. Raises InputError on values out of range.
     """
 
     leapfrog: int = 10
     logit_scale: float = 1.0
+    jitter: float = field(default=0.2, kw_only=True)
     target: float = field(default=0.65, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.leapfrog, int) or isinstance(self.leapfrog, bool) or self.leapfrog < 1:
             raise InputError(f"leapfrog is {self.leapfrog!r}; wanted a whole number of at least 1")
+        check_number("jitter", self.jitter, 0.0, 1.0, open_high=True)
 
     @property
     def transition(self) -> int:  # type: ignore[override]
@@ -44,21 +51,28 @@ class HMC(MetropolisSampler):
     def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:
         energy = self.energy(evaluation)
         before = noise.normal(ago=self.leapfrog).double()
-        after = state["momentum"].double() - 0.5 * per_slot(state["step_size"]).double() * energy.grad.double()
+        size = self.jittered(state, noise, self.leapfrog)
+        after = state["momentum"].double() - 0.5 * size.double() * energy.grad.double()
         kinetic = 0.5 * ((before - after) * (before + after)).sum(1)
         found = self.test(a, evaluation, energy, kinetic, state, step, noise)
         return {**found, "momentum": state["momentum"], "point": a, "force": energy.grad}
 
     def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
         assert self.latent is not None
-        begins, size = per_slot(step % self.leapfrog == 0), per_slot(state["step_size"])
+        done = step % self.leapfrog
+        begins, size = per_slot(done == 0), self.jittered(state, noise, done)
         point = torch.where(begins, state["position"], state["point"])
         momentum = torch.where(begins, noise.normal() - 0.5 * size * state["grad"], state["momentum"] - size * state["force"])
         point, turned = self.latent.fold(point + size * momentum)
         return point, {**state, "momentum": torch.where(turned, -momentum, momentum)}
 
+    def jittered(self, state: State, noise: NoiseSource, ago: int | Tensor) -> Tensor:
+        """(S, 1) the step size of the trajectories that began ``ago`` steps before."""
+        size = state["step_size"]
+        return per_slot(size * (1 + self.jitter * noise.jitter(ago)).to(size.dtype))
+
     def kernel(self) -> Kernel | None:
-        hyper = (self.step_size, float(self.adapt), self.target, DECAY, SMALLEST, LARGEST, float(self.leapfrog))
+        hyper = (self.step_size, float(self.adapt), self.target, DECAY, SMALLEST, LARGEST, float(self.leapfrog), self.jitter)
         table = None if self.latent is None else self.latent.table
         scalars, vectors = ("energy", "step_size", "accepted"), ("grad", "momentum")
         return Kernel("hmc", hyper, scalars, vectors, noise=True, latent=table)
