@@ -4,7 +4,7 @@ Steps are processes of their own with a time limit, and none stops the others, a
 benchmarks/results/gpu-check-<gpu>.json and .md; exit code 1 when one failed (a skipped one has not: its line says why).
 --dry-run goes through them without a GPU, on stand-ins, so that a typing error is not found on rented hardware.
 
-python -m benchmarks.gpu_check                                   within 450 seconds, the most important first
+python -m benchmarks.gpu_check                                   within 540 seconds, the most important first
 python -m benchmarks.gpu_check --commit SHA --output FOLDER      no .git here, results elsewhere
 python -m benchmarks.gpu_check --slow --compile --total 800      what takes minutes too
 python -m benchmarks.gpu_check --dry-run --output FOLDER
@@ -38,6 +38,11 @@ TAIL = 4000  # characters of a step's output that are kept
 NO_TESTS = 5  # exit code of pytest when nothing was collected
 GRACE = 8  # seconds between asking a step to end and ending it
 NO_TIME = "no time left"
+# what tests import, by the name of the package
+MODULES = {
+    "tqdm": "tqdm", "click": "click", "safetensors": "safetensors", "scipy": "scipy", "PIL": "pillow", "xdist": "pytest-xdist",
+}  # fmt: skip
+MARKS = ("mark.cuda", "needs_gpu")  # by which a test file marks tests as cuda
 OURS = ("refine_", "follow_")  # what the names of the step's kernels begin with
 SANITIZER_REFUSES = ("Device not supported", "Unable to find injection library", "not supported on this", "ERR_NVGPUCTRPERM")
 
@@ -136,8 +141,13 @@ def counts(junit: Path) -> dict[str, Any]:
     return {"tests": len(cases), "failed": len(failed), "skipped": len(skipped), "names": failed[:40]}
 
 
+def missing() -> list[str]:
+    """Packages that are not here; without them tests fail at import, or run in one process."""
+    return [package for module, package in MODULES.items() if importlib.util.find_spec(module) is None]
+
+
 def planned(folder: Path, gpu: bool, probe: bool = True, slow: bool = False, compiling: bool = False) -> list[Step]:
-    """The steps, the most important first; without a GPU their stand-ins. Limits up to the census add up to 380 s."""
+    """The steps, the most important first; without a GPU their stand-ins. Limits up to the census add up to 470 s."""
     python, device = [sys.executable], "cuda" if gpu else "cpu"
     compiled: dict[str, str | None] = {"TRITON_INTERPRET": None, "FASTREFINE_BACKEND": None}
     exact = {**compiled, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch demands it of deterministic algorithms
@@ -148,7 +158,7 @@ def planned(folder: Path, gpu: bool, probe: bool = True, slow: bool = False, com
     def tests(output: str, *given: str) -> list[str]:
         # what takes time is Triton's compiler, for each specialisation
         hung = ["-o", "faulthandler_timeout=60"]  # a test that takes longer says where it is
-        parallel = ["-n", "8"] if gpu and importlib.util.find_spec("xdist") else []
+        parallel = ["-n", "8"] if gpu and "pytest-xdist" not in missing() else []
         return [
             *python,
             "-m",
@@ -162,7 +172,9 @@ def planned(folder: Path, gpu: bool, probe: bool = True, slow: bool = False, com
             *given,
         ]
 
+    alone = "pytest-xdist" in missing()
     collect = [] if gpu else ["--collect-only"]
+    marked = [name for name in _existing("tests", "test_*.py") if any(m in (ROOT / name).read_text() for m in MARKS)]
     parity = ["tests/test_refine_step.py", "tests/test_noise.py", *_existing("tests", "test_kernels_*.py")]
 
     def probing(output: str, limit: int, *given: str) -> list[str]:
@@ -173,9 +185,10 @@ def planned(folder: Path, gpu: bool, probe: bool = True, slow: bool = False, com
         Step("nvcc", ["nvcc", "--version"], 10),
         Step("doctor", [*python, "-m", "fastrefine", "doctor"], 25),
         Step("build", [*python, "setup.py", "--quiet", "build_ext", "--inplace"], 60, {"FASTREFINE_BUILD": "cuda"}),
-        Step("tests marked cuda", tests("cuda.xml", "-m", "cuda and not slow", *collect, "tests"), 100, exact, "cuda.xml"),
-        Step("drivers", module("gpu_parity", "--limit", "60", "--output", str(folder / "parity.json"),
-                               *([] if gpu else ["--models", "mlp2d"])), 80, compiled, "parity.json"),
+        Step("tests marked cuda" + " (in one process: no pytest-xdist)" * alone,
+             tests("cuda.xml", "-m", "cuda and not slow", *collect, *marked), 160 if alone else 100, exact, "cuda.xml"),
+        Step("drivers", module("gpu_parity", "--limit", "150", "--output", str(folder / "parity.json"),
+                               *([] if gpu else ["--models", "mlp2d"])), 170, compiled, "parity.json"),
         Step("compiled kernels", tests("kernels.xml", "-m", "not slow and not cuda", *collect, *parity), 70, compiled,
              "kernels.xml"),  # without those that the step before ran, and those that compile without a GPU
         Step("census", [*python, "-W", "ignore", "-m", "benchmarks.gpu_small", "--census"], 25, compiled),
@@ -185,7 +198,7 @@ def planned(folder: Path, gpu: bool, probe: bool = True, slow: bool = False, com
         steps.append(Step("probe", probing("probe.json", 60), 80, compiled, "probe.json", 20))
     steps += [sanitizer(tool, "graph", module, compiled) for tool in ("memcheck", "racecheck")]
     if slow:
-        command = tests("slow.xml", "-m", "cuda and slow", *collect, "tests")
+        command = tests("slow.xml", "-m", "cuda and slow", *collect, *marked)
         steps.append(Step("slow tests marked cuda", command, 150, exact, "slow.xml"))
     if compiling:
         steps.append(Step("probe, compiled", probing("compiled.json", 200, "--compile"), 240, compiled, "compiled.json", 20))
@@ -259,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only steps whose name holds one of these words")
     parser.add_argument("--slow", action="store_true", help="also, at last, the tests marked cuda and slow (150 s)")
     parser.add_argument("--compile", action="store_true", help="also, at last, the step with compile=True (240 s)")
-    parser.add_argument("--total", type=float, default=450, help="seconds for everything (default 450); then steps are skipped")
+    parser.add_argument("--total", type=float, default=540, help="seconds for everything (default 540); then steps are skipped")
     parser.add_argument("--commit", metavar="SHA", help="what the report names as commit: needed where the files have no .git")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of the report (default benchmarks/results; of a dry run build)"
@@ -273,7 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     steps = planned(folder, gpu, not given.no_probe, given.slow, given.compile)
     steps = [step for step in steps if not given.only or any(word in step.name for word in given.only)]
-    machine = facts(device, given.commit)
+    absent = ", ".join(missing()) or "none"
+    print(f"Missing packages: {absent}", file=sys.stderr)
+    machine = {**facts(device, given.commit), "missing packages": absent}
     name = f"gpu-check-{slug(device_name(device))}" if gpu else "gpu-check-dry-run"
 
     def write() -> None:  # after every step: what is cut short loses nothing

@@ -50,40 +50,34 @@ class Measurement:
         self._race()
 
     def _prepare_ours(self) -> None:
-        """Choose slots; then prepare anew and refine 2 x slots once, which tells the rate and is what is compared."""
-        bench, row, device = self.bench, self.row, self.bench.device
-        gpu = device.type == "cuda"
-        self.num_slots, step_seconds = bench.best_slots(row, bench.refiner(row))
-        gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
-        held = self._allocated()
-        self.refiner = bench.refiner(row)
-        self.refiner.num_slots = self.num_slots
-        first = self.refiner.refine(bench.latents(row, 2 * self.num_slots))
-        self.checked = first
-        self.own_bytes = self._allocated() - held  # of the prepared refiner, its machine and these results
+        """Choose slots; refine 2 x slots once, which tells the rate and is what is compared."""
+        bench, row = self.bench, self.row
+        refiner = bench.refiner(row)
+        self.num_slots, step_seconds = bench.best_slots(row, refiner)
+        refiner.num_slots = self.num_slots
+        self.checked = first = refiner.refine(bench.latents(row, 2 * self.num_slots))
         evaluations = float(first.steps.double().mean()) + 1
         rate = self.num_slots / (step_seconds * evaluations)
         self.n = self.scale.samples or gpu_rows.samples(row, self.num_slots, rate)
         self.latents = bench.latents(row, self.n)
 
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.bench.device) if self.bench.device.type == "cuda" else 0
-
     def _warm_up(self) -> None:
-        """Refine what is timed once untimed, and record its peak memory.
+        """Prepare anew and refine what is timed once untimed, recording the peak memory of both.
 
-        The engine's machine (windows, pool) depends on the number of blocks and on max_steps: a shorter run makes and captures
-        another one, and round 1 would pay for that of the timed run.
+        Anew, for memory that a capture used and freed counts while it is made only. The engine's machine (windows, pool)
+        depends on the number of blocks and on max_steps: a shorter run makes and captures another one, and round 1 would pay
+        for that of the timed run.
         """
-        gpu = self.bench.device.type == "cuda"
-        before = self._allocated()  # with the rivals, so that they cancel out
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(self.bench.device)
+        device, before = self.bench.device, 0
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)  # of the rivals
+        self.refiner = self.bench.refiner(self.row)
+        self.refiner.num_slots = self.num_slots
         self.refiner.refine(self.latents)
-        peak = torch.cuda.max_memory_allocated(self.bench.device) if gpu else 0
-        self.memory = (peak - before + self.own_bytes) / 2**20 if gpu else None
+        self.memory = (torch.cuda.max_memory_allocated(device) - before) / 2**20 if device.type == "cuda" else None
 
     def _prepare_rivals(self) -> None:
         bench, row = self.bench, self.row
@@ -186,7 +180,7 @@ class Measurement:
             "flops_per_evaluation": work.evaluation, "repetitions": len(self.own_seconds), "seconds": self.own_seconds,
             "copy_images_to_cpu_seconds": self.transfer, "iterations": iterations, "missing": self.missing,
             "checks": self.checks, "compile": self.bench.compile_ours,
-            **{key: report.get(key) for key in ("backend", "route", "split")},
+            **{key: report.get(key) for key in ("backend", "route", "split", "fold", "channels_last")},
         }  # fmt: skip
         for name, (_, images, precision) in self.rivals.items():
             found |= {f"{name}_batch": self.batches[name], f"{name}_images": images, f"{name}_precision": precision}

@@ -58,18 +58,33 @@ class NoHostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _depends_on_values(func, args):
+        if _depends_on_values(func, args, kwargs):
             raise RuntimeError(f"a network reads values of the device on the host ({func})")
         if torch.Tag.nondeterministic_seeded in func.tags and _drops_out(func, args, kwargs):
             raise RuntimeError(f"a network draws from torch's generator ({func})")
         return func(*args, **kwargs)
 
 
-def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the host must know values to go on: a scalar, or a shape; for an index only if it is a mask."""
-    if func is torch.ops.aten.index.Tensor:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+def _depends_on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the host must know values to go on: a scalar, or a shape, for which an index must be a mask; or moves them."""
+    aten = torch.ops.aten
+    if func is aten.index.Tensor:
+        return _has_mask(args[1])
+    if func.overloadpacket in (aten.index_put, aten.index_put_, aten._index_put_impl_):
+        value = args[2]
+        return _has_mask(args[1]) and not (value.numel() == 1 and value.device.type == "cpu")  # else torch fills the mask
+    if func is aten._to_copy.default:
+        wanted = kwargs.get("device")
+        return wanted is not None and torch.device(wanted).type != args[0].device.type
+    if func.overloadpacket in (aten.copy_, aten.copy):
+        return args[1].device.type != args[0].device.type
+    if func is aten.lift_fresh.default:
+        return args[0].device.type != "cpu"  # torch.tensor([...], device=...) has just copied it there
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def _drops_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -95,7 +110,7 @@ class CudaRuntime:
         """
         self.stream = self.stream or torch.cuda.Stream(self.device)  # one for all of a machine: they share memory
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        pool = None if beside is None else beside.pool()
+        pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool()
         with self._one_at_a_time, _on(self.stream), _no_garbage_collection():
             # the backward thread would launch outside the capture (only networks without a flat step use autograd)
             with torch.autograd.set_multithreading_enabled(False):
@@ -103,11 +118,27 @@ class CudaRuntime:
                     step()
                 with NoHostReads():
                     step()
-                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
                     step()
+                finally:
+                    self._end(graph, pool)
             if replayed:
                 graph.instantiate()
         return graph
+
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """End the capture. A broken one keeps its pool (torch 2.11 to 2.13), and nothing could be captured or freed again."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                if hasattr(torch._C, name):
+                    with contextlib.suppress(RuntimeError):  # a torch that gives it up itself
+                        getattr(torch._C, name)(self.stream.device_index, pool)  # type: ignore[union-attr]
+            raise
 
     def loop(self, graph: torch.cuda.CUDAGraph, machine: Machine) -> Any:
         """The graph as the body of a loop on the device."""
@@ -166,8 +197,8 @@ def choose(name: str, device: torch.device) -> Driver:
 
 def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool) -> Driver:
     """The driver with its machine ready, or the host loop where the step cannot be captured and nobody asked for it."""
-    target, cause = machine.target, None
-    if target.refused is None:
+    refused, cause = machine.target.refused, None
+    if driver.name not in refused:
         try:
             driver.prepare(machine, forward)
             return driver
@@ -177,12 +208,20 @@ def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool
                 raise
             if error.__context__ is not None and is_out_of_memory(error.__context__):  # the end of the capture failed too
                 raise error.__context__ from error
-            cause, target.refused = error, str(error).splitlines()[0] if str(error) else type(error).__name__
+            cause, refused[driver.name] = error, _reason(error)
             if may_fall_back:
-                log.warning("the step cannot be captured, so it is launched from Python: %s", target.refused)
+                log.warning("the step cannot be captured, so it is launched from Python: %s", refused[driver.name])
     if not may_fall_back:
-        raise BackendError(f"driver={driver.name!r} cannot repeat this step: {target.refused}; use driver='host'") from cause
+        reason = refused[driver.name]
+        raise BackendError(f"driver={driver.name!r} cannot repeat this step: {reason}; use driver='host'") from cause
     return HostLoop()
+
+
+def _reason(error: BaseException) -> str:
+    """One line; the end of a broken capture only says that something went wrong before."""
+    if error.__context__ is not None and "previous error during capture" in str(error):
+        return _reason(error.__context__)
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager

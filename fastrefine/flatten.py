@@ -8,7 +8,7 @@ in depends on its neighbours, so both are replaced by forms that give every row 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
+Modules = tuple[torch.nn.Module, ...]
+_FOLDED, _DERIVED = "_folded", "_derived"  # names of constants: computed from nothing, or from tensors that the trace met
 BLOCK_BYTES = 2**23  # largest single result of a block of rows on a CPU
 LANES = 16  # floats of an AVX-512 register, in which oneDNN keeps output channels
 VECTOR = 32  # elements of two AVX-512 float registers: the stride of ATen's vectorised loops
@@ -35,20 +38,76 @@ _UNTAGGED = {
 }  # fmt: skip
 
 
-def trace(function: Callable[..., Any], args: tuple[Tensor, ...]) -> fx.GraphModule:
-    """``function(*args)`` as a graph of aten operations for these shapes; it may call torch.autograd.grad inside."""
-    graph = record(function, args)
+def trace(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
+    """``function(*args)`` as a graph of aten operations for these shapes; it may call torch.autograd.grad inside.
+
+    modules: those whose weights may be updated in place, so that nothing that depends on them is computed in advance.
+    """
+    graph = record(function, args, modules)
     if args[0].device.type == "cpu":
         make_rows_equal(graph, args[0].dtype)
     return graph
 
 
-def record(function: Callable[..., Any], args: tuple[Tensor, ...]) -> fx.GraphModule:
+def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
     """As ``trace``, with the operations as they were called: what a FLOP counter knows."""
     rules: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = _convolution_on_cpu
-    return make_fx(function, decomposition_table=rules)(*args)
+    graph = make_fx(function, decomposition_table=rules)(*args)
+    fold_constants(graph, modules)
+    return graph
+
+
+def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
+    """Compute once what depends on no input and no weight, such as coordinates or a kernel that is sent to the device.
+
+    Random numbers and memory that the step writes to stay as they are.
+    """
+    weights, known, written = _storages(_weights(modules)), {}, set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(node.target)(graph)
+            if isinstance(value, Tensor) and not _storages([value]) & weights:
+                known[node] = value
+        elif node.op == "call_function":
+            given = [known[n] for n in node.all_input_nodes if n in known]
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                written |= _storages(given)
+            elif len(given) == len(node.all_input_nodes) and _gives_the_same_each_time(node.target):
+                own_args, own_kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                with torch.no_grad():
+                    known[node] = node.target(*own_args, **own_kwargs)
+    kept: dict[fx.Node, bool] = {}  # -> whether a tensor that the trace met has part in it
+    for node, value in known.items():
+        inputs = node.all_input_nodes
+        if not _storages(tree_leaves(value)) & written and all(n in kept for n in inputs):
+            kept[node] = any(kept[n] for n in inputs) or (node.op == "get_attr" and value.numel() > 1)
+    for node in reversed(kept):
+        if node.op == "call_function" and isinstance(known[node], Tensor) and any(user not in kept for user in node.users):
+            name = f"{_DERIVED if kept[node] else _FOLDED}{len(list(graph.buffers()))}"
+            graph.register_buffer(name, known[node])
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(name), lambda user: user not in kept)
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _gives_the_same_each_time(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return is_aten and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _weights(modules: Modules) -> Iterator[Tensor]:
+    for module in modules:
+        yield from (*module.parameters(), *module.buffers())
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in values if isinstance(t, Tensor)}
 
 
 def _convolution_backward(
@@ -200,8 +259,9 @@ def block_rows(graph: fx.GraphModule, n: int, rows: int) -> int:
     return size if 4 * size > min(rows, affordable) else rows  # an awkward number of rows stays whole
 
 
-def has_derived_constants(graph: fx.GraphModule, modules: tuple[torch.nn.Module, ...]) -> bool:
+def has_derived_constants(graph: fx.GraphModule, modules: Modules) -> bool:
     """Whether the trace evaluated something from the weights once: such a value does not follow new weights."""
-    own = {t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers())}
-    constants = (operator.attrgetter(n.target)(graph) for n in graph.graph.nodes if n.op == "get_attr")
-    return any(c.numel() > 1 and c.untyped_storage().data_ptr() not in own for c in constants)
+    own = _storages(_weights(modules))
+    names = [n.target for n in graph.graph.nodes if n.op == "get_attr" and not n.target.startswith(_FOLDED)]
+    constants = {name: operator.attrgetter(name)(graph) for name in names}
+    return any(n.startswith(_DERIVED) or (c.numel() > 1 and not _storages([c]) <= own) for n, c in constants.items())

@@ -117,6 +117,7 @@ def _run(
     progress.facts = {
         "backend": backend, "driver": driver.name, "precision": refiner.precision, "threads": 0,
         "num_slots": target.num_slots, "route": target.route, "split": target.generator.cut.route,
+        "fold": target.fold, "channels_last": target.channels_last,
     }  # fmt: skip
     lockstep = refiner.coupling == "lockstep"
     real = refiner._real_logits if refiner._needs_real else None

@@ -28,14 +28,18 @@ def threads_for(flops: float | None) -> Iterator[int]:
 @contextlib.contextmanager
 def arithmetic(precision: str, deterministic: bool) -> Iterator[None]:
     """TF32 on only for "tf32", deterministic algorithms on request; the caller's settings come back afterwards."""
+    with _tf32(precision == "tf32"), _deterministic() if deterministic else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with _tf32(precision == "tf32"):
-        if deterministic:
-            torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class Target:
     ):
         self.generator, self.discriminator, self.coupled, self.compiled = generator, discriminator, coupled, compiled
         self.num_slots, self.precision = num_slots, precision
+        self.fold = "none"  # how BatchNorms were folded: "graph" | "neighbours" (in a Sequential) | "none"
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._graphs: dict[tuple[bool, bool], fx.GraphModule]  # by (with gradient, reads a view)
         self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
@@ -69,14 +70,21 @@ class Target:
     def prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
         """Fold, convert and trace, each step verified against plain autograd on the probe batch (n, ...) given.
 
-        Raises GradientError when no gradient reaches ``a``.
+        Without TF32: what is verified is formulas, and its rounding exceeds the tolerances. Raises GradientError when no
+        gradient reaches ``a``.
         """
+        with settings.arithmetic("float32", False):
+            self._prepare(a, context)
+
+    def _prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
         exact_tail, exact_d = self.generator.cut.tail, self.discriminator.module
         flat_a = a.reshape(len(a), -1)
         self.tail, self.d, self.channels_last, self.compute = exact_tail, exact_d, False, a.dtype
         reference = self._probe_gradient(flat_a, context)
         self._reference = (flat_a, context)
-        for fold in (freeze.fold_batch_norm, freeze.fold_in_sequentials, copy.deepcopy):
+        for self.fold, fold in (
+            ("graph", freeze.fold_batch_norm), ("neighbours", freeze.fold_in_sequentials), ("none", copy.deepcopy),
+        ):  # fmt: skip
             self._fold = fold
             self.tail, self.d = fold(exact_tail), fold(exact_d)
             if self._agrees(reference, a.dtype):
@@ -159,7 +167,7 @@ class Target:
         self.route = "autograd"
         plain = self._autograd(a, *context)
         try:
-            small = flatten.record(self._step, (a, *context))
+            small = flatten.record(self._step, (a, *context), (self.tail, self.d))
             from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
             with FlopCounterMode(display=False) as counter:
@@ -248,7 +256,7 @@ class Target:
                 (False, False): self._values, (False, True): lambda v, *rest: self._values(*rest, view=v),
             }  # fmt: skip
             record = flatten.record if self.compiled else flatten.trace  # a compiler rounds as it likes
-            graph = self._graphs[kind] = record(functions[kind], tuple(t[: self._block] for t in given))
+            graph = self._graphs[kind] = record(functions[kind], tuple(t[: self._block] for t in given), (self.tail, self.d))
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
             self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
         return self._by_blocks(self.calls[kind], given)
@@ -289,7 +297,7 @@ class Target:
         """Drop what was traced, compiled or captured."""
         self._graphs, self.calls, self._idle = {}, {}, []
         self.era = object()  # what was captured before is of another one
-        self.refused: str | None = None  # why the step cannot be captured
+        self.refused: dict[str, str] = {}  # driver -> why it cannot repeat the step
 
     def resize(self, num_slots: int) -> None:
         """Evaluate batches of another size from now on."""

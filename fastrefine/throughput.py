@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrefine import settings
 from fastrefine.pair import takes_labels
 from fastrefine.refiner import Refiner
 from fastrefine.samplers import Collaborative
@@ -87,6 +88,7 @@ class Bench:
                     **{k: out.report[k] for k in ("backend", "driver", "threads", "num_slots")},
                 }  # fmt: skip
 
+    @settings.arithmetic("float32", False)
     def _b0(self, name: str) -> float:
         device = self.refiner.device
         g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
@@ -98,14 +100,18 @@ class Bench:
         def batch(size: int, steps: int) -> None:
             _loop(cut, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
 
+        def wait() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
         for size in BATCHES:
             batch(size, 1)  # warm-up
+            wait()
             images, started = 0, time.perf_counter()
             while images == 0 or time.perf_counter() - started < self.seconds / len(BATCHES):
                 batch(size, self.steps)
                 images += size
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait()
             best = max(best, images / (time.perf_counter() - started))
         return best
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastrefine as fr
-from fastrefine import while_graph
+from fastrefine import drivers, flatten, while_graph
 from fastrefine.pool import Proposals
-from tests.test_drivers import RUNS, conditional
+from tests.test_drivers import RUNS, Marks, conditional
 from tests.test_engine import convolutional_pair, pair, refiner, same
 
 pytestmark = [
@@ -57,6 +57,38 @@ def test_labels_and_contexts_follow_their_samples(driver):
     same(found, conditional(driver="host", device="cuda", **options).sample(40, labels=labels))
     wanted = conditional(device="cpu", **options).sample(40, labels=labels)
     torch.testing.assert_close(found.images, wanted.images, rtol=1e-3, atol=1e-3)
+
+
+def test_tf32_is_prepared_as_float32_is():
+    prepared = set()
+    for precision in ("float32", "tf32"):
+        one = on_gpu(convolutional_pair(), prior=fr.Normal(8), at="2", precision=precision)
+        one.sample(8)
+        prepared.add((one._target.fold, one._target.route, one._target.channels_last))
+    assert len(prepared) == 1 and "flat" in prepared.pop()
+
+
+@pytest.mark.parametrize("way", ["recorded", "refused", "broken"])
+def test_constants_that_are_sent_to_the_device_leave_torch_in_order(way, monkeypatch):
+    """Recorded, they are kept; else the step is refused, and where that sees nothing the capture breaks without harm."""
+    g, d = pair()
+    networks = g, Marks(d)
+
+    def refuse(*given):
+        raise RuntimeError("not today")
+
+    if way != "recorded":
+        monkeypatch.setattr(flatten, "record", refuse)
+    wanted = on_gpu(networks, driver="host").sample(20)
+    if way == "broken":
+        monkeypatch.setattr(drivers, "_depends_on_values", lambda *given: False)
+    found = on_gpu(networks).sample(20)
+    assert found.report["driver"] == ("graph" if way == "recorded" else "host")
+    same(found, wanted)
+    monkeypatch.undo()
+    assert on_gpu().sample(20).report["driver"] == "graph"
+    torch.cuda.empty_cache()
+    assert bool(torch.rand(1, device="cuda").isfinite())
 
 
 def test_auto_replays_a_graph():

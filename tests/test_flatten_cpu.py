@@ -71,3 +71,55 @@ def test_functions_and_their_gradients_round_alike_in_every_row(function):
         for row in x:
             for found, wanted in zip(graph(row.roll(1)), graph(row), strict=True):
                 assert torch.equal(found, wanted.roll(1))
+
+
+class Positions(torch.nn.Module):
+    """Weights, a kernel written down in the code, coordinates, a random number, and memory that the step writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]), requires_grad=False)
+
+    def forward(self, x):
+        line = torch.linspace(0, 1, 3).clone()
+        kernel = torch.tensor([0.5, 1.0, 0.5]) * 2
+        sums = torch.zeros(3)
+        before = sums + 1
+        sums.add_(x[0])
+        return x * line * kernel * (self.weight * 2) + sums * 2 + before + torch.rand(3)
+
+
+def test_what_depends_on_no_input_and_no_weight_is_computed_once():
+    module, x = Positions(), torch.ones(2, 3)
+
+    def seeded(function, given):
+        torch.manual_seed(0)
+        return function(given)
+
+    with torch.no_grad():
+        graph = flatten.record(module, (x,), (module,))
+        called = [n.target.overloadpacket.__name__ for n in graph.graph.nodes if n.op == "call_function"]
+        assert not {"linspace", "clone", "lift_fresh_copy"} & set(called) and {"rand", "zeros"} <= set(called)
+        for given in (x, 3 * x, x):  # a buffer that the step wrote to would add up
+            torch.testing.assert_close(seeded(graph, given), seeded(module, given))
+        module.weight.mul_(5)
+        torch.testing.assert_close(seeded(graph, x), seeded(module, x))
+
+
+def test_only_constants_of_tensors_that_the_trace_met_count_as_derived():
+    layer, x = torch.nn.Linear(3, 3).requires_grad_(False), torch.ones(2, 3)
+    kernel = torch.ones(3) + 1
+    steps = {"pure": lambda a: layer(a) * torch.arange(3).float(), "met": lambda a: layer(a) * kernel.cos()}
+    for name, step in steps.items():
+        graph = flatten.record(step, (x,), (layer,))
+        assert not any(n.target in (torch.ops.aten.arange.default, torch.ops.aten.cos.default) for n in graph.graph.nodes)
+        assert flatten.has_derived_constants(graph, (layer,)) == (name == "met")
+
+
+def test_constants_on_another_device_are_sent_once():
+    """As torch.arange(...).to(x.device): from the host to the device at every step, which no capture survives."""
+    step = lambda a: a * torch.linspace(0, 1, 4).to(a.device) * torch.tensor([1.0, 2.0, 1.0, 0.0]).to(a.device)  # noqa: E731
+    graph = flatten.record(step, (torch.empty(2, 4, device="meta"),))
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [torch.ops.aten.mul.Tensor] * 2
+    used = [n.target for n in graph.graph.nodes if n.op == "get_attr"]
+    assert len(used) == 2 and all(graph.get_buffer(name).is_meta for name in used)

@@ -1,6 +1,7 @@
 """The GPU commands without a GPU: plans, stand-ins, what they write when a row fails or time runs out, table and plot."""
 
 import json
+import math
 import signal
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from benchmarks import gpu_bench, gpu_check, gpu_machine, gpu_parity, gpu_probe,
 from benchmarks.gpu_bench import Recorder, run_rows
 from benchmarks.gpu_check import Step
 from benchmarks.gpu_rows import Budget, Row
+from fastrefine.target import Target
 
 # what DESIGN promises of a row
 KEYS = [
@@ -289,12 +291,50 @@ def test_a_step_reports_how_it_ended_and_what_it_left(tmp_path):
     assert refused.state == "skipped" and list(tmp_path.iterdir()) == []
 
 
+def test_the_cuda_step_names_the_files_and_what_is_missing_is_told_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gpu_check.MODULES, "no_such_module", "no-such-package")
+    assert gpu_check.main(["--dry-run", "--only", "build", "--output", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("Missing packages:") and "no-such-package" in told
+    step = next(s for s in gpu_check.planned(Path("/folder"), True) if s.name.startswith("tests marked cuda"))
+    files = {word for word in step.command if word.startswith("tests")}
+    assert {"tests/test_drivers_cuda.py", "tests/test_kernels_cuda.py", "tests/test_while_graph_gpu.py"} <= files
+    assert "tests/test_engine.py" not in files
+    monkeypatch.setattr(gpu_check, "missing", lambda: ["pytest-xdist"])
+    alone = next(s for s in gpu_check.planned(Path("/folder"), True) if s.name.startswith("tests marked cuda"))
+    assert "no pytest-xdist" in alone.name and alone.limit > step.limit and "-n" not in alone.command
+
+
 def test_parity_demands_bits_under_deterministic_algorithms_and_else_reports_them():
-    case = gpu_parity.Case("mlp2d", "cpu", "float32", None)
-    wanted = case.run("host")
-    assert gpu_parity.compare("drivers", case, "x", lambda: case.run("host"), wanted, True)["ok"]
+    case = gpu_parity.Case("mlp2d", "cpu", "float32")
+    line, wanted = {"check": "drivers"}, case.run("host")
+    assert gpu_parity.compare(line, lambda: case.run("host"), wanted, True)["ok"]
     moved = replace(wanted, logits=wanted.logits + 1e-6)
-    assert not gpu_parity.compare("drivers", case, "x", lambda: moved, wanted, True)["ok"]
-    assert gpu_parity.compare("drivers", case, "x", lambda: moved, wanted, False)["ok"]
-    broken = gpu_parity.compare("drivers", case, "x", lambda: wanted, RuntimeError("no loop"), False)
+    assert not gpu_parity.compare(line, lambda: moved, wanted, True)["ok"]
+    assert gpu_parity.compare(line, lambda: moved, wanted, False)["ok"]
+    broken = gpu_parity.compare(line, lambda: wanted, RuntimeError("no loop"), False)
     assert not broken["ok"] and broken["error"] == "RuntimeError: no loop"
+
+
+def test_parity_prepares_a_model_once_for_each_kind_of_algorithms(monkeypatch):
+    prepared, original = [], Target.prepare
+    monkeypatch.setattr(Target, "prepare", lambda self, *given: (prepared.append(self), original(self, *given)))
+    checks = gpu_parity.Checks("cpu", ["host"])
+    lines = checks.bits("mlp2d", "float32")
+    assert len(lines) == 9 and all(line["ok"] for line in lines) and len(prepared) == 2
+    case = checks.case("mlp2d", "cpu", "float32")
+    stopped = case.run("host", stop=checks.threshold("mlp2d"))
+    assert 0 < stopped.steps.double().mean() < gpu_parity.STEPS == case.run("host").steps.min()
+    assert len(prepared) == 2
+    assert checks.against_float64("mlp2d", "float32")["ok"] and len(prepared) == 4  # the two of the CPU
+
+
+def test_parity_gives_every_model_its_first_precision_first_and_skips_what_time_does_not_reach(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_parity.Checks, "bits", lambda self, *given: seen.append(given) or [])
+    monkeypatch.setattr(gpu_parity.Checks, "against_float64", lambda self, *given: {"check": "float64", "ok": True})
+    gpu_parity.check("cpu", ["a", "b"], ["host"], ["float32", "tf32"], math.inf, lambda lines: None)
+    assert seen == [("a", "float32"), ("b", "float32"), ("a", "tf32"), ("b", "tf32")]
+    late = gpu_parity.check("cpu", ["a"], ["host"], ["float32"], -math.inf, lambda lines: None)
+    assert [line["ok"] for line in late] == [True] and "skipped: time is up" in gpu_parity.table(late)
+    assert "SKIPPED, for time was up: a float32" in gpu_parity.summary(late)

@@ -32,6 +32,7 @@ def densities(path: Path, panels: Mapping[tuple[str, str], Tensor], limit: float
             if j == 0:
                 axis.set_ylabel(row, fontsize=8)
     figure.tight_layout(pad=0.3, h_pad=0.3, w_pad=0.3)
+    figure.subplots_adjust(top=1 - 0.2 / figure.get_figheight())  # the layout leaves no room over images
     save(figure, path)
 
 
