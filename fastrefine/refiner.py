@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, dataset, drivers, fit, ops, pilot, readout, session, settings, stopping
+from fastrefine import checks, dataset, drivers, fit, ops, pilot, readout, scoring, session, settings, stopping
 from fastrefine.errors import InputError
-from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, attempt, check_labels, quiet_torch
+from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, check_labels, quiet_torch
 from fastrefine.pool import Source
 from fastrefine.priors import Prior
 from fastrefine.result import Result
@@ -241,7 +241,7 @@ class Refiner:
         if len(x) == 0:
             return torch.zeros(0, dtype=self.dtype, device=self.output_device)
         with quiet_torch(self.device), settings.arithmetic(self.precision, self.deterministic):
-            return self._score(self._side_for(x, y), x, y).to(self.output_device)
+            return scoring.logits(self, scoring.side_for(self, x, y), x, y).to(self.output_device)
 
     def real_logits(self, why: str) -> Tensor:
         """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""
@@ -364,7 +364,7 @@ class Refiner:
         if self.real is not None:
             if side.takes_labels and self.real_labels is None:
                 raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
-            logits = self._score(side, self.real, self.real_labels).double().cpu()
+            logits = scoring.logits(self, side, self.real, self.real_labels).double().cpu()
             bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
             if bad:
                 raise InputError(f"the discriminator gives real images non-finite logits, first at {bad}")
@@ -388,31 +388,6 @@ class Refiner:
                 self._bound = self.sampler.bind(self), self._bound[1]
             with settings.arithmetic(self.precision, self.deterministic):
                 self._bound = self._bound[0].told(pilot.loss_error(self, self._target)), self._bound[1]
-
-    def _side_for(self, x: Tensor, y: Tensor | None) -> DiscriminatorSide:
-        """The prepared discriminator, or one prepared on these images (N, ...) where that one is labelled otherwise."""
-        for side in (self._discriminator_side, self._scorer):
-            if side is not None and side.takes_labels == (y is not None):
-                return side
-        probe = x[:PROBE].to(self.device, self.dtype)
-        probe = torch.cat([probe * (1 - 0.1 * k) for k in range(-(-PROBE // len(probe)))])[:PROBE]
-        labels = None if y is None else y[torch.arange(PROBE) % len(y)].to(self.device)
-        side = self._new_discriminator_side(probe, labels)
-        if y is not None and not side.takes_labels:
-            raise InputError("labels were given, but the discriminator takes none")
-        self._scorer = side
-        return side
-
-    def _score(self, side: DiscriminatorSide, x: Tensor, y: Tensor | None) -> Tensor:
-        if side.takes_labels and y is not None:
-            check_labels(y, side.num_classes)
-        parts = []
-        for start in range(0, len(x), self.num_slots):
-            # a copy, for layers may work in place
-            images = x[start : start + self.num_slots].to(self.device, self.dtype, copy=True)
-            labels = None if y is None else y[start : start + self.num_slots].to(self.device)
-            parts.append(attempt("discriminator", lambda: side.logits(side.module, images, labels).mean(1), images))  # noqa: B023
-        return torch.cat(parts)
 
 
 def _classes(labels: Tensor | None) -> Tensor | None:

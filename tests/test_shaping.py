@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import flatten
+from fastrefine import flatten, scoring
 
 
 def pair(batch_norm=False):
@@ -49,7 +49,12 @@ def test_one_iteration_equals_algorithm_2_written_out():
 def test_a_refreshed_refiner_equals_a_new_one_with_the_same_discriminator(batch_norm, monkeypatch):
     traces = []
     original = flatten.trace
-    monkeypatch.setattr(flatten, "trace", lambda step, given: traces.append(len(given[0])) or original(step, given))
+
+    def trace(step, given, modules):
+        traces.append(len(given[0]))
+        return original(step, given, modules)
+
+    monkeypatch.setattr(flatten, "trace", trace)
     networks = pair(batch_norm=True)
     one = refiner(networks)
     seen = []
@@ -290,8 +295,8 @@ def test_latents_follow_a_loader_whose_last_batch_is_short():
 @pytest.mark.parametrize("stop", [None, fr.stopping.MedianOfReal()])
 def test_tuning_scores_real_images_once_if_no_rule_reads_them(stop, monkeypatch):
     scored = []
-    original = fr.Refiner._score
-    monkeypatch.setattr(fr.Refiner, "_score", lambda self, side, x, y: scored.append(len(x)) or original(self, side, x, y))
+    original = scoring.logits
+    monkeypatch.setattr(scoring, "logits", lambda one, side, x, y: scored.append(len(x)) or original(one, side, x, y))
     fr.tune_discriminator(
         refiner(real=REAL, stop=fr.stopping.MedianOfReal()), REAL, 4, 16, 0.01, **({"stop": stop} if stop else {})
     )

@@ -56,7 +56,7 @@ SETTINGS = {
     "DDLS (ULA), eps .001": Setting("fitted", "input", lambda w: fr.DDLS(0.001, logit_scale=w), True, last=1000),
     "DDLS (ULA), eps .0002": Setting("fitted", "input", lambda w: fr.DDLS(0.0002, logit_scale=w), True, last=1000),
     "MALA": Setting("fitted", "input", lambda w: fr.MALA(0.02, logit_scale=w), True, "warm", 1000),
-    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.1, leapfrog=2, logit_scale=w), True, "warm", 1000),
+    "HMC": Setting("fitted", "input", lambda w: fr.HMC(0.1, leapfrog=2, jitter=0, logit_scale=w), True, "warm", 1000),
     "MALA, step sizes adapted": Setting("fitted", "input", lambda w: _warm_up(w, 50), True),
     "MH, then MALA": Setting("fitted", "input", lambda w: fr.MALA(0.02, logit_scale=w), True, "mh"),
     "DGflow KL, latent": Setting("fitted", "input", lambda w: fr.DGflow(0.0002), last=50),
