@@ -153,7 +153,8 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in values.items() if name not in ("pair", "real")}
     for role in ("generator", "discriminator"):
         if isinstance(kept.get(role), Mapping):
-            kept[role] = {name: value for name, value in kept[role].items() if name != "weights"}
+            paths = {"weights", "code"} if str(kept[role].get("code")).endswith(".pt2") else {"weights"}
+            kept[role] = {name: value for name, value in kept[role].items() if name not in paths}
     return kept
 
 

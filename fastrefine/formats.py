@@ -192,7 +192,13 @@ def _replacing(output: Path) -> Iterator[Path]:
     part = part_of(output)
     try:
         yield part
-        os.replace(part, output)
+        try:
+            os.replace(part, output)
+        except OSError:
+            if not (part.is_dir() and output.is_dir()):
+                raise
+            for child in sorted(part.iterdir()):  # a mount point cannot be replaced
+                shutil.move(child, output / child.name)
     finally:
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 

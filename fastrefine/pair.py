@@ -50,7 +50,7 @@ def quiet_torch(device: torch.device | None = None) -> Iterator[None]:
 
 
 # of an optional second parameter, which may also be noise, a truncation, a step
-_LABELS = re.compile("label|class|cond|target|categor|attr|^(y|c|cls|emb|embedding)$", re.IGNORECASE)
+_LABELS = re.compile("label|class|cond|target|categor|attr|one_?hot|domain|context|^(y|c|cls|emb|embedding)$", re.IGNORECASE)
 
 
 def takes_labels(module: Any, known: dict[str, Any]) -> tuple[bool, bool]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from tqdm import tqdm
 
 from fastrefine import checks, freeze, ops, stopping
@@ -62,8 +62,8 @@ def shape_discriminator(
         rule or sampler that reads the refiner's ``real`` scores all of it anew in every iteration.
     optimizer: "adam" (with betas) | "sgd". gradient_penalty: on a logit the weight of |grad D|^2 at real images (R1 of
         Mescheder et al. 2018 without its factor 1/2), default 0; on a critic of WGAN-GP's two-sided penalty, default 10.
-    batch_norm: "eval" keeps D's batch and instance norms and dropout in eval mode while it is updated; "train" updates
-        their statistics and draws dropout by (seed, iteration). Everything else is in training mode in both.
+    batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated; "train" updates its statistics
+        and draws dropout by (seed, iteration). Spectral norms of torch follow their weights in both.
     Proposals have consecutive ids under ``seed``, from 0, as many in each iteration as there are real images.
     progress: a tqdm bar on stderr; None shows it on a terminal only.
     callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
@@ -218,6 +218,10 @@ def _trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
     return twin.requires_grad_(True)
 
 
+def _has_spectral_norm(module: nn.Module) -> bool:
+    return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
+
+
 class _Trainer:
     """One update of D on real against generated images; to be used under ``quiet_torch``."""
 
@@ -262,10 +266,10 @@ class _Trainer:
         device = self.refiner.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             seed_noise(device, (self.seed * 1_000_003 + self.updates) % 2**63)
-            self.student.train()  # a spectral norm follows its weights in this mode only
-            for module in () if self.training else self.student.modules():
-                if isinstance(module, _NormBase | _DropoutNd):
-                    module.eval()
+            self.student.train(self.training)
+            for module in self.student.modules():
+                if _has_spectral_norm(module):  # which follows its weights in training mode only
+                    module.training = True
             real = real.detach().to(device, self.dtype).requires_grad_(self.penalty > 0)
             fake = fake.detach().to(device, self.dtype)
             if labels is not None:

@@ -72,13 +72,13 @@ class Worker:
             raise InputError("the networks need labels: pass --class 3, or --class random, with --num-classes 10")
         if c.classes == "random" and c.num_classes < 1:
             raise InputError("random classes need num_classes, how many there are")
-        self.labelled = c.classes is not None or required or (labels and c.num_classes > 0)
+        self.labelled = c.classes is not None or required or (labels and c.num_classes > 0 and any(takes for takes, _ in taken))
         usual = c.value_range == USUAL_RANGE
         real, classes = load_labelled(c.real, signed=not usual) if c.real else (None, None)
         if real is not None and not usual:
             real = scaled(real, c.value_range)
-        if real is not None and classes is None and self.labelled and taken[1][0]:
-            raise InputError(f"the discriminator takes labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
+        if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
+            raise InputError(f"the networks take labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
         stop: Any = None if c.stop == "none" else c.stop
         if isinstance(stop, str):
             stop = getattr(fr.stopping, _RULES[stop])()
@@ -90,7 +90,7 @@ class Worker:
         )  # fmt: skip
         self.facts: dict[str, Any] = {
             "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
-            "code": [[spec.code, spec.arguments] for spec in pair.specs],
+            "code": [[_code(spec.code), spec.arguments] for spec in pair.specs],
             "real_sha256": None if real is None else _sha256(real, self.refiner.real_labels),
         }  # fmt: skip
         # what does not fit is told before a folder is claimed
@@ -253,6 +253,11 @@ def _joined(runs: list[range], limit: int) -> Iterator[tuple[int, int]]:
         if stop == len(runs) or runs[stop].start != runs[stop - 1].stop or runs[stop].stop - runs[start].start > limit:
             yield start, stop
             start = stop
+
+
+def _code(where: str) -> str:
+    """What makes a network: "package.module:callable", or the digest of an archive."""
+    return hashlib.sha256(Path(where).read_bytes()).hexdigest() if where.endswith(".pt2") else where
 
 
 def _sha256(images: Tensor, labels: Tensor | None) -> str:

@@ -105,7 +105,7 @@ def test_a_class_for_all_and_several_workers(folder, tmp_path):
     ((), "need labels: pass --class 3, or --class random"),
     (("--class", 3), "label 3 is out of range"),
     (("--class", "random", "--num-classes", 9), "label 8 is out of range"),
-    (("--class", 0, "--real", "plain.npz"), "takes labels, and .*plain.npz has none"),
+    (("--class", 0, "--real", "plain.npz"), "take labels, and .*plain.npz has none"),
     (("--class", "random", "--real", "two.npz"), "two.npz has no image of class 2"),
 ])  # fmt: skip
 def test_what_is_missing_is_said_before_a_folder_is_claimed(folder, tmp_path, flags, message):

@@ -6,7 +6,8 @@ import torch
 import fastrefine as fr
 from fastrefine import drivers, flatten, while_graph
 from fastrefine.pool import Proposals
-from tests.test_drivers import RUNS, Marks, conditional
+from tests.test_drivers import RUNS, conditional
+from tests.test_drivers_captures import Marks
 from tests.test_engine import convolutional_pair, pair, refiner, same
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fastrefine as fr
-from fastrefine import dataset, pairs
+from fastrefine import dataset, fit, pairs
 
 
 def refiner(**options):
@@ -100,6 +100,30 @@ def test_weights_updated_by_way_of_data_or_replaced_are_noticed():
     assert float((made.sample(20).logits - first).mean()) > 3
     made.discriminator[-1].bias = nn.Parameter(torch.full_like(made.discriminator[-1].bias, -5.0))
     assert float((made.sample(20).logits - first).mean()) < -3
+
+
+def test_weights_that_nobody_updated_are_the_same_for_any_number_of_threads_and_kind_of_tensor():
+    module = nn.Linear(1024, 1024)
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    module.register_buffer("narrow", torch.ones(3, dtype=torch.float8_e4m3fn))
+    module.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    module.register_buffer("phase", torch.ones(3, dtype=torch.complex64))
+    before, threads = fit.Weights(module), torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        assert fit.Weights(module) == before
+    finally:
+        torch.set_num_threads(threads)
+    for value in (module.weight, module.mask, module.phase):
+        value.data[0] = 0
+        assert fit.Weights(module) != before
+        before = fit.Weights(module)
+
+
+def test_what_cannot_be_replaced_is_named():
+    assert refiner().replaced(max_steps=0, stop=0.5).max_steps == 0
+    with pytest.raises(fr.InputError, match="maxsteps is nothing that can be replaced"):
+        refiner().replaced(maxsteps=4)
 
 
 @pytest.mark.parametrize("name", ["sampler", "stop", "at", "precision", "prior", "real"])

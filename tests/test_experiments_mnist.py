@@ -210,7 +210,7 @@ def test_a_quick_run_writes_rows_of_every_part_and_what_they_were_made_of(quick)
     assert 0.9 < record["classifier_accuracy"]["0"] <= 1 and record["seeds"] == [0]
 
 
-def test_in_a_quick_run_the_shaped_discriminator_improves_distance_and_score(quick):
+def test_in_a_quick_run_the_shaped_discriminator_improves_distance_and_score(reference_torch, quick):
     _, record = quick
     shaped = [claim for claim in record["claims"] if "shaped D, distance and score" in claim["claim"]]
     assert [claim["holds"] for claim in shaped] == [True, True]

@@ -4,6 +4,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 
 import numpy as np
@@ -155,6 +156,20 @@ def test_pictures_may_be_merged_into_an_empty_folder(run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "png")
     shards.merge(run, (tmp_path / "png").relative_to(tmp_path / "png"))  # Path(".")
     assert len(list((tmp_path / "png" / "000000").iterdir())) == 10 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_pictures_may_be_merged_into_a_mount_point(run, tmp_path, monkeypatch):
+    (tmp_path / "png").mkdir()
+    replace_file = os.replace
+
+    def busy(source, target):
+        if Path(target) == tmp_path / "png":
+            raise OSError(16, "Device or resource busy")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    assert shards.merge(run, tmp_path / "png") == len(list((tmp_path / "png" / "000000").glob("*.png"))) == 10
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
 
 
 def test_pictures_are_not_merged_over_a_file(run, tmp_path):
