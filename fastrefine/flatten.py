@@ -83,15 +83,19 @@ def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
         inputs = node.all_input_nodes
         if not _storages(tree_leaves(value)) & written and all(n in kept for n in inputs):
             kept[node] = any(kept[n] for n in inputs) or (node.op == "get_attr" and value.numel() > 1)
+    changed = False
     for node in reversed(kept):
         if node.op == "call_function" and isinstance(known[node], Tensor) and any(user not in kept for user in node.users):
             name = f"{_DERIVED if kept[node] else _FOLDED}{len(list(graph.buffers()))}"
             graph.register_buffer(name, known[node])
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(name), lambda user: user not in kept)
+            changed = True
         if not node.users:
             graph.graph.erase_node(node)
-    graph.recompile()
+            changed = True
+    if changed:
+        graph.recompile()
 
 
 def _gives_the_same_each_time(target: Any) -> bool:

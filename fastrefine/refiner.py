@@ -144,10 +144,10 @@ class Refiner:
         super().__setattr__(name, value)
 
     def replaced(self, **settings: Any) -> Refiner:
-        """The same refiner with another sampler, stop, compile, keep or max_steps; the cut of the generator is shared."""
-        unknown = settings.keys() - {"sampler", "stop", "compile", "keep", "max_steps"}
-        if unknown:
-            raise InputError(f"{min(unknown)} is nothing that can be replaced: make another one, Refiner(...)")
+        """The same refiner with another sampler, stop, compile, or what may be set; the cut of the generator is shared."""
+        for name in settings:
+            if name not in vars(self) or name in _FIXED - {"sampler", "stop", "compile"}:
+                raise InputError(f"{name} is nothing that can be replaced: make another one, Refiner(...)")
         if "stop" in settings:
             settings["stop"] = stopping.as_rule(settings["stop"])
         twin = copy.copy(self)

@@ -61,8 +61,8 @@ class Recipe:
 
 FULL = Recipe()
 QUICK = replace(
-    FULL, vae_steps=80, flow_layers=2, flow_steps=20, gan_steps=60, fit_iterations=40, fit_batch=32, reference_samples=200,
-    step_size=0.5, max_steps=4, samples=200, classifier_steps=100,
+    FULL, vae_steps=80, flow_layers=2, flow_steps=20, gan_steps=50, fit_iterations=30, fit_batch=32, reference_samples=200,
+    step_size=0.5, max_steps=4, samples=200, classifier_steps=60,
 )  # fmt: skip
 
 

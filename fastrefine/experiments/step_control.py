@@ -64,7 +64,7 @@ class Recipe:
 FULL = Recipe()
 QUICK = Recipe(
     ring=QUICK_RING, ring_steps=250, roll=smaller(EARLY, 100), roll_steps=20, point_sizes=(30.0,), image_sizes=(30.0,),
-    max_steps=10, shaping=Shaping(5, 100, max_steps=4), points=200, images=100, point_seeds=1, classifier_steps=20,
+    max_steps=10, shaping=Shaping(3, 100, max_steps=4), points=200, images=50, point_seeds=1, classifier_steps=5,
 )  # fmt: skip
 
 
