@@ -246,19 +246,6 @@ def test_results_on_their_way_are_not_overwritten(runtime, monkeypatch, driver):
     same(refiner(driver=driver, **options).sample(200), refiner(driver="host", **options).sample(200))
 
 
-def test_an_updated_discriminator_needs_no_new_capture(runtime):
-    g, d = pair()
-    one = refiner((g, d), driver="graph")
-    one.sample(40)
-    updated = pair()[1]
-    with torch.no_grad():
-        for p in updated.parameters():
-            p.mul_(1.3)
-    one._refresh(updated)
-    same(one.sample(40), refiner((g, updated), driver="host").sample(40))
-    assert len(runtime.graphs) == 1
-
-
 class Attends(torch.nn.Module):
     """Attention has a dropout, and with it the mark of an operation that draws; in eval mode it draws nothing."""
 
