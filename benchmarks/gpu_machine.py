@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import cpu_model
-from fastrefine import settings
+from fastrefine.networks import torch_state
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 
 def arithmetic(precision: str) -> Any:
     """TF32 on or off as the engine has it for this precision, so that both sides have the same."""
-    return settings.arithmetic(precision, False)
+    return torch_state.arithmetic(precision, False)
 
 
 def synchronize(device: torch.device) -> None:

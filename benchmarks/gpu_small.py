@@ -31,7 +31,7 @@ def refine(device: str, driver: str, workload: str = "mlp2d") -> fr.Result:
 
 def census(workload: str) -> list[dict[str, int]]:
     """Node types and counts of each graph that a run with driver="graph" captures."""
-    from fastrefine import drivers, while_graph
+    from fastrefine.engine import drivers, while_graph
 
     runtime: Any = drivers.CudaRuntime
     capture, graphs = runtime.capture, []

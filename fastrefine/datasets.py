@@ -18,8 +18,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import InputError
-from .pictures import SUFFIXES
+from fastrefine.errors import InputError
+from fastrefine.production.images import SUFFIXES
 
 NUM_DIGITS_TRAIN = 1400
 """Training images of `load_digits`; the other 397 of the 1,797 are held out."""

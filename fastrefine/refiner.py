@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, dataset, drivers, fit, ops, pilot, readout, scoring, session, settings, stopping
+from fastrefine import checks, dataset, ops, stopping
+from fastrefine.engine import drivers, session
+from fastrefine.engine.proposals import Source
 from fastrefine.errors import InputError
-from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, check_labels, quiet_torch
-from fastrefine.pool import Source
+from fastrefine.networks import fit, pilot, readout, scoring, torch_state
+from fastrefine.networks.pair import PROBE, DiscriminatorSide, GeneratorSide, check_labels, quiet_torch
+from fastrefine.networks.split import Split
+from fastrefine.networks.target import DTYPES, Target
 from fastrefine.priors import Prior
 from fastrefine.result import Result
 from fastrefine.samplers.base import Latent, Sampler, check_choice, check_number
-from fastrefine.split import Split
 from fastrefine.stopping import RealLogits, StopRule
-from fastrefine.target import DTYPES, Target
 
 Callback = Callable[[dict[str, int]], None]
 
@@ -245,7 +247,7 @@ class Refiner:
         self._notice_updates()
         if len(x) == 0:
             return torch.zeros(0, dtype=self.dtype, device=self.output_device)
-        with quiet_torch(self.device), settings.arithmetic(self.precision, self.deterministic):
+        with quiet_torch(self.device), torch_state.arithmetic(self.precision, self.deterministic):
             return scoring.logits(self, scoring.side_for(self, x, y), x, y).to(self.output_device)
 
     def real_logits(self, why: str) -> Tensor:
@@ -391,7 +393,7 @@ class Refiner:
                 self._bind(side)
             else:
                 self._bound = self.sampler.bind(self), self._bound[1]
-            with settings.arithmetic(self.precision, self.deterministic):
+            with torch_state.arithmetic(self.precision, self.deterministic):
                 self._bound = self._bound[0].told(pilot.loss_error(self, self._target)), self._bound[1]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrefine import slots
 from fastrefine.errors import InputError
+from fastrefine.ops import slots
 
 _WHOLE = ("real_logits", "real_labels")  # not a row for each sample
 

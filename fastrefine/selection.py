@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastrefine import checks, ops
-from fastrefine.calibration import classes_of, judge, logits_of
+from fastrefine.diagnosis.calibration import classes_of, judge, logits_of
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.ops.noise import Stream
 from fastrefine.result import Result

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrefine.slots import Slots
+from fastrefine.ops.slots import Slots
 
 TURN = 2048  # words
 WORDS = {4: tl.int32, 1: tl.uint8}  # by bytes

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from fastrefine.ops.refine_step import baked
+from fastrefine.ops.slots import Outputs, Pool, Rule, Slots, rows_of
 from fastrefine.samplers.base import Evaluation, Kernel
-from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
 
 from .philox import real_type, seed_bits
 from .refine_step import refine_apply, refine_decide, refine_reduce

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from fastrefine import drivers, ops
-from fastrefine.drivers import NoHostReads
-from fastrefine.slots import END, LIVE, NEXT
+from fastrefine import ops
+from fastrefine.engine import drivers
+from fastrefine.engine.drivers import NoHostReads
+from fastrefine.ops.slots import END, LIVE, NEXT
 
 OPAQUE = ("refine_step", "follow")  # ops that no dispatcher sees: C++ and interpreted Triton
 

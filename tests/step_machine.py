@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrefine import ops, slots
-from fastrefine.ops import registry
+from fastrefine import ops
+from fastrefine.ops import registry, slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Evaluation, Latent
 
 FIRST_ID = 2**31 + 5  # ids are 32-bit words of a counter: beyond the signed range

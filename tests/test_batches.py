@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastrefine as fr
-from fastrefine.batches import RealBatches
+from fastrefine.training.batches import RealBatches
 
 X = torch.arange(20.0)[:, None]  # image i is the number i
 CLASSES = torch.arange(20) % 3

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import cli_models, throughput
 from fastrefine.cli import cli
 from fastrefine.errors import InputError, SplitError
 from fastrefine.experiments import networks
+from fastrefine.production import bench
 
 NORMAL = ("--prior", '{"name": "normal", "shape": [32]}')
 CODE = "fastrefine.experiments.networks"
@@ -132,7 +132,7 @@ def test_shaping_two_networks_tells_how_to_use_the_result(files, tmp_path, kind)
 
 def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeypatch):
     assert "shaping: " not in shape(files, tmp_path / "quick", "--pair", files / "pair")
-    monkeypatch.setattr(cli_models, "TELL_EVERY", 0.0)
+    monkeypatch.setattr("fastrefine.cli.models.TELL_EVERY", 0.0)
     told = shape(files, tmp_path / "slow", "--pair", files / "pair", iterations=3)
     assert [f"shaping: {k} of 3 iterations" in told for k in range(5)] == [False, True, True, True, False]
 
@@ -151,7 +151,7 @@ def test_bench_measures_an_export(files):
     (("--precisions", "float32,fp8"), InputError, "precision is 'fp8'"),
 ])  # fmt: skip
 def test_bench_checks_everything_before_it_prints_or_measures(files, flags, error, told, monkeypatch, capsys):
-    monkeypatch.setattr(throughput.Bench, "_b0", None)
+    monkeypatch.setattr(bench.Bench, "_b0", None)
     done = CliRunner().invoke(cli, ["bench", "--pair", str(files / "pair"), *flags], standalone_mode=False)
     assert done.output == ""
     with pytest.raises(error, match=told):

@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import choosing
 from fastrefine.cli import cli
-from fastrefine.configuration import Configuration
+from fastrefine.production import per_image_selection
+from fastrefine.production.configuration import Configuration
+from fastrefine.production.worker import Worker
 from fastrefine.stopping import RealLogits
-from fastrefine.worker import Worker
 
 CLASSES = 3
 QUICK = ("--max-steps", 3, "--slots", 16, "--seeds", "0-29")
@@ -143,7 +143,7 @@ def test_bench_gives_labels_to_the_networks_that_take_them(folder):
 
 def test_chains_start_from_real_logits_of_the_images_class():
     real = RealLogits(torch.tensor([-50.0, 50.0]).double(), torch.tensor([0, 1]))
-    chooser = choosing.Chooser(Configuration(pair="digits", select="mh", chain_length=2), {}, real)
+    chooser = per_image_selection.Chooser(Configuration(pair="digits", select="mh", chain_length=2), {}, real)
     logits, images, labels = torch.zeros(20, 2), torch.arange(20), torch.arange(20) % 2
     _, moved = chooser.choose(logits, images, labels)
     assert torch.equal(moved, labels == 0)  # no proposal of class 1 is better than its start
@@ -156,9 +156,9 @@ def test_rejection_is_that_of_each_class_by_itself(select):
     labels = torch.arange(4000) % 2
     shifted = d + torch.tensor([0.0, 30.0], dtype=torch.float64)[labels]
     chosen = [
-        choosing.Chooser.piloted(configuration, x, labels).choose(x.view(-1, 1), torch.arange(4000), labels)[1]
+        per_image_selection.Chooser.piloted(configuration, x, labels).choose(x.view(-1, 1), torch.arange(4000), labels)[1]
         for x in (d, shifted)
     ]
     assert torch.equal(*chosen)  # what one class has in advance is no reason to take it
-    pooled = choosing.Chooser.piloted(configuration, shifted).choose(shifted.view(-1, 1), torch.arange(4000))[1]
+    pooled = per_image_selection.Chooser.piloted(configuration, shifted).choose(shifted.view(-1, 1), torch.arange(4000))[1]
     assert chosen[1][labels == 0].any() and not pooled[labels == 0].any()

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from fastrefine.cli import cli
-from fastrefine.configuration import Configuration, Network
 from fastrefine.errors import InputError
+from fastrefine.production.configuration import Configuration, Network
 
 BASE = Configuration(pair="digits")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import flatten
-from fastrefine.pair import takes_labels
+from fastrefine.networks import recording
+from fastrefine.networks.pair import takes_labels
 
 
 def networks(seed=0):
@@ -255,13 +255,13 @@ def test_neither_the_networks_nor_torchs_random_state_change():
 
 
 def test_fitting_traces_once_and_not_for_every_batch(monkeypatch):
-    traces, original = [], flatten.trace
+    traces, original = [], recording.trace
 
     def trace(step, given, modules):
         traces.append(len(given[0]))
         return original(step, given, modules)
 
-    monkeypatch.setattr(flatten, "trace", trace)
+    monkeypatch.setattr(recording, "trace", trace)
     fr.fit_corrector(OTHER, torch.randn(100, 2), 5, prior=fr.Normal(2), batch_size=16)
     assert traces.count(16) <= 2
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fastrefine as fr
+from fastrefine.networks.pair import PROBE
 from fastrefine.ops import Stream
-from fastrefine.pair import PROBE
 from tests.closed_forms import serving
 from tests.fault_networks import IMAGE, LATENT, discriminator, generator
 

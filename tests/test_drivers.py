@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import fastrefine as fr
-from fastrefine import drivers, engine, ops
+from fastrefine import ops
+from fastrefine.engine import drivers
+from fastrefine.engine.machine import Machine
+from fastrefine.engine.transfer import Transfer
 from fastrefine.errors import BackendError
-from fastrefine.machine import Machine
-from fastrefine.transfer import Transfer
 from tests.stand_in import KINDS, Runtime
 from tests.step_machine import device_of
 from tests.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
@@ -73,12 +74,11 @@ def test_convolutions_labels_and_contexts_too(runtime, driver):
 
 @pytest.mark.parametrize("driver", KINDS)
 def test_without_a_flat_step_plain_autograd_is_captured(runtime, driver, monkeypatch):
-    from fastrefine import flatten
 
     def refuse(*args):
         raise RuntimeError("not today")
 
-    monkeypatch.setattr(flatten, "record", refuse)
+    monkeypatch.setattr("fastrefine.networks.recording.record", refuse)
     with fr.use_backend("reference"):
         wanted = refiner(driver="host", stop=None).sample(30)
         found = refiner(driver=driver, stop=None).sample(30)
@@ -202,9 +202,9 @@ def test_a_refiner_leaves_nothing_behind(runtime):
 @pytest.mark.filterwarnings("ignore::fastrefine.FastrefineWarning")
 def test_a_prediction_counts_what_forward_only_steps_in_flight_did_not_do(runtime, monkeypatch):
     """A full window, one step at a time, slots out of rhythm: once every step was forward only, and nobody ever moved."""
-    monkeypatch.setattr(engine, "WINDOW_SHARE", 2**40)
-    monkeypatch.setattr(engine, "POOL_SHARE", 2**21)
-    monkeypatch.setattr(engine, "FIRST_CHUNK", 1)
+    monkeypatch.setattr("fastrefine.engine.run.WINDOW_SHARE", 2**40)
+    monkeypatch.setattr("fastrefine.engine.run.POOL_SHARE", 2**21)
+    monkeypatch.setattr("fastrefine.engine.run.FIRST_CHUNK", 1)
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 5)
     original, launches = drivers.GraphReplay.launch, []
 
@@ -239,8 +239,8 @@ class LateTransfer(Transfer):
 
 @pytest.mark.parametrize("driver", KINDS)
 def test_results_on_their_way_are_not_overwritten(runtime, monkeypatch, driver):
-    monkeypatch.setattr(engine, "Transfer", LateTransfer)
-    monkeypatch.setattr(engine, "WINDOW_SHARE", 2**40)  # few rows, so that they serve again at once
+    monkeypatch.setattr("fastrefine.engine.run.Transfer", LateTransfer)
+    monkeypatch.setattr("fastrefine.engine.run.WINDOW_SHARE", 2**40)  # few rows, so that they serve again at once
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
     options = dict(stop=fr.stopping.Hazard(0.4), max_steps=5, num_slots=4)
     same(refiner(driver=driver, **options).sample(200), refiner(driver="host", **options).sample(200))
@@ -306,7 +306,7 @@ def test_without_a_gpu_the_device_drivers_say_so(driver):
 def test_a_late_reading_never_takes_old_rows_for_new_ones(runtime, monkeypatch, driver):
     """A tiny window: rows are reused while readings that show their former samples complete are still unread, and a slow
     sample keeps all others waiting."""
-    monkeypatch.setattr(engine, "MEMORY", 1)
+    monkeypatch.setattr("fastrefine.engine.run.MEMORY", 1)
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
 
     class OneSlow(fr.stopping.Hazard):

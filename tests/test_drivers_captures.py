@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrefine import drivers
+from fastrefine.engine import drivers
 from fastrefine.errors import BackendError
 from tests.test_engine import pair, refiner, same
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastrefine as fr
-from fastrefine import drivers, flatten, while_graph
-from fastrefine.pool import Proposals
+from fastrefine.engine import drivers, while_graph
+from fastrefine.engine.proposals import Proposals
 from tests.test_drivers import RUNS, conditional
 from tests.test_drivers_captures import Marks
 from tests.test_engine import convolutional_pair, pair, refiner, same
@@ -79,7 +79,7 @@ def test_constants_that_are_sent_to_the_device_leave_torch_in_order(way, monkeyp
         raise RuntimeError("not today")
 
     if way != "recorded":
-        monkeypatch.setattr(flatten, "record", refuse)
+        monkeypatch.setattr("fastrefine.networks.recording.record", refuse)
     wanted = on_gpu(networks, driver="host").sample(20)
     if way == "broken":
         monkeypatch.setattr(drivers, "_depends_on_values", lambda *given: False)

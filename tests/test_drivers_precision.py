@@ -5,7 +5,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrefine as fr
 from benchmarks.workloads import WORKLOADS
-from fastrefine import settings, throughput
+from fastrefine.networks import torch_state
+from fastrefine.production import bench
 from tests.test_engine import pair, refiner
 
 aten = torch.ops.aten
@@ -45,21 +46,21 @@ def test_tf32_is_prepared_as_float32_is():
 def test_deterministic_algorithms_are_left_alone_unless_asked_for(monkeypatch):
     asked, original = [], torch.use_deterministic_algorithms
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **own: (asked.append(on), original(on, **own)))
-    with settings.arithmetic("tf32", False):
+    with torch_state.arithmetic("tf32", False):
         pass
     assert asked == []
-    with settings.arithmetic("tf32", True):
+    with torch_state.arithmetic("tf32", True):
         assert torch.are_deterministic_algorithms_enabled()
     assert asked == [True, False]
 
 
 def test_the_usual_loop_is_timed_in_float32(monkeypatch):
-    seen, original = set(), throughput._loop
+    seen, original = set(), bench._loop
 
     def loop(*given):
         seen.add((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision))
         return original(*given)
 
-    monkeypatch.setattr(throughput, "_loop", loop)
-    throughput.Bench(refiner(pair()), 1, 0.01)._b0("input")
+    monkeypatch.setattr(bench, "_loop", loop)
+    bench.Bench(refiner(pair()), 1, 0.01)._b0("input")
     assert seen == {(False, "ieee")}

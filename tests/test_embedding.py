@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fastrefine as fr
-from fastrefine import dataset, fit, pairs
+from fastrefine import dataset
+from fastrefine.networks import fit
+from fastrefine.production import saved_pair
 
 
 def refiner(**options):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     given = dict(at="act2", prior=fr.Normal(32), max_steps=3, num_slots=16)
     return fr.Refiner(pair.generator, pair.discriminator, fr.Collaborative(0.1), **given | options)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import engine
+from fastrefine.engine import run
 
 K = 10
 
@@ -116,14 +116,14 @@ def test_one_slow_sample_does_not_leave_the_other_slots_idle():
 
 def test_ids_run_at_most_a_window_ahead_so_memory_is_bounded(monkeypatch):
     seen = []
-    original = engine.Run.launch
+    original = run.Run.launch
 
     def launch(self):
         original(self)
         seen.append((len(self.waiting), self.machine.window // self.size))
 
-    monkeypatch.setattr(engine.Run, "launch", launch)
-    monkeypatch.setattr(engine, "MEMORY", 1)
+    monkeypatch.setattr(run.Run, "launch", launch)
+    monkeypatch.setattr("fastrefine.engine.run.MEMORY", 1)
     one = refiner(max_steps=50, num_slots=4)
     out = one.sample(400)
     assert max(w for w, _ in seen) <= 4 == seen[0][1]
@@ -176,7 +176,7 @@ def test_logit_falls_counts_evaluations_below_the_standing_logit():
 
 
 def test_last_evaluation_is_forward_only_where_all_slots_end_together(monkeypatch):
-    from fastrefine.target import Target
+    from fastrefine.networks.target import Target
 
     calls = {"evaluate": 0, "forward": 0}
     for name in calls:

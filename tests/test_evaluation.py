@@ -11,9 +11,11 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 
-from fastrefine import cli_models, evaluation, pictures
+from fastrefine.cli import models
 from fastrefine.errors import InputError
 from fastrefine.metrics import frechet_distance
+from fastrefine.production import evaluation
+from fastrefine.production.images import load_images, load_labelled
 
 pytest.importorskip("torchmetrics")
 
@@ -150,11 +152,11 @@ def test_images_come_from_every_kind_of_file_alike(tmp_path):
         Image.fromarray(pixels[row]).save(tmp_path / "folder" / str(label) / f"{row}.png")
     expected = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     for name in ("a.npz", "a.npy", "a.safetensors"):
-        torch.testing.assert_close(pictures.load_images(tmp_path / name), expected)
-    found, labels = pictures.load_labelled(tmp_path / "folder")
+        torch.testing.assert_close(load_images(tmp_path / name), expected)
+    found, labels = load_labelled(tmp_path / "folder")
     torch.testing.assert_close(found, expected[[0, 2, 4, 1, 3]])
-    assert labels.tolist() == [0, 0, 0, 1, 1] and pictures.load_labelled(tmp_path / "a.npz")[1].tolist() == [0, 1, 0, 1, 0]
-    assert pictures.load_labelled(tmp_path / "a.npy")[1] is None
+    assert labels.tolist() == [0, 0, 0, 1, 1] and load_labelled(tmp_path / "a.npz")[1].tolist() == [0, 1, 0, 1, 0]
+    assert load_labelled(tmp_path / "a.npy")[1] is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz"])
@@ -169,7 +171,7 @@ def test_a_limit_draws_from_all_images_also_where_they_lie_class_by_class(tmp_pa
         for i, x in enumerate(pixels):
             (path / str(i // 30)).mkdir(parents=True, exist_ok=True)
             Image.fromarray(x).save(path / str(i // 30) / f"{i:02}.png")
-    images, labels = pictures.load_labelled(path, 20)
+    images, labels = load_labelled(path, 20)
     assert len(images) == 20 and 5 <= labels.sum() <= 15 and torch.equal(images[:, 0, 0, 0] > 0, labels.bool())
     assert torch.equal(images, evaluation.images_of(path, 20))
 
@@ -188,7 +190,7 @@ def test_what_holds_no_images_is_named(tmp_path):
                          ("text.npy", "wanted"), ("g.pt", "holds no arrays, but files such as"),
                          ("merged.tar", "cannot be read as images; wanted a folder of pictures")):  # fmt: skip
         with pytest.raises(InputError, match=reason) as caught:
-            pictures.load_images(tmp_path / name)
+            load_images(tmp_path / name)
         assert "pickle" not in str(caught.value)
     for name in ("merged.tar", "g.pt"):
         with pytest.raises(InputError, match=r"wanted a run's folder, a folder of pictures, \.npz or \.safetensors"):
@@ -199,7 +201,7 @@ def test_labels_that_are_not_one_whole_number_for_each_image_are_none(tmp_path):
     pixels = np.zeros((3, 4, 4, 3), np.uint8)
     for labels in (np.array(["a", "b", "c"]), np.zeros(3), np.zeros(2, np.int64), np.zeros((3, 2), np.int64)):
         np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=labels)
-        assert pictures.load_labelled(tmp_path / "a.npz")[1] is None
+        assert load_labelled(tmp_path / "a.npz")[1] is None
 
 
 # --- the command
@@ -207,7 +209,7 @@ def test_labels_that_are_not_one_whole_number_for_each_image_are_none(tmp_path):
 
 def command(*arguments):
     """stdout and stderr of ``fastrefine evaluate`` in this process; its errors are raised."""
-    done = CliRunner().invoke(cli_models.evaluate, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
+    done = CliRunner().invoke(models.evaluate, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
     return done.output
 
 

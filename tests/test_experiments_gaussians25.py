@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import flatten
 from fastrefine.experiments import gaussians25, plane_rows, toy_data
 from fastrefine.experiments.latent_law import LatentGrid
+from fastrefine.networks import recording
 
 
 def random(seed=0):
@@ -119,8 +119,8 @@ def test_every_row_stands_beside_its_law(quick_run):
 
 def test_fitting_a_discriminator_traces_its_networks_no_oftener_for_more_iterations(monkeypatch):
     traced = []
-    record = flatten.record
-    monkeypatch.setattr(flatten, "record", lambda *a, **k: traced.append(1) or record(*a, **k))
+    record = recording.record
+    monkeypatch.setattr(recording, "record", lambda *a, **k: traced.append(1) or record(*a, **k))
 
     def times(iterations):
         traced.clear()

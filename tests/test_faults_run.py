@@ -20,10 +20,10 @@ from fault_networks import (
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import ops, slots
-from fastrefine.ops import registry
+from fastrefine import ops
+from fastrefine.networks.target import Target
+from fastrefine.ops import registry, slots
 from fastrefine.samplers import Evaluation
-from fastrefine.target import Target
 
 S = 4
 

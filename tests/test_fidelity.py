@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastrefine import metrics, shards
-from fastrefine.configuration import Configuration
-from fastrefine.worker import Worker
+from fastrefine import metrics
+from fastrefine.production import run_folder
+from fastrefine.production.configuration import Configuration
+from fastrefine.production.worker import Worker
 
 try:
     import torch_fidelity
@@ -47,8 +48,8 @@ def test_torch_fidelity_reads_the_png_tree_and_finds_the_distance_that_we_find(t
     for seed in (0, 1):
         path = tmp_path / f"run{seed}"
         Worker(Configuration(pair="digits", seeds="0-1199", seed=seed, max_steps=seed)).run(path)
-        assert shards.merge(path, tmp_path / f"png{seed}") == 1200
-        pixels = np.concatenate([pixels for pixels, _ in shards.Folder.open(path).parts()])
+        assert run_folder.merge(path, tmp_path / f"png{seed}") == 1200
+        pixels = np.concatenate([pixels for pixels, _ in run_folder.Folder.open(path).parts()])
         features.append(pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16))
     found = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "png0"), input2=str(tmp_path / "png1"), samples_find_deep=True, fid=True, verbose=False,

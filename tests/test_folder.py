@@ -13,13 +13,13 @@ import torch
 from click.testing import CliRunner
 
 import fastrefine as fr
-from fastrefine import formats, shards
 from fastrefine.cli import cli
-from fastrefine.configuration import Configuration, Network
 from fastrefine.errors import InputError
 from fastrefine.experiments import networks
-from fastrefine.shards import Folder
-from fastrefine.worker import Worker
+from fastrefine.production import formats, run_folder
+from fastrefine.production.configuration import Configuration, Network
+from fastrefine.production.run_folder import Folder
+from fastrefine.production.worker import Worker
 
 BASE = Configuration(pair="digits", seeds="0-9", shard_size=5, max_steps=1, num_slots=8)
 CODE = ("fastrefine.experiments.networks:digits_generator", "fastrefine.experiments.networks:digits_discriminator")
@@ -106,9 +106,9 @@ def test_a_shard_of_another_worker_that_claimed_the_folder_meanwhile_is_no_forei
 
     def while_another_begins(claimed):  # between the look at the files and the look at the manifest
         found = names(claimed)
-        if not (tmp_path / "run").joinpath(shards.MANIFEST).exists():
+        if not (tmp_path / "run").joinpath(run_folder.MANIFEST).exists():
             (tmp_path / "run" / "shard-000000.npz").write_bytes(b"its shard")
-            (tmp_path / "run" / shards.MANIFEST).write_bytes((folder.path / shards.MANIFEST).read_bytes())
+            (tmp_path / "run" / run_folder.MANIFEST).write_bytes((folder.path / run_folder.MANIFEST).read_bytes())
         return found
 
     monkeypatch.setattr(Folder, "names", while_another_begins)
@@ -119,7 +119,7 @@ def test_parts_of_the_runs_files_are_told_apart_from_foreign_files(run):
     ours = [f"manifest.json.{OTHERS_NAME}.part", f"shard-000001.npz.{OTHERS_NAME}.part"]
     for name in (*ours, "mine.part"):
         (run / name).touch()
-    verdict = shards.verify(run)
+    verdict = run_folder.verify(run)
     assert (verdict.leftovers, verdict.foreign, verdict.complete) == (ours, ["mine.part"], True)
 
 
@@ -146,15 +146,15 @@ def test_a_cut_merge_into_pictures_leaves_nothing_and_can_be_repeated(run, tmp_p
 
     monkeypatch.setattr(formats, "_pngs", until_the_disk_is_full)
     with pytest.raises(OSError, match="No space"):
-        shards.merge(run, tmp_path / "out" / "png")
+        run_folder.merge(run, tmp_path / "out" / "png")
     assert not list((tmp_path / "out").iterdir())
-    assert shards.merge(run, tmp_path / "out" / "png") == len(list((tmp_path / "out").rglob("*.png"))) == 10
+    assert run_folder.merge(run, tmp_path / "out" / "png") == len(list((tmp_path / "out").rglob("*.png"))) == 10
 
 
 def test_pictures_may_be_merged_into_an_empty_folder(run, tmp_path, monkeypatch):
     (tmp_path / "png").mkdir()
     monkeypatch.chdir(tmp_path / "png")
-    shards.merge(run, (tmp_path / "png").relative_to(tmp_path / "png"))  # Path(".")
+    run_folder.merge(run, (tmp_path / "png").relative_to(tmp_path / "png"))  # Path(".")
     assert len(list((tmp_path / "png" / "000000").iterdir())) == 10 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -168,14 +168,14 @@ def test_pictures_may_be_merged_into_a_mount_point(run, tmp_path, monkeypatch):
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", busy)
-    assert shards.merge(run, tmp_path / "png") == len(list((tmp_path / "png" / "000000").glob("*.png"))) == 10
+    assert run_folder.merge(run, tmp_path / "png") == len(list((tmp_path / "png" / "000000").glob("*.png"))) == 10
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
 
 
 def test_pictures_are_not_merged_over_a_file(run, tmp_path):
     (tmp_path / "png").write_bytes(b"precious")
     with pytest.raises(InputError, match="is a file; wanted a new folder"):
-        shards.merge(run, tmp_path / "png")
+        run_folder.merge(run, tmp_path / "png")
     assert (tmp_path / "png").read_bytes() == b"precious"
 
 
@@ -267,7 +267,7 @@ def test_real_images_are_scaled_to_the_range_of_the_pair(tmp_path):
 
 
 def test_real_images_of_the_usual_range_keep_their_bits(tmp_path):
-    from fastrefine.pictures import load_images
+    from fastrefine.production.images import load_images
 
     assert torch.equal(Worker(replace(BASE, real="digits")).refiner.real, load_images("digits"))
 

@@ -14,7 +14,7 @@ from benchmarks import gpu_bench, gpu_check, gpu_machine, gpu_parity, gpu_probe,
 from benchmarks.gpu_bench import Recorder, run_rows
 from benchmarks.gpu_check import Step
 from benchmarks.gpu_rows import Budget, Row
-from fastrefine.target import Target
+from fastrefine.networks.target import Target
 
 # what DESIGN promises of a row
 KEYS = [

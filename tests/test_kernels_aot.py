@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.samplers import DOT, Evaluation
 from tests.step_machine import SAMPLERS, Recorder, bound, device_of
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastrefine import ops, slots
-from fastrefine.ops import Stream
+from fastrefine import ops
+from fastrefine.ops import Stream, slots
 from fastrefine.samplers import Evaluation
 from tests.step_machine import SAMPLERS, Options, drive, needs_gpu
 

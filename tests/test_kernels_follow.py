@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.ops.follow import over_all_slots
 from tests.step_machine import SAMPLERS, device_of
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, Evaluation, Latent
 from tests.step_machine import SAMPLERS, bound, compare, device_of, record
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, DGflow, Evaluation, Latent
 from tests.step_machine import SAMPLERS, Recorder, bound, device_of, needs_gpu, random_evaluation, record
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.samplers import Evaluation
 from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastrefine.errors import InputError
 from fastrefine.models import SNGANGenerator, dcgan_generator, mlp_generator
-from fastrefine.split import layers, unwrap
+from fastrefine.networks.split import layers, unwrap
 
 torch.set_num_threads(1)
 

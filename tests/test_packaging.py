@@ -93,7 +93,7 @@ def test_only_ops_touch_the_kernels_and_the_native_module(path):
 
 
 def test_only_its_owner_touches_the_device_loop():
-    assert [module_name(path) for path in FILES if "_device_loop" in path.read_text()] == ["fastrefine.while_graph"]
+    assert [module_name(path) for path in FILES if "_device_loop" in path.read_text()] == ["fastrefine.engine.while_graph"]
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=module_name)
@@ -102,7 +102,7 @@ def test_kernels_import_torch_triton_and_the_op_table_only(path):
         "torch",
         "triton",
         "fastrefine.kernels",
-        "fastrefine.slots",
+        "fastrefine.ops.slots",
         "fastrefine.ops",
         "fastrefine.samplers.base",
     )

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import fastrefine as fr
-from fastrefine import pairs
-from fastrefine.configuration import Configuration, Network
 from fastrefine.errors import InputError
 from fastrefine.experiments import networks
-from fastrefine.weights_file import digest, load_weights, read_weights
+from fastrefine.production import saved_pair
+from fastrefine.production.configuration import Configuration, Network
+from fastrefine.production.weights_file import digest, load_weights, read_weights
 
 CODE = ("fastrefine.experiments.networks:digits_generator", "fastrefine.experiments.networks:digits_discriminator")
 
@@ -137,16 +137,16 @@ def test_shapes_that_differ_are_named():
 
 
 def test_a_saved_pair_comes_back_with_its_prior_and_defaults(tmp_path):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     fr.save_pair(tmp_path / "p", pair.generator, pair.discriminator, code=CODE, prior=fr.Normal(32), at="act2")
     again = fr.load_pair(tmp_path / "p")
     assert digest(again.generator) == digest(pair.generator) and digest(again.discriminator) == digest(pair.discriminator)
-    assert repr(pairs.make_prior(again.prior)) == repr(fr.Normal(32)) and again.defaults["at"] == "act2"
+    assert repr(saved_pair.make_prior(again.prior)) == repr(fr.Normal(32)) and again.defaults["at"] == "act2"
     assert not again.generator.training
 
 
 def test_a_pair_that_could_not_be_loaded_is_not_saved(tmp_path):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     with pytest.raises(InputError, match="does not fit"):
         fr.save_pair(tmp_path / "p", pair.generator, pair.discriminator, code=(CODE[1], CODE[1]), prior=fr.Normal(32))
     assert not (tmp_path / "p" / "config.json").exists()
@@ -171,18 +171,18 @@ def test_a_broken_configuration_of_a_pair_is_named(tmp_path, text):
 )
 def test_code_that_makes_no_network_is_named(code, reason):
     with pytest.raises(InputError, match=reason):
-        pairs.load_network(Network(code, weights="x"), "generator")
+        saved_pair.load_network(Network(code, weights="x"), "generator")
 
 
 def test_an_exported_generator_is_loaded_and_refined_like_its_module(tmp_path):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     batch = torch.export.Dim("batch", min=1, max=4096)
     for name, module, example in (
         ("g", pair.generator, torch.zeros(4, 32)),
         ("d", pair.discriminator, torch.zeros(4, 1, 8, 8)),
     ):
         torch.export.save(torch.export.export(module, (example,), dynamic_shapes=({0: batch},)), tmp_path / f"{name}.pt2")
-    g, d = (pairs.load_network(Network(str(tmp_path / f"{name}.pt2")), name) for name in "gd")
+    g, d = (saved_pair.load_network(Network(str(tmp_path / f"{name}.pt2")), name) for name in "gd")
     outs = [
         fr.Refiner(*nets, fr.Collaborative(0.1), prior=fr.Normal(32), max_steps=3, num_slots=8).sample(8).images
         for nets in ((g, d), (pair.generator, pair.discriminator))
@@ -192,10 +192,10 @@ def test_an_exported_generator_is_loaded_and_refined_like_its_module(tmp_path):
 
 def test_priors_are_written_down_and_made_again():
     for prior in (fr.Normal(3), fr.Uniform(2, 1, low=0.0), fr.TruncatedNormal(4, bound=1.5)):
-        again = pairs.make_prior(json.loads(json.dumps(pairs.describe_prior(prior))))
+        again = saved_pair.make_prior(json.loads(json.dumps(saved_pair.describe_prior(prior))))
         assert (repr(again), type(again)) == (repr(prior), type(prior))
     with pytest.raises(InputError, match="wanted e.g."):
-        pairs.make_prior({"name": "gamma", "shape": [3]})
+        saved_pair.make_prior({"name": "gamma", "shape": [3]})
 
 
 def test_a_configuration_wants_a_pair_or_two_networks():
@@ -206,26 +206,26 @@ def test_a_configuration_wants_a_pair_or_two_networks():
 
 
 def test_an_archive_of_one_batch_size_says_how_to_export_it(tmp_path):
-    module = pairs.load_pair("digits").generator
+    module = saved_pair.load_pair("digits").generator
     torch.export.save(torch.export.export(module, (torch.zeros(4, 32),)), tmp_path / "g.pt2")
     with pytest.raises(InputError, match="takes batches of 4 only; export it with a dynamic batch"):
-        pairs.load_network(Network(str(tmp_path / "g.pt2")), "generator")
+        saved_pair.load_network(Network(str(tmp_path / "g.pt2")), "generator")
 
 
 def test_a_pair_is_not_saved_with_a_layer_that_it_has_not(tmp_path):
     pair, code = (
-        pairs.load_pair("digits"),
+        saved_pair.load_pair("digits"),
         tuple(f"fastrefine.experiments.networks:digits_{n}" for n in ("generator", "discriminator")),
     )
     with pytest.raises(InputError, match="at is 'act9', no module of the generator; wanted one of act1, act2"):
-        pairs.save_pair(tmp_path / "pair", pair.generator, pair.discriminator, code=code, prior=fr.Normal(32), at="act9")
+        saved_pair.save_pair(tmp_path / "pair", pair.generator, pair.discriminator, code=code, prior=fr.Normal(32), at="act9")
     assert not (tmp_path / "pair").exists()
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A folder that holds a pair."""
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     return fr.save_pair(tmp_path / "p", pair.generator, pair.discriminator, code=CODE, prior=fr.Normal(32))
 
 
@@ -258,17 +258,19 @@ def test_a_full_disk_leaves_the_earlier_pair_as_it_was(saved, monkeypatch, file)
         raise OSError(28, "No space left on device")
 
     if file == "config.json":
-        monkeypatch.setattr(pairs.Path, "write_text", full)
+        monkeypatch.setattr(saved_pair.Path, "write_text", full)
     else:
-        usual = pairs.save_file
-        monkeypatch.setattr(pairs, "save_file", lambda state, path: (full if "logit.weight" in state else usual)(state, path))
+        usual = saved_pair.save_file
+        monkeypatch.setattr(
+            saved_pair, "save_file", lambda state, path: (full if "logit.weight" in state else usual)(state, path)
+        )
     with pytest.raises(OSError, match="No space"):
         save_another(saved)
     assert content(saved) == before
 
 
 def test_networks_inside_data_parallel_are_saved_as_themselves(tmp_path):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     wrapped = [torch.nn.DataParallel(network) for network in (pair.generator, pair.discriminator)]
     fr.save_pair(tmp_path / "p", *wrapped, code=CODE, prior=fr.Normal(32), at="act2")
     again = fr.load_pair(tmp_path / "p")
@@ -276,7 +278,7 @@ def test_networks_inside_data_parallel_are_saved_as_themselves(tmp_path):
 
 
 def test_what_is_no_network_is_not_saved(tmp_path):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     for given in ((lambda z: z, pair.discriminator), (pair.generator, lambda x: x)):
         with pytest.raises(InputError, match="is a function; wanted a torch.nn.Module"):
             fr.save_pair(tmp_path / "p", *given, code=CODE, prior=fr.Normal(32))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastrefine as fr
-from fastrefine import slots
+from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Latent, hmc, mala, metropolis
 from tests.step_machine import Options, bound, compare, device_of, drive
 

@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.ops.noise import Noise, Stream
 from fastrefine.samplers import DDLS, HMC, MALA, Collaborative, DGflow, Evaluation, Latent, dot
 from fastrefine.samplers.metropolis import MetropolisSampler

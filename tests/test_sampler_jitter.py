@@ -8,7 +8,8 @@ from scipy import stats
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import ops, slots
+from fastrefine import ops
+from fastrefine.ops import slots
 from fastrefine.ops.noise import Noise, Stream
 from fastrefine.samplers import Evaluation, Latent
 from tests.closed_forms import ALPHA, BACKENDS, chains, gaussian

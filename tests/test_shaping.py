@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import flatten, scoring
+from fastrefine.networks import recording, scoring
 
 
 def pair(batch_norm=False):
@@ -35,7 +35,7 @@ def test_one_iteration_equals_algorithm_2_written_out():
         one.generator, one.discriminator, one.sampler, at="output", max_steps=8, prior=fr.Normal(2), num_slots=16,
         stop=fr.stopping.UniformStep(),
     ).sample(16, seed=5)  # fmt: skip
-    from fastrefine.batches import RealBatches
+    from fastrefine.training.batches import RealBatches
 
     x, _ = RealBatches(REAL, 16, 5).batch(0)
     d = copy.deepcopy(one.discriminator)
@@ -48,13 +48,13 @@ def test_one_iteration_equals_algorithm_2_written_out():
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 def test_a_refreshed_refiner_equals_a_new_one_with_the_same_discriminator(batch_norm, monkeypatch):
     traces = []
-    original = flatten.trace
+    original = recording.trace
 
     def trace(step, given, modules):
         traces.append(len(given[0]))
         return original(step, given, modules)
 
-    monkeypatch.setattr(flatten, "trace", trace)
+    monkeypatch.setattr(recording, "trace", trace)
     networks = pair(batch_norm=True)
     one = refiner(networks)
     seen = []
@@ -89,7 +89,7 @@ def test_shaping_teaches_the_discriminator_where_refinement_must_end():
 def test_tuning_trains_on_raw_samples():
     one = refiner()
     tuned = fr.tune_discriminator(one, REAL, 1, 16, 0.01, optimizer="sgd", seed=5)
-    from fastrefine.batches import RealBatches
+    from fastrefine.training.batches import RealBatches
 
     x, _ = RealBatches(REAL, 16, 5).batch(0)
     raw = refiner(max_steps=0, num_slots=16).sample(16, seed=5).images
@@ -359,7 +359,7 @@ def test_the_penalty_on_a_logit_is_the_weight_of_the_squared_gradient():
     found = []
     for weight in (0.0, 2.0):
         fr.shape_discriminator(one, REAL, 1, 16, 0.01, gradient_penalty=weight, callback=found.append)
-    from fastrefine.batches import RealBatches
+    from fastrefine.training.batches import RealBatches
 
     x = RealBatches(REAL, 16, 0).batch(0)[0].requires_grad_()
     (grad,) = torch.autograd.grad(one.discriminator(x).sum(), x)

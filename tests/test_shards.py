@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 import fastrefine as fr
-from fastrefine import choosing, formats, shards
-from fastrefine.configuration import Configuration, ranges
 from fastrefine.errors import InputError
-from fastrefine.target import Target
-from fastrefine.worker import Worker
+from fastrefine.networks.target import Target
+from fastrefine.production import formats, per_image_selection, run_folder
+from fastrefine.production.configuration import Configuration, ranges
+from fastrefine.production.worker import Worker
 
 BASE = Configuration(pair="digits", seeds="3-40,45,50-117", shard_size=50, max_steps=4, num_slots=16)
 COUNT = 38 + 1 + 68
@@ -29,7 +29,7 @@ COUNT = 38 + 1 + 68
 
 def merged(path):
     output = path / ".." / f"{path.name}.npz"
-    shards.merge(path, output)
+    run_folder.merge(path, output)
     return output.read_bytes()
 
 
@@ -62,10 +62,10 @@ def test_seeds_are_ranges_that_ascend():
 
 
 def test_shards_lie_on_one_grid_whatever_the_range():
-    one = {s.index: s.seeds for s in shards.shards(replace(BASE, seeds="0-199"))}
-    other = {s.index: s.seeds for s in shards.shards(replace(BASE, seeds="60-160"))}
+    one = {s.index: s.seeds for s in run_folder.shards(replace(BASE, seeds="0-199"))}
+    other = {s.index: s.seeds for s in run_folder.shards(replace(BASE, seeds="60-160"))}
     assert one[2] == other[2] == list(range(100, 150)) and other[1] == list(range(60, 100))
-    assert [s.index for s in shards.shards(replace(BASE, seeds="0-9,500-509"))] == [0, 10]
+    assert [s.index for s in run_folder.shards(replace(BASE, seeds="0-9,500-509"))] == [0, 10]
 
 
 def test_a_configuration_comes_back_from_its_json_and_an_unknown_name_is_refused():
@@ -80,7 +80,7 @@ def test_a_configuration_comes_back_from_its_json_and_an_unknown_name_is_refused
 
 def test_shards_hold_the_refiners_own_samples_by_seed(whole, worker):
     pixels, columns = (
-        np.concatenate(x) for x in zip(*((p, c["ids"]) for p, c in shards.Folder.open(whole).parts()), strict=True)
+        np.concatenate(x) for x in zip(*((p, c["ids"]) for p, c in run_folder.Folder.open(whole).parts()), strict=True)
     )
     expected = worker.refiner.sample(118, seed=0)
     levels = torch.floor(127.5 * expected.images[columns] + 128).clamp(0, 255).byte()
@@ -97,7 +97,7 @@ def test_the_number_of_workers_changes_no_byte(worker, whole, tmp_path, workers)
 
 @pytest.mark.parametrize("select", ["mh", "drs", "obrs"])
 def test_selection_depends_on_neither_shard_size_nor_workers(tmp_path, monkeypatch, select):
-    monkeypatch.setattr(choosing, "PILOT", 64)
+    monkeypatch.setattr(per_image_selection, "PILOT", 64)
     found = []
     for size, workers in ((50, 1), (17, 2)):
         configuration = replace(BASE, select=select, chain_length=3, shard_size=size, real="digits")
@@ -114,8 +114,8 @@ def test_every_format_holds_the_same_images_and_columns(tmp_path):
         configuration = replace(BASE, format=kind, select="mh", chain_length=2, classes=None)
         path = tmp_path / kind
         Worker(configuration).run(path)
-        assert shards.verify(path).complete
-        found[kind] = list(shards.Folder.open(path).parts())
+        assert run_folder.verify(path).complete
+        found[kind] = list(run_folder.Folder.open(path).parts())
     for parts in found.values():
         for (pixels, columns), (expected, facts) in zip(parts, found["npz"], strict=True):
             assert np.array_equal(pixels, expected)
@@ -127,7 +127,7 @@ def test_every_format_holds_the_same_images_and_columns(tmp_path):
 
 def test_the_merged_npz_is_as_the_adm_evaluator_wants_it(whole, tmp_path):
     path = tmp_path / "a.npz"
-    assert shards.merge(whole, path) == COUNT
+    assert run_folder.merge(whole, path) == COUNT
     # ADM reads the member arr_0.npy, its header, then rows
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
         assert np.lib.format.read_magic(member) == (1, 0)
@@ -138,8 +138,8 @@ def test_the_merged_npz_is_as_the_adm_evaluator_wants_it(whole, tmp_path):
 
 
 def test_the_png_tree_holds_a_file_for_each_seed(whole, tmp_path):
-    shards.merge(whole, tmp_path / "png")
-    pixels, columns = next(shards.Folder.open(whole).parts())
+    run_folder.merge(whole, tmp_path / "png")
+    pixels, columns = next(run_folder.Folder.open(whole).parts())
     for row, seed in enumerate(columns["ids"].tolist()):
         image = np.asarray(Image.open(tmp_path / "png" / "000000" / f"{seed:06d}.png"))
         assert np.array_equal(image, pixels[row, ..., 0])
@@ -149,7 +149,7 @@ def test_the_png_tree_holds_a_file_for_each_seed(whole, tmp_path):
 def test_webdataset_reads_the_tar(whole, tmp_path):
     webdataset = pytest.importorskip("webdataset")
     path = tmp_path / "a.tar"
-    shards.merge(whole, path)
+    run_folder.merge(whole, path)
     rows = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("l"))
     assert len(rows) == COUNT and rows[0]["__key__"] == "000000003"
     assert rows[0]["json"]["ids"] == 3 and rows[0]["png"].shape == (8, 8)
@@ -188,10 +188,10 @@ def test_a_damaged_shard_is_found_and_made_anew(worker, whole, tmp_path, damage)
         file.write_bytes(file.read_bytes()[:-1] + b"x")
     else:
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"identity": "another"}))
-    verdict = shards.verify(path)
+    verdict = run_folder.verify(path)
     assert not verdict.complete and verdict.damaged[0][0] == file.name
     with pytest.raises(InputError, match="made|anew"):
-        shards.merge(path, tmp_path / "m.npz")
+        run_folder.merge(path, tmp_path / "m.npz")
     assert not (tmp_path / "m.npz").exists()
     outcome = worker.run(path)
     assert (outcome.made, outcome.found) == (1, 2)
@@ -203,7 +203,7 @@ def test_a_foreign_file_is_left_alone_and_named(worker, tmp_path):
     path.mkdir()
     (path / "notes.txt").write_text("mine")
     worker.run(path)
-    assert shards.verify(path).foreign == ["notes.txt"] and (path / "notes.txt").read_text() == "mine"
+    assert run_folder.verify(path).foreign == ["notes.txt"] and (path / "notes.txt").read_text() == "mine"
 
 
 def test_another_configuration_in_the_folder_is_refused_and_named(whole):
@@ -243,7 +243,7 @@ def test_pictures_are_not_merged_into_a_folder_that_holds_something(whole, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "real.png").touch()
     with pytest.raises(InputError, match="not empty"):
-        shards.merge(whole, tmp_path / "mine")
+        run_folder.merge(whole, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["real.png"]
 
 
@@ -251,7 +251,7 @@ def test_pictures_are_not_merged_into_a_folder_that_holds_something(whole, tmp_p
 def test_a_merge_that_fails_leaves_no_file(whole, tmp_path, monkeypatch, name):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        shards.merge(whole, tmp_path / name)
+        run_folder.merge(whole, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -279,7 +279,7 @@ def test_where_memory_runs_out_the_marker_tells_how_many_slots_were_left(tmp_pat
     worker.run(tmp_path / "run")
     told = [json.loads((tmp_path / "run" / f"shard-00000{i}.npz.done.json").read_text())["num_slots"] for i in range(3)]
     assert told == [16, 8, 8]
-    assert shards.verify(tmp_path / "run").complete
+    assert run_folder.verify(tmp_path / "run").complete
 
 
 def test_a_selection_by_a_discriminator_that_is_no_density_ratio_warns_once(tmp_path):
@@ -294,7 +294,7 @@ def test_a_selection_by_a_discriminator_that_is_no_density_ratio_warns_once(tmp_
 
 def test_chains_by_image_are_those_of_metropolis_hastings():
     logits = torch.randn(40 * 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
-    chooser = choosing.Chooser(replace(BASE, select="mh", chain_length=5, seed=7), {})
+    chooser = per_image_selection.Chooser(replace(BASE, select="mh", chain_length=5, seed=7), {})
     position, moved = chooser.choose(logits.view(40, 5), torch.arange(40))
     expected = fr.metropolis_hastings(logits, 5, seed=7)
     assert torch.equal(torch.arange(40) * 5 + position, expected.indices) and torch.equal(moved, expected.moved)
@@ -304,14 +304,14 @@ def test_chains_by_image_are_those_of_metropolis_hastings():
 def test_rejection_by_image_accepts_what_one_pass_with_the_pilots_figures_would(select):
     logits = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     configuration = replace(BASE, select=select, chain_length=1, budget=0.3, seed=3)
-    chooser = choosing.Chooser.piloted(configuration, logits)
+    chooser = per_image_selection.Chooser.piloted(configuration, logits)
     _, selected = chooser.choose(logits.view(-1, 1), torch.arange(4000))
     whole = fr.rejection_sample(logits, seed=3) if select == "drs" else fr.budgeted_rejection(logits, 0.3, seed=3)
     assert torch.equal(selected.nonzero()[:, 0], whole)
 
 
 def test_the_first_accepted_proposal_is_taken_and_none_is_told():
-    chooser = choosing.Chooser(replace(BASE, select="obrs", chain_length=3), {None: {"log_scale": 0.0}})
+    chooser = per_image_selection.Chooser(replace(BASE, select="obrs", chain_length=3), {None: {"log_scale": 0.0}})
     never = -math.inf
     table = torch.tensor([[never, 9.0, 9.0], [never, never, never], [9.0, never, 9.0]])
     position, selected = chooser.choose(table, torch.arange(3))

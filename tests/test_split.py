@@ -14,7 +14,7 @@ from fastrefine.models import (
     dcgan_generator,
     mlp_generator,
 )
-from fastrefine.split import Cut, Split, layers, split
+from fastrefine.networks.split import Cut, Split, layers, split
 
 torch.set_num_threads(1)
 

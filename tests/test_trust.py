@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 import fastrefine as fr
-from fastrefine.calibration import diagnosis_of
+from fastrefine.diagnosis.calibration import diagnosis_of
 from tests.test_calibration import samples
 from tests.test_engine import refiner
 from tests.test_selection import ALPHA

@@ -9,8 +9,10 @@ import pytest
 import torch
 from fake_cudart import EMPTY, HOST, KERNEL, MEMCPY, MEMSET, FakeRuntime
 
-from fastrefine import doctor, slots, while_graph
+from fastrefine.cli import doctor
+from fastrefine.engine import while_graph
 from fastrefine.errors import BackendError
+from fastrefine.ops import slots
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrefine import slots, while_graph
+from fastrefine.engine import while_graph
 from fastrefine.errors import BackendError
+from fastrefine.ops import slots
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

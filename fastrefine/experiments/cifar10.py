@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.datasets import Images, load_cifar10, load_digits
 from fastrefine.experiments import gan, picture, picture_files, result_file
 from fastrefine.experiments.cells import Cells
@@ -28,6 +27,7 @@ from fastrefine.experiments.image_rows import SHOWN, ImageTable, Judge, Protocol
 from fastrefine.experiments.picture_networks import PictureClassifier
 from fastrefine.experiments.train import build
 from fastrefine.models import SNGANDiscriminator, SNGANGenerator, dcgan_discriminator, dcgan_generator
+from fastrefine.networks import torch_state
 from fastrefine.priors import Prior
 
 ROWS = (  # by discriminator
@@ -137,7 +137,7 @@ def run(
     cells = Cells(outdir / ("cells-quick" if quick else f"cells-{recipe.network}"), recipe)
     rows: list[Row] = []
     accuracies = {}
-    with settings.threads_for(flops=0.0):
+    with torch_state.threads_for(flops=0.0):
         images = coloured_digits() if data is None or quick else load_cifar10(data)
         for seed in seeds:
             table, g, discriminators = prepare(cells, recipe, images, seed)

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.datasets import Images
 from fastrefine.experiments import base_models, networks, picture, result_file
 from fastrefine.experiments.base_models import VAE, Flow
@@ -27,6 +26,7 @@ from fastrefine.experiments.recipes import DIGITS
 from fastrefine.experiments.result_file import against, claim, pick
 from fastrefine.experiments.train import build, train_gan
 from fastrefine.models.default import default_discriminator
+from fastrefine.networks import torch_state
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
 Row = dict[str, Any]
@@ -208,7 +208,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
     accuracy: dict[str, float] = {}
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         images = DIGITS.load(None)
         for seed in seeds:
             judge = Judge.trained(cells, DIGITS.classifier, images, seed=seed, steps=recipe.classifier_steps)

@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.errors import InputError
 from fastrefine.experiments import gan, plane_plot, result_file
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.mixtures import IMBALANCED8
 from fastrefine.experiments.plane import LATENT_DIM, RING, Fresh, Plane, smaller
 from fastrefine.experiments.result_file import against, claim, pick
+from fastrefine.networks import torch_state
 
 Row = dict[str, Any]
 SCORES, GAINS = ("z", "abs_z", "ece", "brier"), ("good", "kl", "js")
@@ -149,7 +149,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     """The experiment; writes result.json and scores.png into ``outdir``, returns the record."""
     started, recipe, rows = time.perf_counter(), QUICK if quick else FULL, []
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         for seed in seeds:
             rows += list(Ladder(cells, recipe, seed).rows())
     table = correlations(rows)

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.experiments import cases, picture, recipes, result_file
 from fastrefine.experiments.cases import QUICK_RUN
 from fastrefine.experiments.cells import Cells
@@ -25,6 +24,7 @@ from fastrefine.experiments.image_rows import Judge
 from fastrefine.experiments.result_file import against, claim, pick
 from fastrefine.experiments.train import build
 from fastrefine.models.default import default_discriminator
+from fastrefine.networks import torch_state
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
 STAGES = ("raw", "fitted", "fitted, shaped")
@@ -118,7 +118,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     cells = Cells(outdir / f"{'cells-quick' if quick else 'cells'}-{demo.name}", recipe)
     rows: list[Row] = []
     accuracy: dict[str, float] = {}
-    with settings.threads_for(flops=0.0):  # one thread, so that training repeats its bits
+    with torch_state.threads_for(flops=0.0):  # one thread, so that training repeats its bits
         images = demo.load(data)
         for seed in seeds:
             steps = recipe.classifier_steps or demo.classifier_steps

@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.datasets import Images, PictureFolder
 from fastrefine.experiments import gan, picture, picture_files, result_file
 from fastrefine.experiments.cells import Cells
@@ -29,6 +28,7 @@ from fastrefine.experiments.image_rows import SHOWN, Judge, Row
 from fastrefine.experiments.picture_networks import LabelledTrainer, PictureClassifier, drawn
 from fastrefine.experiments.train import build
 from fastrefine.models import SAGANDiscriminator, SAGANGenerator, dcgan_discriminator, dcgan_generator
+from fastrefine.networks import torch_state
 from fastrefine.priors import Prior
 
 _Drawn = tuple[Tensor, Tensor, Tensor]  # images, logits, steps
@@ -242,7 +242,11 @@ def run(
 ) -> dict[str, Any]:
     """The protocol on ``data``; quick: tiny versions of both recipes, on pictures that it makes."""
     started, rows, accuracies, recipes = time.perf_counter(), [], {}, []
-    with settings.threads_for(flops=0.0 if quick else None), warnings.catch_warnings(), tempfile.TemporaryDirectory() as made:
+    with (
+        torch_state.threads_for(flops=0.0 if quick else None),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as made,
+    ):
         warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
         cases: list[tuple[Recipe, Path]]
         if quick or data is None:

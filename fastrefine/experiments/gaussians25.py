@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.experiments import gaussians25_plot as plot
 from fastrefine.experiments import gaussians25_rows as rows
 from fastrefine.experiments import plane_plot, plane_rows, result_file, toy_data, wgan
@@ -26,6 +25,7 @@ from fastrefine.experiments.mixtures import GAUSSIANS25
 from fastrefine.experiments.plane import GRID, Fresh, smaller
 from fastrefine.experiments.result_file import Row, against, claim, pick
 from fastrefine.experiments.train import build
+from fastrefine.networks import torch_state
 
 TOLERANCE = 0.02
 # [CS] published 5,000 iterations of shaping, and batches of 1,000 on the ring; its figures at 100,000 iterations.
@@ -87,7 +87,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     """The experiment for one training seed, the first; writes result.json and pictures into ``outdir``, returns the record."""
     seed, recipe, cs = seeds[0], QUICK if quick else FULL, CS_QUICK if quick else CS_FULL
     suffix = "-quick" if quick else ""
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         found = _against_laws(Cells(outdir / f"cells{suffix}", recipe), recipe, seed)
         # what stands until the long training of [CS] is done
         _write(outdir, recipe, cs, found, [], pictures=not quick)

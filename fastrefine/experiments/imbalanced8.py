@@ -12,7 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastrefine import settings
 from fastrefine.experiments import plane_plot, plane_rows, result_file
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.gan import Training
@@ -20,6 +19,7 @@ from fastrefine.experiments.mixtures import IMBALANCED8
 from fastrefine.experiments.plane import RING, Plane
 from fastrefine.experiments.plane_rows import Recipe, Row, Table
 from fastrefine.experiments.result_file import against, claim, mean, pick, spread
+from fastrefine.networks import torch_state
 
 FULL = Recipe(RING, (1000, 3000, 5000, 7000, 9000), 5000, 1000, 8e-3, 0.1)
 QUICK = Recipe(  # a small pair that learns fast: what shows its direction within seconds
@@ -71,7 +71,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     recipe = QUICK if quick else FULL
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         for seed in seeds:
             table = Table(cells, recipe, IMBALANCED8, seed)
             controls = CONTROLLED if seed == seeds[0] and not quick else ()

@@ -14,12 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastrefine import datasets, settings
+from fastrefine import datasets
 from fastrefine.experiments import mnist_pictures, result_file
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.image_rows import Protocol, Row
 from fastrefine.experiments.mnist_rows import FIXED, Mnist, Recipe, fewer, quick_images
 from fastrefine.experiments.result_file import against, claim, pick
+from fastrefine.networks import torch_state
 
 FULL = Recipe()
 QUICK = Recipe(
@@ -63,7 +64,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...] = (0,), quick: bool = False, dat
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
     accuracy: dict[str, float] = {}
-    with settings.threads_for(flops=0.0):  # one thread, so that training repeats its bits
+    with torch_state.threads_for(flops=0.0):  # one thread, so that training repeats its bits
         for seed in seeds:
             one = Mnist(cells, recipe, images, seed)
             found = one.rows()

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.experiments import gan, plane_plot, result_file
 from fastrefine.experiments.cells import Cells
 from fastrefine.experiments.gan import Draw, Pair
 from fastrefine.experiments.mixtures import nearest_real
 from fastrefine.experiments.plane import LATENT_DIM, Fresh, Plane
 from fastrefine.experiments.result_file import against, claim, mean, pick
+from fastrefine.networks import torch_state
 
 Row = dict[str, Any]
 FIGURES = {"distance": "lower", "good": "higher"}
@@ -175,7 +175,7 @@ def run(
     started, rows = time.perf_counter(), []
     rules = ("adaptive",) if quick else tuple(RULES)
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         for seed in seeds:
             for case in cases:
                 for row in Table(cells, recipe, case, seed, rules).rows():

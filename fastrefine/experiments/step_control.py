@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.experiments import cases, plane_plot, result_file
 from fastrefine.experiments.cases import CONTROLS, QUICK_RING, QUICK_RUN, SHAPING, Case, Quality, Shaping, curve
 from fastrefine.experiments.cells import Cells
@@ -24,6 +23,7 @@ from fastrefine.experiments.plane import EARLY, RING, Plane, smaller
 from fastrefine.experiments.recipes import DIGITS, MNIST
 from fastrefine.experiments.recipes import Recipe as ImageRecipe
 from fastrefine.experiments.result_file import against, claim, mean
+from fastrefine.networks import torch_state
 
 Row = dict[str, Any]
 
@@ -177,7 +177,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     recipe = QUICK if quick else FULL
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         for seed in seeds:
             for case in point_cases(cells, recipe, seed):
                 rows += sweep(cells, case, recipe, recipe.point_sizes, recipe.points, seed, recipe.point_seeds)

@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.experiments import cases, result_file, steps_plot
 from fastrefine.experiments.cases import CONTROLS, QUICK_RING, QUICK_RUN, SHAPING, Case, Quality, Shaping, curve
 from fastrefine.experiments.cells import Cells
@@ -27,6 +26,7 @@ from fastrefine.experiments.image_rows import Judge
 from fastrefine.experiments.plane import RING, Plane
 from fastrefine.experiments.recipes import DIGITS
 from fastrefine.experiments.result_file import against, claim, mean, pick
+from fastrefine.networks import torch_state
 from fastrefine.stopping import StopRule
 
 Row = dict[str, Any]
@@ -232,7 +232,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None)
     recipe = QUICK if quick else FULL
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
     rows: list[Row] = []
-    with settings.threads_for(flops=0.0):  # these networks are small
+    with torch_state.threads_for(flops=0.0):  # these networks are small
         for seed in seeds:
             for base, shaped_at in recipe.sets:
                 case = trained_case(cells, recipe, base, shaped_at, seed)

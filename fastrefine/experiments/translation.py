@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
-from fastrefine import settings
 from fastrefine.datasets import Images, load_digits, load_mnist
 from fastrefine.experiments import gan, picture, picture_files, result_file
 from fastrefine.experiments.cells import Cells
@@ -27,6 +26,7 @@ from fastrefine.experiments.image_rows import SHOWN, Judge, Row
 from fastrefine.experiments.picture_networks import PictureClassifier
 from fastrefine.experiments.train import accuracy, build
 from fastrefine.models import CycleGANGenerator, patchgan_discriminator
+from fastrefine.networks import torch_state
 
 INK = 0.1  # pixels with more of it are the object
 
@@ -227,7 +227,7 @@ def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool = False, data: Path
     """The experiment on MNIST; quick: on scikit-learn's digits."""
     started, recipe, rows, accuracies = time.perf_counter(), QUICK if quick else FULL, [], {}
     cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    with settings.threads_for(flops=0.0), warnings.catch_warnings():
+    with torch_state.threads_for(flops=0.0), warnings.catch_warnings():
         warnings.simplefilter("ignore", fr.FastrefineWarning)  # that a map is averaged; the rows show the rest
         images = load_digits() if quick or data is None else load_mnist(data)
         for seed in seeds:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .residual import DiscriminatorBlock, GeneratorBlock, Projection, conv
+from fastrefine.models.residual import DiscriminatorBlock, GeneratorBlock, Projection, conv
 
 
 class SelfAttention(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastrefine.ops.registry import op
-from fastrefine.slots import Slots
+from fastrefine.ops.slots import Slots
 
 
 @op

@@ -15,8 +15,8 @@ from fastrefine.ops.follow import follow
 from fastrefine.ops.metropolis import metropolis
 from fastrefine.ops.noise import uniform
 from fastrefine.ops.registry import Absent
+from fastrefine.ops.slots import Outputs, Pool, Rule, Slots, rows_of
 from fastrefine.samplers.base import Evaluation
-from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
 
 # The last three are PyTorch's here too: C++ has nothing to add to copies of rows and a scan of whole vectors.
 __all__ = ["RULES", "follow", "metropolis", "normal", "refine_step", "uniform"]

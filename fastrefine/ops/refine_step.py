@@ -5,11 +5,11 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from fastrefine import slots as S
+from fastrefine.ops import slots as S
 from fastrefine.ops.noise import Noise
 from fastrefine.ops.registry import op
+from fastrefine.ops.slots import Outputs, Pool, Rule, Slots
 from fastrefine.samplers.base import Evaluation, Sample, State, per_slot
-from fastrefine.slots import Outputs, Pool, Rule, Slots
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

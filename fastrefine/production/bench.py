@@ -1,0 +1,131 @@
+"""How fast a pair is refined here: candidate layers and precisions against B0, the usual loop, in one run."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrefine.networks import torch_state
+from fastrefine.networks.pair import takes_labels
+from fastrefine.networks.split import Cut, layers, split, unwrap
+from fastrefine.refiner import Refiner
+from fastrefine.samplers import Collaborative
+
+BATCHES = (64, 256, 1024)
+
+
+class Bench:
+    """Images/s of a refiner's networks with ``steps`` updates for every sample, each figure taken in about ``seconds``.
+
+    labelled: networks that take labels get them, of class 0. Wall clock, so nothing else should run.
+    """
+
+    def __init__(self, refiner: Refiner, steps: int, seconds: float = 2.0, *, labelled: bool = False):
+        assert isinstance(refiner.generator, nn.Module) and refiner.prior is not None
+        self.refiner, self.prior, self.steps, self.seconds = refiner, refiner.prior, steps, seconds
+        self.generator, self.discriminator = unwrap(refiner.generator), unwrap(refiner.discriminator)
+        g, d = (labelled and takes_labels(network, {})[0] for network in (self.generator, self.discriminator))
+        self.labels = torch.zeros(max(BATCHES), dtype=torch.int64) if g or d else None
+        self.to_g, self.to_d = (self.labels if takes else None for takes in (g, d))
+
+    def candidates(self, most: int = 4) -> list[str]:
+        """The input, the output, and layers between whose tails cost visibly less than the one before."""
+        z, y = self._example()
+        found, share = [], 2.0
+        for layer in layers(self.generator, z, y):
+            if layer.name in ("input", "output") or layer.tail_share < 0.95 * share - 0.02:
+                found.append(layer.name)
+                share = layer.tail_share
+        return [found[0], *found[1:-1][: most - 2], found[-1]] if len(found) > most else found
+
+    def rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """For each layer and precision: images/s of ours and of B0 (float32).
+
+        B0: prefix once a batch, ``.backward()`` with parameter gradients on, at the best of three batch sizes. Names and
+        precisions are checked at once, by SplitError and InputError, before anything is measured.
+        """
+        z, y = self._example()
+        for name in names:
+            split(self.generator, name, z, y)
+        for precision in precisions:
+            self._ours(names[0], precision)
+        return self._rows(names, precisions)
+
+    def _example(self) -> tuple[Tensor, Tensor | None]:
+        """A few latents and their labels, where the generator lies."""
+        device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
+        y = None if self.to_g is None else self.to_g[:8].to(device)
+        return self.prior.sample(torch.arange(8), 0).to(device), y
+
+    def _ours(self, name: str, precision: str) -> Refiner:
+        r = self.refiner
+        return Refiner(
+            r.generator, r.discriminator, Collaborative(0.01, control="fixed"), at=name, max_steps=self.steps, prior=r.prior,
+            discriminator_output=r.discriminator_output, num_slots=r.num_slots, device=r.device, precision=precision,
+        )  # fmt: skip
+
+    def _rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
+        label = None if self.labels is None else 0
+        for name in names:
+            base = self._b0(name)
+            for precision in precisions:
+                ours = self._ours(name, precision)
+                ours.sample(ours.num_slots, labels=label)
+                n, speed = ours.num_slots, 0.0
+                for _ in range(2):  # the first says how many make up the time
+                    out = ours.sample(n, labels=label)
+                    speed = out.report["images_per_second"]
+                    n = max(int(speed * self.seconds) // ours.num_slots, 1) * ours.num_slots
+                yield {
+                    "at": name, "precision": precision, "steps": self.steps, "images_per_second": speed,
+                    "b0_images_per_second": base, "ratio_b0": speed / base,
+                    **{k: out.report[k] for k in ("backend", "driver", "threads", "num_slots")},
+                }  # fmt: skip
+
+    @torch_state.arithmetic("float32", False)
+    def _b0(self, name: str) -> float:
+        device = self.refiner.device
+        g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
+                for net in (self.generator, self.discriminator))  # fmt: skip
+        z = self.prior.sample(torch.arange(max(BATCHES)), 0).to(device)
+        to_g, to_d = (() if y is None else (y.to(device),) for y in (self.to_g, self.to_d))
+        cut, best = split(g, name, z[:8], to_g[0][:8] if to_g else None), 0.0
+
+        def batch(size: int, steps: int) -> None:
+            _loop(cut, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
+
+        def wait() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        for size in BATCHES:
+            batch(size, 1)  # warm-up
+            wait()
+            images, started = 0, time.perf_counter()
+            while images == 0 or time.perf_counter() - started < self.seconds / len(BATCHES):
+                batch(size, self.steps)
+                images += size
+            wait()
+            best = max(best, images / (time.perf_counter() - started))
+        return best
+
+
+def _loop(
+    cut: Cut, discriminator: nn.Module, z: Tensor, to_g: tuple[Tensor, ...], to_d: tuple[Tensor, ...], steps: int
+) -> Tensor:
+    with torch.no_grad():
+        a, context = cut.prefix(z, *to_g)
+    for _ in range(steps):
+        a = a.detach().requires_grad_()
+        logits = discriminator(cut.tail(a, *context), *to_d)
+        F.softplus(-logits).flatten(1 if a.dim() > 1 else 0).sum().backward()
+        assert a.grad is not None
+        a = a - 0.01 * a.grad
+    with torch.no_grad():
+        return cut.tail(a, *context)
