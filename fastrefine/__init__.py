@@ -27,7 +27,8 @@ _HOMES = {
     "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
     "training.shape": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
-    "networks.split": ("Split", "layers"),
+    "networks.cut": ("layers",),
+    "networks.split": ("Split",),
     "diagnosis.step_size": ("StepDiagnosis", "diagnose_steps"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from fastrefine.diagnosis.reliability import reliability_plot as reliability_plot
     from fastrefine.diagnosis.step_size import StepDiagnosis as StepDiagnosis
     from fastrefine.diagnosis.step_size import diagnose_steps as diagnose_steps
+    from fastrefine.networks.cut import layers as layers
     from fastrefine.networks.split import Split as Split
-    from fastrefine.networks.split import layers as layers
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product

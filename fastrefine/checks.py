@@ -104,3 +104,13 @@ def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) 
         raise InputError(f"{seen}: are the real images 0..1? Scale them to the generator's range, e.g. 2 x - 1")
     if unsigned and low < -0.1:
         raise InputError(f"{seen}: are the real images -1..1? Scale them to the generator's range, e.g. (x + 1) / 2")
+
+
+def classes(labels: Tensor, num_classes: int | None) -> None:
+    """Raise InputError for class labels that are negative or not less than ``num_classes``."""
+    if labels.is_floating_point() or not len(labels):
+        return
+    if int(labels.min()) < 0:
+        raise InputError(f"labels must not be negative, got {int(labels.min())}")
+    if num_classes is not None and int(labels.max()) >= num_classes:
+        raise InputError(f"label {int(labels.max())} is out of range: the network knows classes 0 to {num_classes - 1}")

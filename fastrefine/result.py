@@ -24,6 +24,43 @@ class Status(enum.IntEnum):
     STALLED = slots.STALLED  # it had all its steps, and every gradient was exactly zero
 
 
+@dataclass
+class Progress:
+    """Counts of a run, updated whenever the counters are read. It survives a restart with fewer slots."""
+
+    evaluations: int = 0
+    slot_steps: int = 0
+    iterations: int = 0
+    host_syncs: int = 0  # readings of the counters, and images that the host had to wait for
+    finished: int = 0
+    delivered: int = 0
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)  # backend, driver, precision, threads, num_slots, ...
+
+    def add(self, now: list[int], before: list[int], num_slots: int) -> int:
+        """Take in counters (see ``slots``) and those of the reading before; the engine steps between the two."""
+        new = [a - b for a, b in zip(now, before, strict=True)]
+        self.evaluations += new[slots.EVALUATIONS]
+        self.finished += new[slots.FINISHED]
+        self.iterations += new[slots.ITERATIONS]
+        self.slot_steps += new[slots.ITERATIONS] * num_slots
+        self.host_syncs += 1
+        return new[slots.ITERATIONS]
+
+    def report(self) -> dict[str, Any]:
+        """The dict that users see as ``Result.report``."""
+        return {
+            "evaluations": self.evaluations,
+            "slot_steps": self.slot_steps,
+            "slot_efficiency": self.evaluations / self.slot_steps if self.slot_steps else 1.0,
+            "iterations": self.iterations,
+            "host_syncs_per_step": self.host_syncs / self.iterations if self.iterations else 0.0,
+            "seconds": self.seconds,
+            "images_per_second": self.delivered / self.seconds if self.seconds > 0 else 0.0,
+            **self.facts,
+        }
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Samples as they stood after so many steps; those that had retired before, as they are returned.

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine.networks import recording
-from fastrefine.networks.pair import takes_labels
+from fastrefine.networks.calls import takes_labels
 
 
 def networks(seed=0):

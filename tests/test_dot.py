@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.networks.pair import PROBE
+from fastrefine.networks.prepared import PROBE
 from fastrefine.ops import Stream
 from tests.closed_forms import serving
 from tests.fault_networks import IMAGE, LATENT, discriminator, generator

@@ -171,24 +171,23 @@ def test_a_run_that_failed_leaves_no_machine_behind(runtime):
     one.callback = fail
     with pytest.raises(KeyError, match="mine"):
         one.sample(20)
-    one.callback = None
-    one.sample(20)
+    one.replaced(callback=None).sample(20)
     assert len(runtime.graphs) == 2
 
 
 def test_an_idle_machine_is_dropped_before_a_larger_one_is_made(runtime):
     one = refiner(driver="graph")
     one.sample(20)
-    (small,) = one._target._idle
+    small = one._idle.machine
     one.sample(2000)
-    assert one._target._idle != [small] and len(one._target._idle) == 1
+    assert one._idle.machine not in (None, small)
 
 
 def test_a_refiner_leaves_nothing_behind(runtime):
     """Its tensors are gone with the last reference, not with the next garbage collection."""
     one = refiner(driver="graph")
     one.sample(20)
-    gone = weakref.ref(one._target._idle[0])
+    gone = weakref.ref(one._idle.machine)
     runtime.graphs.clear()  # their tapes know the machine, as a capture does not
     gc.collect()
     gc.disable()
@@ -202,9 +201,9 @@ def test_a_refiner_leaves_nothing_behind(runtime):
 @pytest.mark.filterwarnings("ignore::fastrefine.FastrefineWarning")
 def test_a_prediction_counts_what_forward_only_steps_in_flight_did_not_do(runtime, monkeypatch):
     """A full window, one step at a time, slots out of rhythm: once every step was forward only, and nobody ever moved."""
-    monkeypatch.setattr("fastrefine.engine.run.WINDOW_SHARE", 2**40)
-    monkeypatch.setattr("fastrefine.engine.run.POOL_SHARE", 2**21)
-    monkeypatch.setattr("fastrefine.engine.run.FIRST_CHUNK", 1)
+    monkeypatch.setattr("fastrefine.engine.pacing.WINDOW_SHARE", 2**40)
+    monkeypatch.setattr("fastrefine.engine.pacing.POOL_SHARE", 2**21)
+    monkeypatch.setattr("fastrefine.engine.pacing.FIRST_CHUNK", 1)
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 5)
     original, launches = drivers.GraphReplay.launch, []
 
@@ -240,7 +239,7 @@ class LateTransfer(Transfer):
 @pytest.mark.parametrize("driver", KINDS)
 def test_results_on_their_way_are_not_overwritten(runtime, monkeypatch, driver):
     monkeypatch.setattr("fastrefine.engine.run.Transfer", LateTransfer)
-    monkeypatch.setattr("fastrefine.engine.run.WINDOW_SHARE", 2**40)  # few rows, so that they serve again at once
+    monkeypatch.setattr("fastrefine.engine.pacing.WINDOW_SHARE", 2**40)  # few rows, so that they serve again at once
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
     options = dict(stop=fr.stopping.Hazard(0.4), max_steps=5, num_slots=4)
     same(refiner(driver=driver, **options).sample(200), refiner(driver="host", **options).sample(200))
@@ -306,7 +305,7 @@ def test_without_a_gpu_the_device_drivers_say_so(driver):
 def test_a_late_reading_never_takes_old_rows_for_new_ones(runtime, monkeypatch, driver):
     """A tiny window: rows are reused while readings that show their former samples complete are still unread, and a slow
     sample keeps all others waiting."""
-    monkeypatch.setattr("fastrefine.engine.run.MEMORY", 1)
+    monkeypatch.setattr("fastrefine.engine.pacing.MEMORY", 1)
     monkeypatch.setattr(drivers.GraphReplay, "chunk", 3)
 
     class OneSlow(fr.stopping.Hazard):

@@ -101,7 +101,7 @@ def test_a_driver_that_is_refused_leaves_the_others(runtime, monkeypatch):
     one = refiner(driver="loop")
     with pytest.raises(BackendError, match="driver='loop' cannot repeat this step: not built"):
         one.sample(10)
-    one.driver = "graph"
+    one = one.replaced(driver="graph")
     assert one.sample(10).report["driver"] == "graph"
 
 
@@ -125,6 +125,6 @@ def test_an_updated_discriminator_needs_no_new_capture(runtime, wrap):
     with torch.no_grad():
         for p in updated.parameters():
             p.mul_(1.3)
-    one._refresh(updated)
+    one._networks.refresh(updated)
     same(one.sample(40), refiner((g, updated), driver="host").sample(40))
     assert len(runtime.graphs) == 1

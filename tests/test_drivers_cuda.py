@@ -65,7 +65,7 @@ def test_tf32_is_prepared_as_float32_is():
     for precision in ("float32", "tf32"):
         one = on_gpu(convolutional_pair(), prior=fr.Normal(8), at="2", precision=precision)
         one.sample(8)
-        prepared.add((one._target.fold, one._target.route, one._target.channels_last))
+        prepared.add((one._networks.target.fold, one._networks.target.route, one._networks.target.channels_last))
     assert len(prepared) == 1 and "flat" in prepared.pop()
 
 
@@ -118,12 +118,12 @@ def test_another_step_size_and_seed_need_no_new_capture(driver):
     available(driver)
     one = on_gpu(driver=driver, sampler=fr.DGflow(0.1, gamma=0.1))
     one.sample(40)
-    (machine,) = one._target._idle
+    machine = one._idle.machine
     recorded = dict(machine.captured)
     other = on_gpu(driver="host", sampler=fr.DGflow(0.02, gamma=0.3))
-    one._bound = other.sampler, one._bound[1]
+    one._networks.bound = other.sampler, one._networks.bound[1]
     same(one.sample(40, seed=9), other.sample(40, seed=9))
-    assert one._target._idle == [machine] and machine.captured == recorded
+    assert one._idle.machine is machine and machine.captured == recorded
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -132,14 +132,14 @@ def test_an_updated_discriminator_needs_no_new_capture(driver):
     g, d = pair()
     one = on_gpu((g, d), driver=driver)
     one.sample(40)
-    (machine,) = one._target._idle
+    machine = one._idle.machine
     updated = pair()[1].cuda()
     with torch.no_grad():
         for p in updated.parameters():
             p.mul_(1.3)
-    one._refresh(updated)
+    one._networks.refresh(updated)
     same(one.sample(40), on_gpu((g, updated), driver="host").sample(40))
-    assert one._target._idle == [machine]
+    assert one._idle.machine is machine
 
 
 @pytest.mark.parametrize("driver", ["host", *DRIVERS])

@@ -123,7 +123,7 @@ def test_ids_run_at_most_a_window_ahead_so_memory_is_bounded(monkeypatch):
         seen.append((len(self.waiting), self.machine.window // self.size))
 
     monkeypatch.setattr(run.Run, "launch", launch)
-    monkeypatch.setattr("fastrefine.engine.run.MEMORY", 1)
+    monkeypatch.setattr("fastrefine.engine.pacing.MEMORY", 1)
     one = refiner(max_steps=50, num_slots=4)
     out = one.sample(400)
     assert max(w for w, _ in seen) <= 4 == seen[0][1]

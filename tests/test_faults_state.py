@@ -233,7 +233,7 @@ def test_an_exception_in_the_middle_of_a_run_leaves_everything_as_it_was(mode):
             r.sample(20)
         inside.check()
     before.check()
-    r.callback = None
+    r = r.replaced(callback=None)
     assert same_result(r.sample(N), refiner(g, d, at="3").sample(N)), "and the refiner can be used again"
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from fastrefine.errors import InputError
 from fastrefine.models import SNGANGenerator, dcgan_generator, mlp_generator
-from fastrefine.networks.split import layers, unwrap
+from fastrefine.networks.copies import unwrap
+from fastrefine.networks.cut import layers
 
 torch.set_num_threads(1)
 

@@ -196,5 +196,5 @@ def test_a_sampler_is_bound_once_for_each_discriminator(monkeypatch):
     refiner = fr.Refiner(g, d, fr.DOT(0.1), prior=fr.Normal(4), max_steps=3, real=torch.randn(50, 3), stop=stop, num_slots=8)
     refiner.sample(4)
     assert len(bound) == 1
-    refiner._refresh(networks()[1])
+    refiner._networks.refresh(networks()[1])
     assert len(bound) == 2

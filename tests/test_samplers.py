@@ -1,6 +1,5 @@
 """What every sampler promises of its runs: slots and order change nothing, snapshots, numbers in results, contained faults."""
 
-import copy
 import functools
 import math
 from dataclasses import replace
@@ -36,9 +35,7 @@ def make(name, g=None, d=None, **options):
 
 def fewer(refiner, steps):
     """The same refiner, prepared as it is, with another ``max_steps``."""
-    twin = copy.copy(refiner)
-    twin.max_steps = steps
-    return twin
+    return refiner.replaced(max_steps=steps)
 
 
 def numbers(result):

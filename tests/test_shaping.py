@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.networks import recording, scoring
+from fastrefine.networks import recording
+from fastrefine.networks.prepared import Networks
 
 
 def pair(batch_norm=False):
@@ -67,7 +68,7 @@ def test_a_refreshed_refiner_equals_a_new_one_with_the_same_discriminator(batch_
     with torch.no_grad():
         other[0].weight.mul_(3)
         other[1].running_mean.fill_(0.4)
-    twin._refresh(other)
+    twin._networks.refresh(other)
     after, fresh = twin.sample(20), one.with_discriminator(other).sample(20)
     torch.testing.assert_close(after.images, fresh.images)
     assert not torch.allclose(before.images, after.images)
@@ -304,8 +305,8 @@ def test_latents_follow_a_loader_whose_last_batch_is_short():
 @pytest.mark.parametrize("stop", [None, fr.stopping.MedianOfReal()])
 def test_tuning_scores_real_images_once_if_no_rule_reads_them(stop, monkeypatch):
     scored = []
-    original = scoring.logits
-    monkeypatch.setattr(scoring, "logits", lambda one, side, x, y: scored.append(len(x)) or original(one, side, x, y))
+    original = Networks._score
+    monkeypatch.setattr(Networks, "_score", lambda own, d, x, y: scored.append(len(x)) or original(own, d, x, y))
     fr.tune_discriminator(
         refiner(real=REAL, stop=fr.stopping.MedianOfReal()), REAL, 4, 16, 0.01, **({"stop": stop} if stop else {})
     )

@@ -13,7 +13,7 @@ def test_a_trial_may_be_worse_by_the_rounding_error_of_the_loss():
     for precision in ("float32", "bfloat16"):
         one = refiner(networks, precision=precision, sampler=fr.Collaborative(0.1), **options)
         one.sample(8)
-        told[precision] = one._bound[0].slack
+        told[precision] = one._networks.bound[0].slack
     assert told["float32"] == 0 and 0 < told["bfloat16"] < 0.1
     strict = refiner(networks, precision="bfloat16", sampler=fr.Collaborative(0.1, slack=0.0), **options).sample(64)
     lenient = refiner(networks, precision="bfloat16", sampler=fr.Collaborative(0.1), **options).sample(64)
@@ -26,6 +26,6 @@ def test_a_trial_may_be_worse_by_the_rounding_error_of_the_loss():
 def test_the_callers_own_slack_is_kept():
     one = refiner(precision="bfloat16", sampler=fr.Collaborative(0.1, slack=0.25))
     one.sample(4)
-    assert one._bound[0].slack == 0.25
+    assert one._networks.bound[0].slack == 0.25
     with pytest.raises(fr.InputError, match="slack"):
         fr.Collaborative(0.1, slack=-1.0)

@@ -14,7 +14,8 @@ from fastrefine.models import (
     dcgan_generator,
     mlp_generator,
 )
-from fastrefine.networks.split import Cut, Split, layers, split
+from fastrefine.networks.cut import Cut, layers, split
+from fastrefine.networks.split import Split
 
 torch.set_num_threads(1)
 

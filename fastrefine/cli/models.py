@@ -33,7 +33,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     import torch
 
     import fastrefine as fr
-    from fastrefine.networks.pair import attempt, takes_labels
+    from fastrefine.networks.calls import attempt, takes_labels
     from fastrefine.production import saved_pair
 
     if flags["generator"] and not flags["discriminator"]:  # none is read here, but a configuration has two networks

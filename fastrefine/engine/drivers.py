@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrefine.engine.machine import Machine
 from fastrefine.errors import BackendError, InputError
-from fastrefine.networks.pair import is_out_of_memory
+from fastrefine.networks.calls import is_out_of_memory
 
 log = logging.getLogger("fastrefine")
 

@@ -1,12 +1,10 @@
-"""What a run works on: its tensors, its target, and one step of them, which a driver repeats."""
+"""What a run works on: its tensors, its target, and one step over them, which a driver repeats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrefine import ops
 from fastrefine.engine.proposals import Block
@@ -16,10 +14,7 @@ from fastrefine.ops.slots import Rule
 
 
 class Machine:
-    """Tensors of fixed shapes and addresses; a step has no host decision in it, so that it can be captured.
-
-    A machine outlives its run where a captured step belongs to it: ``reset`` makes it serve another one of its ``key``.
-    """
+    """Tensors of fixed shapes and addresses. A step has no decision of the host in it, so that it can be captured."""
 
     def __init__(self, target: Target, rule: Rule, backend: str, window: int, pool_rows: int, block: Block):
         self.target, self.rule, self.backend = target, rule, backend
@@ -35,12 +30,10 @@ class Machine:
         self.context = tuple(c.clone() for c in given)
         self.pool_context = tuple(c.new_zeros(pool_rows, *c.shape[1:]) for c in given)
         self.captured: dict[str, Any] = {}  # a driver's recordings of the step
-        self.key, self.era = key_of(rule, backend, block), target.era
-        self._kept = target.calls  # a captured step goes on reading their constants
-        self._rested: torch.cuda.Event | None = None
+        self.era, self._kept = target.era, target.calls  # a captured step goes on reading their constants
 
     def reset(self, rule: Rule, first_id: int) -> None:
-        """Empty slots and pool; the next proposal will be ``first_id``."""
+        """Empty the slots and the pool; the next proposal will be ``first_id``."""
         self.rule = rule
         self.slots.sample_id.fill_(-1)
         for tensor in (self.slots.step, self.slots.last_step, self.slots.activation, self.pool.counters):
@@ -50,27 +43,10 @@ class Machine:
         self.outputs.status.fill_(slots.PENDING)
         self.pool.counters[: slots.END + 1] = first_id
 
-    def rest(self, stream: torch.cuda.Stream | None) -> None:
-        """The run on this stream is over, as far as the host is concerned."""
-        del self.target  # which keeps the machine: a cycle would hold the memory of both
-        if stream is not None:
-            self._rested = torch.cuda.Event()
-            self._rested.record(stream)
-
-    def wake(self, target: Target) -> None:
-        """Another run begins, on another stream perhaps: it waits for what was launched before."""
-        self.target = target
-        if self._rested is not None:
-            stream = torch.cuda.current_stream(self.slots.activation.device)
-            self._rested.wait(stream)
-            for tensor in self._tensors():
-                tensor.record_stream(stream)
-
-    def _tensors(self) -> Iterator[Tensor]:
-        for part in (self.slots, self.pool, self.outputs):
-            yield from (t for t in vars(part).values() if isinstance(t, Tensor))
-        yield from self.snapshots[1:] if self.snapshots is not None else ()
-        yield from (*self.slots.state.values(), *self.context, *self.pool_context)
+    def rows(self, block: Block, part: slice) -> slice:
+        """Output rows of a part of a block; the window is a whole number of blocks, so they are consecutive."""
+        base = block.base % self.window
+        return slice(base + part.start, base + part.stop)
 
     def admit(self, block: Block) -> None:
         """Put the block's proposals into the pool; its rows there must be free."""
@@ -88,12 +64,12 @@ class Machine:
     def refill(self) -> None:
         """Fill the slots, all of which are empty. Where the rule's numbers live on the device, they are loaded."""
         ops.refine_step(self.slots, None, self.pool, self.outputs, self.rule, backend=self.backend)
-        self._follow()
+        self._copy_context()
 
     def step(self, forward_only: bool = False) -> None:
-        """Evaluate every slot, then observe, retire or propose, refill; empty slots compute along harmlessly.
+        """Evaluate every slot, then observe, retire or propose, refill. An empty slot computes along without harm.
 
-        forward_only: no gradient; serves the slots at their last step, all others wait.
+        forward_only: without a gradient; serves the slots at their last step, all others wait.
         """
         own = self.slots
         evaluate = self.target.forward if forward_only else self.target.evaluate
@@ -103,7 +79,7 @@ class Machine:
         ops.refine_step(own, evaluation, self.pool, self.outputs, self.rule, backend=self.backend)
         if self.snapshots is not None:
             self._record(self.snapshots)
-        self._follow()
+        self._copy_context()
 
     def _record(self, snapshots: slots.Snapshots) -> None:
         """Samples that have just been moved for the (k + 1)-th time: the sampler's state is of the k-th evaluation."""
@@ -115,19 +91,14 @@ class Machine:
             snapshots.activation[index].index_copy_(0, rows, position)
             snapshots.logit[index].index_copy_(0, rows, logit)
 
-    def _follow(self) -> None:
+    def _copy_context(self) -> None:
+        """Copy the context of the samples that have just entered a slot from the pool."""
         if self.context:
             ops.follow(self.slots, self.context, self.pool_context, backend=self.backend)
 
-    def _step_context(self, block: Block) -> tuple[Tensor, ...]:
+    def _step_context(self, block: Block) -> tuple[torch.Tensor, ...]:
         """The tail's context, then the labels where the discriminator takes them."""
         if not self.target.discriminator.takes_labels:
             return block.context
         assert block.labels is not None
         return (*block.context, block.labels)
-
-
-def key_of(rule: Rule, backend: str, block: Block) -> tuple[Any, ...]:
-    """Equal for runs that the same captured step can serve, given a window that is large enough."""
-    kinds = tuple((t.dtype, tuple(t.shape[1:])) for t in (*block.context, *([] if block.labels is None else [block.labels])))
-    return ops.baked(rule, backend), backend, kinds

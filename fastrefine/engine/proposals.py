@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrefine.engine.transfer import send
-from fastrefine.networks.pair import GeneratorSide
+from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.priors import Prior
 from fastrefine.stopping import RealLogits, StopRule
 
@@ -71,7 +71,7 @@ class Proposals:
     """Blocks of a source. A sample's place in its block is id % size, so the prefix gives it the same bits in any run."""
 
     def __init__(
-        self, source: Source, generator: GeneratorSide, stop: StopRule, real: RealLogits | None,
+        self, source: Source, generator: PreparedGenerator, stop: StopRule, real: RealLogits | None,
         max_steps: int, size: int, dtype: torch.dtype, device: torch.device, whole_blocks: bool = False,
     ):  # fmt: skip
         self.source, self.generator, self.stop, self.real = source, generator, stop, real

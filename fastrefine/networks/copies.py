@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from typing import Any, TypeVar
 
@@ -11,11 +12,41 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from fastrefine.errors import InputError
+
 M = TypeVar("M", bound=nn.Module)
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile; a scripted module is an InputError."""
+    while True:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"got a scripted or traced module ({type(module).__name__}), whose graph cannot be cut or frozen: "
+                "give the nn.Module it was made from"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
+            module = original  # torch._dynamo's OptimizedModule
+        else:
+            return module
+
+
+def own_copy(module: nn.Module, like: Tensor) -> nn.Module:
+    """Our copy of a network of the caller's, on the device and in the dtype of ``like``."""
+    plain = unwrap(module)
+    for name, child in plain.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise InputError(
+                f"module {name!r} is scripted or traced, and can neither be looked into nor frozen: "
+                "give the nn.Module it was made from"
+            )
+    return private_copy(plain).to(device=like.device, dtype=like.dtype)
 
 
 def private_copy(module: M) -> M:
@@ -145,3 +176,49 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
             values = dict(getattr(source, kind)())
             for name, tensor in getattr(target, kind)():
                 tensor.copy_(values[name])
+
+
+class Weights:
+    """A module's parameters and buffers as they are now; unequal once one was updated in place, or replaced.
+
+    An update by way of ``.data`` leaves a tensor's version as it is, so that the content is summed up too, in two ways.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        self.tensors = () if module is None else (*module.parameters(), *module.buffers())  # held: an id is not used again
+        self.versions = [0 if t.is_inference() else t._version for t in self.tensors]
+        self.sums: list[bytes] = []
+        with torch.no_grad():
+            for device in dict.fromkeys(t.device for t in self.tensors):  # one wait for each
+                here = [t for t in self.tensors if t.device == device and t.numel()]
+                sums = [part for t in here for part in _sums(t)]
+                self.sums.append(torch.stack(sums).cpu().numpy().tobytes() if sums and device.type != "meta" else b"")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Weights):
+            return NotImplemented
+        same = len(self.tensors) == len(other.tensors) and all(map(operator.is_, self.tensors, other.tensors))
+        return same and self.versions == other.versions and self.sums == other.sums
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sums(t: Tensor) -> list[Tensor]:
+    """Int64 scalars where ``t`` lies, of its bits: equal whatever the number of threads. Of sparse and quantized ones none."""
+    if t.layout is not torch.strided or t.is_quantized:
+        return []
+    t = torch.view_as_real(t) if t.is_complex() else t
+    bits = t.view(_BITS[t.element_size()]).reshape(-1)
+    return [bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]  # the other half alone: for what was swapped
+
+
+def device_of(*modules: Any) -> torch.device:
+    """Where the first of the modules with any tensor has it."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+    return torch.device("cpu")

@@ -81,6 +81,18 @@ def check_independent(roots: dict[str, nn.Module], forward: Forward, x: Tensor) 
         )
 
 
+def check(roots: dict[str, nn.Module], forward: Forward, x: Tensor, coupling: str) -> None:
+    """Refuse networks that are not repeatable or, unless in lock step, not independent; x is left as it is."""
+    check_repeatable(roots, lambda given: forward(given.clone()), x)
+    if coupling == "refuse":
+        check_independent(roots, lambda given: forward(given.clone()), x)
+
+
+def repeated(label: Tensor | None, x: Tensor) -> Tensor | None:
+    """One label (1, ...) for every row of x."""
+    return None if label is None else label.expand(len(x), *label.shape[1:])
+
+
 def last_leaf(module: nn.Module, forward: Callable[[], Any]) -> str | None:
     """Name of the leaf module that ran last, or None when it has no name of its own."""
     last: list[str] = []

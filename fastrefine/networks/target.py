@@ -7,24 +7,19 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fastrefine.networks import copies, probe, recording, torch_state
-from fastrefine.networks.pair import DiscriminatorSide, GeneratorSide
+from fastrefine.networks.discriminator import PreparedDiscriminator
+from fastrefine.networks.generator import PreparedGenerator
+from fastrefine.options import DTYPES, Options
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
-
-if TYPE_CHECKING:
-    from fastrefine.engine.machine import Machine
 
 log = logging.getLogger("fastrefine")
 
-DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "tf32": torch.float32,
-    "bfloat16": torch.bfloat16, "float16": torch.float16,
-}  # fmt: skip
 # Largest tolerated difference of the fast form from plain autograd on the probe batch, relative to the largest value.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
@@ -48,22 +43,15 @@ class Target:
     """
 
     def __init__(
-        self,
-        generator: GeneratorSide,
-        discriminator: DiscriminatorSide,
-        sampler: Sampler,
-        precision: str,
-        num_slots: int,
-        coupled: bool = False,
-        compiled: bool = False,
-    ):
-        self.generator, self.discriminator, self.coupled, self.compiled = generator, discriminator, coupled, compiled
-        self.num_slots, self.precision = num_slots, precision
+        self, generator: PreparedGenerator, discriminator: PreparedDiscriminator, sampler: Sampler, options: Options
+    ):  # fmt: skip
+        self.generator, self.discriminator = generator, discriminator
+        self.coupled, self.compiled = options.coupling == "lockstep", options.compile
+        self.num_slots, self.precision = options.num_slots, options.precision
         self.fold = "none"  # how BatchNorms were folded: "graph" | "neighbours" (in a Sequential) | "none"
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._graphs: dict[tuple[bool, bool], fx.GraphModule]  # by (with gradient, reads a view)
         self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
-        self._idle: list[Machine]
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
@@ -277,25 +265,9 @@ class Target:
         loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches)
         return torch.where(a.isfinite().all(1), patches.mean(1), torch.nan), loss.mean(1)
 
-    def idle(self, key: tuple[Any, ...], window: int, pool_rows: int) -> Machine | None:
-        """A machine of an earlier run that serves this one, taken out; None where there is none."""
-        for index, machine in enumerate(self._idle):
-            if machine.key == key and machine.window >= window and machine.pool_rows >= pool_rows:
-                del self._idle[index]
-                machine.wake(self)
-                return machine
-        self._idle = []  # its memory is better used by the one to come
-        return None
-
-    def keep(self, machine: Machine, stream: torch.cuda.Stream | None) -> None:
-        """Take back the machine of a run that ended: a step that was captured need not be captured again."""
-        if machine.captured and machine.era is self.era:
-            machine.rest(stream)
-            self._idle = [machine]
-
     def forget(self) -> None:
         """Drop what was traced, compiled or captured."""
-        self._graphs, self.calls, self._idle = {}, {}, []
+        self._graphs, self.calls = {}, {}
         self.era = object()  # what was captured before is of another one
         self.refused: dict[str, str] = {}  # driver -> why it cannot repeat the step
 
@@ -307,7 +279,7 @@ class Target:
             if self.route == "flat":
                 self._choose_block()
 
-    def refresh(self, discriminator: DiscriminatorSide) -> None:
+    def refresh(self, discriminator: PreparedDiscriminator) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""
         fresh = self._fold(discriminator.module).to(dtype=self.compute)
         copies.copy_weights(fresh, self.d)

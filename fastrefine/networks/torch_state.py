@@ -1,14 +1,43 @@
-"""torch's global settings while a run goes on: threads, TF32, deterministic algorithms; the caller's come back afterwards."""
+"""The state of the whole process that a run changes: torch's modes, random states, threads, TF32. The caller's come back."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 SMALL_WORK = 2e8  # FLOPs of an evaluation of all slots below which one thread beats several (OpenMP barriers)
+_process = threading.RLock()  # tracing, threads, TF32 and random states are the whole process's: one thread at a time
+
+
+def _renew() -> None:
+    global _process
+    _process = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew)  # a thread of the parent's may have held it
+
+
+@contextlib.contextmanager
+def quiet_torch(device: torch.device | None = None) -> Iterator[None]:
+    """No grad, no inference mode, no autocast, as the engine wants it; the caller's modes come back afterwards.
+
+    So does the state of the CPU's and the device's generator, for networks may draw numbers that change nothing. Other
+    threads wait meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_process)
+        stack.enter_context(torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []))
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 @contextlib.contextmanager

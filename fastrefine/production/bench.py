@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrefine.networks import torch_state
-from fastrefine.networks.pair import takes_labels
-from fastrefine.networks.split import Cut, layers, split, unwrap
+from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.copies import unwrap
+from fastrefine.networks.cut import Cut, layers, split
 from fastrefine.refiner import Refiner
 from fastrefine.samplers import Collaborative
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine.errors import InputError
-from fastrefine.networks.pair import attempt
+from fastrefine.networks.calls import attempt
 
 FEW = 10_000  # images, below which a Frechet distance says little
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)

@@ -23,7 +23,7 @@ from torch import nn
 
 from fastrefine import priors, samplers
 from fastrefine.errors import InputError
-from fastrefine.networks.split import unwrap
+from fastrefine.networks.copies import unwrap
 from fastrefine.priors import Prior
 from fastrefine.production.configuration import USUAL_RANGE, Configuration, Network
 from fastrefine.production.weights_file import load_weights, read_weights

@@ -21,8 +21,8 @@ import fastrefine as fr
 from fastrefine import ops
 from fastrefine.diagnosis.calibration import judge
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.networks.pair import takes_labels
-from fastrefine.networks.split import unwrap
+from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.copies import unwrap
 from fastrefine.production import formats, per_image_selection, saved_pair
 from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard
 from fastrefine.production.images import load_labelled, scaled

@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrefine.errors import InputError
-
-if TYPE_CHECKING:
-    from fastrefine.refiner import Refiner
 
 State = dict[str, Tensor]
 Self = TypeVar("Self", bound="Sampler")
@@ -126,7 +123,7 @@ class Sampler:
     reads_prior: bool = False  # whether it reads the prior at the input
     latent: Latent | None = None
 
-    def bind(self: Self, refiner: Refiner) -> Self:
+    def bind(self: Self, refiner: Any) -> Self:
         """The sampler with what depends on the networks filled in; called once for each discriminator."""
         return self
 

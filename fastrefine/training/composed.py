@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrefine.errors import InputError
-from fastrefine.networks.pair import takes_labels
+from fastrefine.networks.calls import takes_labels
 from fastrefine.samplers.base import check_number
 
 

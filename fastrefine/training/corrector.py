@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.networks.pair import takes_labels
-from fastrefine.networks.readout import Readout
-from fastrefine.networks.split import Split, unwrap
+from fastrefine.networks.calls import Readout, takes_labels
+from fastrefine.networks.copies import unwrap
+from fastrefine.networks.split import Split
 from fastrefine.priors import Prior
 from fastrefine.refiner import Refiner
 from fastrefine.samplers.collaborative import Collaborative

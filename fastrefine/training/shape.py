@@ -18,10 +18,11 @@ from fastrefine.diagnosis.calibration import diagnose
 from fastrefine.errors import InputError
 from fastrefine.models.default import default_discriminator
 from fastrefine.networks import copies
+from fastrefine.networks.calls import Readout, takes_labels
+from fastrefine.networks.copies import unwrap
 from fastrefine.networks.cut_check import seed_noise
-from fastrefine.networks.pair import quiet_torch, takes_labels
-from fastrefine.networks.readout import Readout
-from fastrefine.networks.split import Split, unwrap
+from fastrefine.networks.split import Split
+from fastrefine.networks.torch_state import quiet_torch
 from fastrefine.ops.noise import Stream
 from fastrefine.priors import Prior
 from fastrefine.refiner import Refiner
@@ -31,7 +32,8 @@ from fastrefine.stopping import StopRule
 from fastrefine.training.batches import Batch, RealBatches
 
 Callback = Callable[[dict[str, float]], None]
-_RAW = Collaborative(step_size=1.0)  # with max_steps=0 it never moves: the engine is then the generator, by sample id
+# With max_steps=0 it moves nothing: the engine is then the generator, by sample id.
+_RAW = Collaborative(step_size=1.0, loss="wasserstein")
 MIN_HELD_OUT, HELD_OUT = 16, 1000  # real and generated images that fit_discriminator stops on
 
 
@@ -77,9 +79,10 @@ def shape_discriminator(
     with quiet_torch(refiner.device):
         student = _trainable(refiner.discriminator, refiner.device)
         rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
-        twin = refiner.with_discriminator(student).replaced(stop=rule)
-        twin.num_slots = min(refiner.num_slots, checks.count("batch_size", batch_size, 1))
-        twin.progress, twin.callback, twin.output_device = False, None, refiner.device
+        twin = refiner.with_discriminator(student).replaced(
+            stop=rule, num_slots=min(refiner.num_slots, checks.count("batch_size", batch_size, 1)),
+            progress=False, callback=None, output_device=refiner.device,
+        )  # fmt: skip
         if twin.prior is None and latents is None:
             raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
         trainer = _Trainer(student, refiner, optimizer, learning_rate, betas, gradient_penalty, batch_norm, seed)
@@ -98,7 +101,7 @@ def shape_discriminator(
                 _check_range(twin, x)
             first_id += len(refined)
             facts = trainer.update(x, refined.images, labels)
-            twin._refresh(student)
+            twin._networks.refresh(student)
             if callback is not None:
                 callback({"iteration": iteration, **facts})
         return student.eval()
@@ -196,11 +199,8 @@ def _bar(iterations: int, name: str, progress: bool | None) -> Iterable[int]:
 
 def _check_range(refiner: Refiner, real: Tensor) -> None:
     """InputError where real images are of another size or visibly in another range than G's, as it makes them."""
-    side = refiner._generator_side
-    assert side is not None
-    with side.evaluation_mode():
-        generated = side.render(*side.prefix(*refiner._probed))
-    checks.real_images(real, side.image_shape, generated)
+    generated = refiner._networks.probe_images()
+    checks.real_images(real, tuple(generated.shape[1:]), generated)
 
 
 def _reads_labels(network: nn.Module | None, known: dict[str, Any]) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""What a discriminator returns, brought to one meaning: logits (N, P), P = 1 or the patches of a map."""
+"""The discriminator, prepared: a private copy in evaluation mode, read as logits, its final sigmoid cut where declared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,74 +13,62 @@ from torch import Tensor, fx, nn
 
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks import probe
+from fastrefine.networks.calls import Readout, attempt, label_classes, takes_labels
+from fastrefine.networks.copies import own_copy
+from fastrefine.options import Options
 
-SCALES = ("logit", "probability", "critic")
-OutputKey = str | int | Callable[[Any], Tensor] | None
 Cut = Callable[[nn.Module], nn.Module]
 
 
-@dataclass(frozen=True)
-class Readout:
-    """How to read D's output: which entry of a tuple or dict, and whether it is a probability that was not cut."""
+class PreparedDiscriminator:
+    """The discriminator as images -> logits (n, P), in evaluation mode and in the dtype of the state."""
 
-    key: OutputKey = None
-    invert_sigmoid: bool = False
+    def __init__(self, discriminator: nn.Module, options: Options, images: Tensor, labels: Tensor | None):
+        self.kwargs = kwargs = options.discriminator_kwargs or {}
+        self.scale, self.num_classes = options.discriminator_output, None
+        own = own_copy(discriminator, images)
+        self.takes_labels, required = takes_labels(own, kwargs)
+        self.takes_labels = self.takes_labels and labels is not None
+        if labels is None and required:
+            raise InputError("the discriminator needs labels: pass labels=(N,) to sample, refine or stream")
+        if labels is not None and self.takes_labels:
+            self.num_classes = label_classes([own], lambda y: own(images.clone(), y, **kwargs), labels)
+        given = (labels,) if self.takes_labels else ()
+        self._like = images[:0]
 
-    def __call__(self, raw: Any, n: int, dtype: torch.dtype) -> Tensor:
-        """(n, P) logits of ``dtype``; InputError when there is not one value, or one map, per sample."""
-        out = self.pick(raw)
-        if out.dim() == 0 and n == 1:  # squeeze() of a batch of one; what is a batch mean was found on the probe batch
-            out = out.reshape(1)
-        if out.dim() == 0 or out.shape[0] != n:
-            raise InputError(
-                f"the discriminator must return one value per sample, got shape {_shape(out)} for {n} samples"
-                + (" (a batch mean?)" if out.dim() == 0 else "")
-            )
-        if out.dim() > 1 and out.shape[1] != 1:
-            raise InputError(
-                f"the discriminator returned shape {_shape(out)}; wanted (N,), (N, 1) or a map (N, 1, h, w). Pass "
-                "output_key=callable to reduce it to one value per sample"
-            )
-        logits = out.to(dtype).flatten(1) if out.dim() > 1 else out.to(dtype)[:, None]
-        return torch.logit(logits, eps=1e-7) if self.invert_sigmoid else logits
+        def call(module: nn.Module) -> Any:
+            return attempt("discriminator", lambda: module(images.clone(), *given, **kwargs), images)
 
-    def pick(self, raw: Any) -> Tensor:
-        """The one tensor among what D returned; InputError lists the keys when that is not clear."""
-        if callable(self.key):
-            raw = self.key(raw)
-        elif self.key is not None:
-            is_object = isinstance(self.key, str) and not isinstance(raw, dict | Tensor)
-            try:
-                raw = getattr(raw, self.key) if is_object else raw[self.key]  # type: ignore[arg-type]
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise InputError(f"output_key={self.key!r} is not in the discriminator's output: {_keys(raw)}") from error
-        if not isinstance(raw, Tensor):
-            raise InputError(f"the discriminator returned {_keys(raw)}; choose one with output_key=key, index or callable")
-        return raw
+        self._cut, self.readout = _output_form(own, options, call, len(images))
+        self.module = self._cut(own)
+        y = None if labels is None else labels[:1]
+        probe.check(
+            {"discriminator": self.module},
+            lambda x: self.logits(self.module, x, probe.repeated(y, x)),
+            images,
+            options.coupling,
+        )
 
+    def updated(self, discriminator: nn.Module) -> PreparedDiscriminator:
+        """The same side with other weights; nothing is probed again."""
+        twin = copy.copy(self)
+        twin.module = self._cut(own_copy(discriminator, self._like))
+        return twin
 
-def _shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)
+    def logits(self, module: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, P) logits by ``module``: the exact copy, or a folded form of it."""
+        given = (images, labels) if self.takes_labels else (images,)
+        raw = module(*given, **self.kwargs)
+        return self.readout(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
 
 
-def _keys(raw: Any) -> str:
-    if isinstance(raw, dict):
-        return f"a dict with keys {list(raw)}"
-    if isinstance(raw, tuple | list):
-        fields = f", names {list(raw._fields)}" if hasattr(raw, "_fields") else ""
-        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1}{fields})"
-    names = list(vars(raw)) if hasattr(raw, "__dict__") else []
-    return f"an object of type {type(raw).__name__}" + (f" with attributes {names}" if names else "")
-
-
-def prepare(
-    discriminator: nn.Module, scale: str, key: OutputKey, call: Callable[[nn.Module], Any], n: int
-) -> tuple[Cut, Readout]:
-    """How to cut a declared final sigmoid from our copy of D, and how to read it; checks ``scale`` on a probe batch.
+def _output_form(discriminator: nn.Module, options: Options, call: Callable[[nn.Module], Any], n: int) -> tuple[Cut, Readout]:
+    """How to cut a declared final sigmoid from our copy of D, and how to read it; checks the declaration on a probe batch.
 
     call: runs a module on the probe batch of ``n`` images. With "probability" the final Sigmoid is cut, so that a logit
     of 60 stays 60. InputError when declaration and network disagree.
     """
+    scale, key = options.discriminator_output, options.output_key
     readout = Readout(key)
     with torch.no_grad():
         values = readout(call(discriminator), n, torch.float64)
