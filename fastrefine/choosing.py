@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrefine.configuration import Configuration
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream
 from fastrefine.selection import draw, log_scale, quantile, rejection_score, walk
 from fastrefine.stopping import RealLogits
 

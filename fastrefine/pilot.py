@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream
 from fastrefine.pair import PROBE
 
 if TYPE_CHECKING:

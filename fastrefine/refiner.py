@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks, dataset, drivers, fit, ops, pilot, readout, scoring, session, settings, stopping
+from fastrefine import checks, dataset, drivers, fit, pilot, readout, scoring, session, settings, stopping
 from fastrefine.errors import InputError
+from fastrefine.noise import Stream
 from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, check_labels, quiet_torch
 from fastrefine.pool import Source
 from fastrefine.priors import Prior
 from fastrefine.result import Result
-from fastrefine.samplers.base import Latent, Sampler, check_choice, check_number
+from fastrefine.samplers.base import Latent, Sampler
 from fastrefine.split import Split
 from fastrefine.stopping import RealLogits, StopRule
 from fastrefine.target import DTYPES, Target
@@ -105,9 +106,9 @@ class Refiner:
             ("keep", keep, ("last", "best")), ("coupling", coupling, ("refuse", "lockstep")),
             ("on_nonfinite", on_nonfinite, ("contain", "error")), ("driver", driver, drivers.NAMES),
         ):  # fmt: skip
-            check_choice(name, value, choices)
+            checks.choice(name, value, choices)
         if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
+            checks.number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
         fit.check_options(generator_kwargs, discriminator_kwargs, output_key, callback)
         self.discriminator_output, self.precision, self.keep, self.coupling = (
             discriminator_output,
@@ -342,7 +343,7 @@ class Refiner:
     def _probe_batch(self, source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """A few distinct latents like those to come, and their labels."""
         if source.latents is None:
-            z = self.prior.sample(torch.arange(PROBE), source.seed, self.dtype, ops.Stream.PROBE)  # type: ignore[union-attr]
+            z = self.prior.sample(torch.arange(PROBE), source.seed, self.dtype, Stream.PROBE)  # type: ignore[union-attr]
         else:
             given = source.latents[:PROBE].to(self.dtype)
             given = given if len(given) else torch.zeros(1, *shape, dtype=self.dtype)

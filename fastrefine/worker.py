@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 import fastrefine as fr
-from fastrefine import choosing, formats, ops, pairs
+from fastrefine import choosing, formats, pairs
 from fastrefine.calibration import judge
 from fastrefine.choosing import Chooser
 from fastrefine.configuration import USUAL_RANGE, Configuration, Shard
 from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.noise import Stream, uniform
 from fastrefine.pair import takes_labels
 from fastrefine.pictures import load_labelled, scaled
 from fastrefine.refiner import Refiner
@@ -225,7 +226,7 @@ class Worker:
         if c.classes is None:
             return None
         if c.classes == "random":
-            u = ops.uniform(c.seed, ids, torch.ones_like(ids), 1, ops.Stream.BATCH)[:, 0]
+            u = uniform(c.seed, ids, torch.ones_like(ids), 1, Stream.BATCH)[:, 0]
             return (u * c.num_classes).long().clamp(max=c.num_classes - 1)
         return torch.full_like(ids, int(c.classes))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.ops import Stream
+from fastrefine.noise import Stream
 from fastrefine.pair import PROBE
 from tests.closed_forms import serving
 from tests.fault_networks import IMAGE, LATENT, discriminator, generator

@@ -46,8 +46,6 @@ def test_a_sample_of_the_kernels_compiles():
         "refine_decide backtracking torch.float32, options=True",
         "refine_apply backtracking torch.float32, torch.bfloat16 view, tile 32",
         "follow_rows uint8",
-        "noise_normal torch.float32",
-        "metropolis_scan",
     ]
     assert sorted(without_interpreter("-c", SAMPLE.format(json.dumps(labels))).split("\n")[:-1]) == sorted(labels)
 

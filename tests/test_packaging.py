@@ -30,7 +30,7 @@ LAYERS = (
 
 
 def module_name(path: Path) -> str:
-    """ "fastrefine.ops.noise"; a package is named by its folder."""
+    """ "fastrefine.noise"; a package is named by its folder."""
     parts = ("fastrefine", *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

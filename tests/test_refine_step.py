@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrefine import ops, slots
-from fastrefine.ops.noise import Noise, Stream
+from fastrefine.noise import Noise, Stream, normal
 from fastrefine.samplers import DDLS, HMC, MALA, Collaborative, DGflow, Evaluation, Latent, dot
 from fastrefine.samplers.metropolis import MetropolisSampler
 from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
@@ -212,7 +212,7 @@ def oracle(sampler, sample_id, start, last_step, threshold, seed):
             a = [x - size * s for x, s in zip(position, best_grad, strict=True)]
         if sampler.noisy:
             ids, steps = torch.tensor([sample_id]), torch.tensor([step])
-            xi = ops.normal(seed, ids, steps, len(a), 0, torch.float64)[0].tolist()
+            xi = normal(seed, ids, steps, len(a), 0, torch.float64)[0].tolist()
             a = [x + math.sqrt(2 * sampler.step_size * sampler.gamma) * n for x, n in zip(a, xi, strict=True)]
     raise AssertionError("unreachable")
 

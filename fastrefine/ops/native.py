@@ -12,20 +12,16 @@ from torch import Tensor
 
 from fastrefine.errors import BackendError
 from fastrefine.ops.follow import follow
-from fastrefine.ops.metropolis import metropolis
-from fastrefine.ops.noise import uniform
 from fastrefine.ops.registry import Absent
 from fastrefine.samplers.base import Evaluation
 from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
 
-# The last three are PyTorch's here too: C++ has nothing to add to copies of rows and a scan of whole vectors.
-__all__ = ["RULES", "follow", "metropolis", "normal", "refine_step", "uniform"]
+# ``follow`` is PyTorch's here too: C++ has nothing to add to copies of rows.
+__all__ = ["RULES", "follow", "refine_step"]
 
 RULES = frozenset(
     {"sgd", "backtracking", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam", "dot_sgd"}
 )
-
-_SMALL = 1 << 16  # elements below which a second thread costs more than it brings
 
 
 def _load() -> Any:
@@ -43,18 +39,6 @@ def _load() -> Any:
 
 
 _native = _load()
-
-
-def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """As ``ops.normal``, on CPU tensors."""
-    assert dtype in (torch.float32, torch.float64), dtype
-    ids, steps = sample_id.to(torch.int64).contiguous(), step.to(torch.int64).contiguous()
-    assert ids.device.type == steps.device.type == "cpu" and ids.shape == steps.shape
-    out = torch.empty(len(ids), numel, dtype=dtype)
-    threads = torch.get_num_threads() if out.numel() >= _SMALL else 1
-    given = seed & (2**64 - 1), ids.data_ptr(), steps.data_ptr(), len(ids), numel, int(stream)
-    _native.normal(*given, out.data_ptr(), dtype == torch.float64, threads)
-    return out
 
 
 @dataclass(eq=False)

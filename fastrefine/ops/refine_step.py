@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrefine import slots as S
-from fastrefine.ops.noise import Noise
+from fastrefine.noise import Noise
 from fastrefine.ops.registry import op
 from fastrefine.samplers.base import Evaluation, Sample, State, per_slot
 from fastrefine.slots import Outputs, Pool, Rule, Slots

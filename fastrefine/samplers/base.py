@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from fastrefine.errors import InputError
 
 if TYPE_CHECKING:
     from fastrefine.refiner import Refiner
@@ -168,35 +165,3 @@ def adam(g: Tensor, state: State, step: Tensor, step_size: float) -> tuple[Tenso
     scale, correction = step_size / (1 - BETA1**count), 1 - BETA2**count
     spread = torch.sqrt(v / per_slot(correction.to(g.dtype))) + EPSILON
     return per_slot(scale.to(g.dtype)) * m / spread, {"first_moment": m, "second_moment": v}
-
-
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    """Raise InputError unless ``value`` is a finite number in [low, high], without an end that is open."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    ends = {low} if open_low else set()
-    ends |= {high} if open_high else set()
-    if is_number and math.isfinite(value) and low <= value <= high and value not in ends:
-        return
-    wanted = f"{'more than' if open_low else 'at least'} {low:g}"
-    wanted += f" and {'less than' if open_high else 'at most'} {high:g}" if high < math.inf else ""
-    raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise InputError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, choices))}")
-
-
-def check_clamp(clamp: Any) -> None:
-    """Raise InputError unless ``clamp`` is None or two ordered finite numbers; a bound of 0 is a bound."""
-    if clamp is None:
-        return
-    if not isinstance(clamp, tuple | list) or len(clamp) != 2:
-        raise InputError(f"clamp is {clamp!r}; wanted None or (low, high)")
-    for bound in clamp:
-        check_number("clamp bound", bound)
-    if clamp[0] > clamp[1]:
-        raise InputError(f"clamp is {clamp!r}; wanted low <= high")

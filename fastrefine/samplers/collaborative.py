@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.samplers.base import (
     BETA1,
@@ -21,9 +22,6 @@ from fastrefine.samplers.base import (
     Sampler,
     State,
     adam,
-    check_choice,
-    check_clamp,
-    check_number,
     per_slot,
 )
 
@@ -66,19 +64,19 @@ class Collaborative(Sampler):
     slack: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_choice("loss", self.loss, tuple(LOSSES))
-        check_choice("optimizer", self.optimizer, ("sgd", "momentum", "adam", "ladam"))
-        check_number("momentum", self.momentum, 0.0, 1.0)
-        check_clamp(self.clamp)
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.choice("loss", self.loss, tuple(LOSSES))
+        checks.choice("optimizer", self.optimizer, ("sgd", "momentum", "adam", "ladam"))
+        checks.number("momentum", self.momentum, 0.0, 1.0)
+        checks.clamp(self.clamp)
         if self.slack is not None:
-            check_number("slack", self.slack, 0.0)
+            checks.number("slack", self.slack, 0.0)
         if self.adaptive and self.optimizer != "sgd":
             raise InputError(f"adaptive steps are defined for optimizer='sgd', got {self.optimizer!r}")
         if self.control is None:
             plain = self.optimizer == "sgd" and not self.adaptive
             object.__setattr__(self, "control", "backtracking" if plain else "fixed")
-        check_choice("control", self.control, ("backtracking", "fixed"))
+        checks.choice("control", self.control, ("backtracking", "fixed"))
         if self.control == "backtracking" and (self.optimizer != "sgd" or self.adaptive):
             raise InputError("control='backtracking' is for optimizer='sgd' without adaptive; use control='fixed'")
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import Evaluation, Kernel, Latent, NoiseSource, Sampler, State, check_number, per_slot
+from fastrefine.samplers.base import Evaluation, Kernel, Latent, NoiseSource, Sampler, State, per_slot
 
 if TYPE_CHECKING:
     from fastrefine.refiner import Refiner
@@ -61,8 +62,8 @@ class DDLS(Sampler):
                 if not values:
                     raise InputError(f"{name} is empty; wanted a number, or a number for each step")
             for value in _sequence(values):
-                check_number(name, value, 0.0, open_low=open_low)
-        check_number("logit_scale", self.logit_scale, 0.0, open_low=True)
+                checks.number(name, value, 0.0, open_low=open_low)
+        checks.number("logit_scale", self.logit_scale, 0.0, open_low=True)
 
     @property
     def noisy(self) -> bool:  # type: ignore[override]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State, check_choice, check_number
+from fastrefine import checks
+from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State
 
 _LOSS = {"KL": "wasserstein", "JS": "minimax", "logD": "nonsaturating"}
 
@@ -28,9 +29,9 @@ class DGflow(Sampler):
     gamma: float = 0.01
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_choice("divergence", self.divergence, tuple(_LOSS))
-        check_number("gamma", self.gamma, 0.0)
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.choice("divergence", self.divergence, tuple(_LOSS))
+        checks.number("gamma", self.gamma, 0.0)
 
     @property
     def loss(self) -> str:  # type: ignore[override]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.samplers.base import (
     BETA1,
@@ -22,8 +23,6 @@ from fastrefine.samplers.base import (
     Sampler,
     State,
     adam,
-    check_choice,
-    check_number,
     per_slot,
 )
 
@@ -58,11 +57,11 @@ class DOT(Sampler):
     reads_prior, ascends = True, False  # it weighs the logit against the distance
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
-        check_choice("projection", self.projection, ("radial", "published", "none"))
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.choice("optimizer", self.optimizer, ("adam", "sgd"))
+        checks.choice("projection", self.projection, ("radial", "published", "none"))
         if self.lipschitz is not None:
-            check_number("lipschitz", self.lipschitz, 0.0, open_low=True)
+            checks.number("lipschitz", self.lipschitz, 0.0, open_low=True)
 
     def bind(self, refiner: Refiner) -> DOT:
         latent = refiner.latent(required=False)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, check_number, per_slot
+from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, per_slot
 from fastrefine.samplers.metropolis import DECAY, LARGEST, SMALLEST, MetropolisSampler
 
 
@@ -39,7 +40,7 @@ class HMC(MetropolisSampler):
         super().__post_init__()
         if not isinstance(self.leapfrog, int) or isinstance(self.leapfrog, bool) or self.leapfrog < 1:
             raise InputError(f"leapfrog is {self.leapfrog!r}; wanted a whole number of at least 1")
-        check_number("jitter", self.jitter, 0.0, 1.0, open_high=True)
+        checks.number("jitter", self.jitter, 0.0, 1.0, open_high=True)
 
     @property
     def transition(self) -> int:  # type: ignore[override]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrefine.samplers.base import Evaluation, Latent, NoiseSource, Sample, Sampler, State, check_number, per_slot
+from fastrefine import checks
+from fastrefine.samplers.base import Evaluation, Latent, NoiseSource, Sample, Sampler, State, per_slot
 
 if TYPE_CHECKING:
     from fastrefine.refiner import Refiner
@@ -40,10 +41,10 @@ class MetropolisSampler(Sampler):
     rejects = noisy = reads_last_gradient = targets_prior = reads_prior = True
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_number("logit_scale", self.logit_scale, 0.0, open_low=True)
-        check_number("adapt", self.adapt, 0.0)
-        check_number("target", self.target, 0.0, 1.0, open_low=True)
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.number("logit_scale", self.logit_scale, 0.0, open_low=True)
+        checks.number("adapt", self.adapt, 0.0)
+        checks.number("target", self.target, 0.0, 1.0, open_low=True)
 
     def bind(self, refiner: Refiner) -> MetropolisSampler:
         return replace(self, latent=refiner.latent())
