@@ -55,14 +55,14 @@ def check(refiner: Refiner) -> None:
     sampler, name = refiner.sampler, type(refiner.sampler).__name__
     if refiner.scale == "critic" and sampler.loss in ("nonsaturating", "minimax"):
         _warn(f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'")
-    steps = sampler.transition
+    steps = sampler.traits.transition_steps
     if refiner.max_steps % steps:
         fits = refiner.max_steps // steps * steps
         raise InputError(
             f"max_steps is {refiner.max_steps}, but one transition of {name} takes {steps} steps; wanted a multiple, {fits} or "
             f"{fits + steps}"
         )
-    if not sampler.targets_prior:
+    if not sampler.traits.targets_density:
         return
     if not refiner.refines_latents:
         where = "a Split" if refiner.at == "input" else f"at={refiner.at!r}"
@@ -74,7 +74,7 @@ def check(refiner: Refiner) -> None:
         raise InputError(f"{name} samples p0(z) exp(d(G(z))): pass prior=, e.g. fastrefine.Normal(64)")
     if not isinstance(refiner.stop, FixedSteps) or refiner.keep == "best":
         _warn(f"{name} keeps its law only with stop=None and keep='last': what this run returns is not exact")
-    if refiner.max_grad_norm is not None and not sampler.reads_last_gradient:  # a Metropolis test makes up for it
+    if refiner.max_grad_norm is not None and not sampler.traits.needs_last_gradient:  # a Metropolis test makes up for it
         _warn(f"{name} with max_grad_norm samples another law, for the gradient it clips is the law's: this run is not exact")
 
 
@@ -98,7 +98,7 @@ def latent(refiner: Refiner) -> Latent:
 def check_latents(refiner: Refiner, latents: Tensor) -> None:
     """InputError where given latents (N, ...) are not of the prior that the sampler targets."""
     prior = refiner.prior
-    if prior is None or not refiner.sampler.reads_prior or not refiner.refines_latents:
+    if prior is None or not refiner.sampler.traits.reads_prior or not refiner.refines_latents:
         return
     if latents.shape[1:].numel() != prior.numel:
         raise InputError(f"latents of shape {tuple(latents.shape)} do not fit {prior}, which has {prior.numel} elements each")

@@ -185,7 +185,7 @@ class Refiner:
 
     @property
     def _needs_real(self) -> bool:
-        return self.stop.needs_real or getattr(self.sampler, "needs_real", False)
+        return self.stop.needs_real or self.sampler.traits.needs_real
 
     @property
     def scale(self) -> str:
@@ -320,7 +320,7 @@ class Refiner:
                 side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep", self.compile
             )
             target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
-            self._bound = self._bound[0].told(pilot.loss_error(self, target)), self._bound[1]
+            self._bound = self._bound[0].with_loss_error(pilot.loss_error(self, target)), self._bound[1]
         self._target, self._key, self._generator_key = target, key, key
         return target
 
@@ -393,7 +393,7 @@ class Refiner:
             else:
                 self._bound = self.sampler.bind(self), self._bound[1]
             with settings.arithmetic(self.precision, self.deterministic):
-                self._bound = self._bound[0].told(pilot.loss_error(self, self._target)), self._bound[1]
+                self._bound = self._bound[0].with_loss_error(pilot.loss_error(self, self._target)), self._bound[1]
 
 
 def _classes(labels: Tensor | None) -> Tensor | None:

@@ -20,7 +20,6 @@ from fastrefine.errors import FastrefineError, FastrefineWarning, NonFiniteError
 from fastrefine.pair import is_out_of_memory, quiet_torch
 from fastrefine.pool import Proposals, Source
 from fastrefine.result import Result, Snapshot, Status
-from fastrefine.samplers.base import Sample
 from fastrefine.slots import Rule
 from fastrefine.steps import Tally
 from fastrefine.target import Target
@@ -158,11 +157,11 @@ def _empty(
     latents = source.latents if source.latents is not None else none.view(0, *refiner.prior.shape)  # type: ignore[union-attr]
     images, activations = none.view(0, *side.image_shape), none.view(0, *side.shape)
     assert refiner._bound is not None
-    numbers = refiner._bound[0].init(none.view(0, 1), Sample(whole.long(), source.labels, none))
+    reports = refiner._bound[0].traits.reports
     empty = Result(
         images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole, source.labels,
-        none if "accepted" in numbers else None, refiner.scale, progress.report(),
-        step_sizes=none if "step_size" in numbers else None,
+        none if "accepted" in reports else None, refiner.scale, progress.report(),
+        step_sizes=none if "step_size" in reports else None,
         snapshots={step: Snapshot(images, none, activations) for step in snapshots},
     )  # fmt: skip
     return empty.moved([tensor.to(refiner.output_device) for tensor in empty.tensors()])
@@ -207,7 +206,7 @@ class _Watch:
         if above > self.count / 2:
             _warn(f"{above} of {self.count} logits passed the highest real logit: too many or too large steps?")
         found = self.tally.diagnosis(self.refiner.sampler)
-        if not found.stable and (self.drawn or not self.refiner.sampler.noisy):
+        if not found.stable and (self.drawn or not self.refiner.sampler.traits.stochastic):
             _warn(found.advice)
 
 

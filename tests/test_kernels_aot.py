@@ -127,7 +127,7 @@ def test_what_is_launched_is_compiled(real, view, channels, on, monkeypatch):
             Evaluation(own.threshold, own.threshold, grad),
             Evaluation(own.threshold, own.threshold, None),
         ):
-            if evaluation is None or evaluation.grad is not None or not sampler.reads_last_gradient:
+            if evaluation is None or evaluation.grad is not None or not sampler.traits.needs_last_gradient:
                 ops.refine_step(own, evaluation, pool, outputs, rule, backend="triton")
     compiled = {code(one.kernel.__name__, one.constants, one.types) for one in specialisations() if one.aligned}
     assert launched and not launched - compiled, launched - compiled

@@ -14,7 +14,7 @@ from fastrefine.errors import BackendError
 from fastrefine.ops.follow import follow
 from fastrefine.ops.registry import Absent
 from fastrefine.samplers.base import Evaluation
-from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
+from fastrefine.slots import Outputs, Pool, Rule, Slots
 
 # ``follow`` is PyTorch's here too: C++ has nothing to add to copies of rows.
 __all__ = ["RULES", "follow", "refine_step"]
@@ -64,7 +64,7 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     if evaluation is None:
         _native.refine_step(bound.params, 0, 0, 0, 1)
         return
-    assert evaluation.grad is not None or not rule.sampler.reads_last_gradient, rule.sampler
+    assert evaluation.grad is not None or not rule.sampler.traits.needs_last_gradient, rule.sampler
     s, f = slots.activation.shape
     dtype = slots.activation.dtype
     logit, loss = evaluation.logit.contiguous(), evaluation.loss.contiguous()
@@ -90,7 +90,7 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> tuple[Any
     assert real in (torch.float32, torch.float64), real
     (s, f), rows, window = slots.activation.shape, len(pool.threshold), len(outputs.status)
     state, count = slots.state, (len(kernel.scalars), len(kernel.vectors))
-    names = rows_of(state, slots.threshold), rows_of(state, slots.activation)
+    names = slots.scalar_names, slots.vector_names
     assert names == (kernel.scalars, kernel.vectors), (names, kernel)
     length = 0 if kernel.schedule is None else kernel.schedule.shape[1]
     fields: dict[str, Any] = {

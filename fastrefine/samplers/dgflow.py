@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastrefine import checks
-from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State
+from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State, Traits
 
 _LOSS = {"KL": "wasserstein", "JS": "minimax", "logD": "nonsaturating"}
 
@@ -38,16 +38,16 @@ class DGflow(Sampler):
         return _LOSS[self.divergence]
 
     @property
-    def noisy(self) -> bool:  # type: ignore[override]
-        return self.gamma > 0
+    def traits(self) -> Traits:
+        return Traits(stochastic=self.gamma > 0)
 
     def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
         a = state["position"] - self.step_size * state["grad"]
-        return (a + self._scale * noise.normal() if self.noisy else a), state
+        return (a + self._scale * noise.normal() if self.gamma > 0 else a), state
 
     @property
     def _scale(self) -> float:
         return math.sqrt(2 * self.step_size * self.gamma)
 
     def kernel(self) -> Kernel:
-        return Kernel("sgd", (self.step_size, self._scale), noise=self.noisy)
+        return Kernel("sgd", (self.step_size, self._scale), noise=self.gamma > 0)

@@ -37,7 +37,7 @@ CHAINS, TRANSITIONS = 2000, 100
 def from_the_prior(sampler):
     """(first coordinate, all others, correlation of the others' length with that at the start) of CHAINS chains."""
     prior, backend = fr.Normal(16), ops.choose(torch.device("cpu"), "hmc")  # whichever is fast: formulas agree elsewhere
-    out = chains(sampler, Along(), prior, CHAINS, TRANSITIONS * sampler.transition, backend=backend, seed=SEED)
+    out = chains(sampler, Along(), prior, CHAINS, TRANSITIONS * sampler.traits.transition_steps, backend=backend, seed=SEED)
     lengths = [x[:, 1:].norm(dim=1) for x in (prior.sample(out.ids, SEED), out.latents)]
     return out.latents[:, 0], out.latents[:, 1:], float(torch.corrcoef(torch.stack(lengths))[0, 1])
 
