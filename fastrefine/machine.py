@@ -87,7 +87,7 @@ class Machine:
     def refill(self) -> None:
         """Fill the slots, all of which are empty. Where the rule's numbers live on the device, they are loaded."""
         ops.refine_step(self.slots, None, self.pool, self.outputs, self.rule, backend=self.backend)
-        self._follow()
+        self._copy_context()
 
     def step(self, forward_only: bool = False) -> None:
         """Evaluate every slot, then observe, retire or propose, refill; empty slots compute along harmlessly.
@@ -102,7 +102,7 @@ class Machine:
         ops.refine_step(own, evaluation, self.pool, self.outputs, self.rule, backend=self.backend)
         if self.snapshots is not None:
             self._record(self.snapshots)
-        self._follow()
+        self._copy_context()
 
     def _record(self, snapshots: slots.Snapshots) -> None:
         """Samples that have just been moved for the (k + 1)-th time: the sampler's state is of the k-th evaluation."""
@@ -114,9 +114,9 @@ class Machine:
             snapshots.activation[index].index_copy_(0, rows, position)
             snapshots.logit[index].index_copy_(0, rows, logit)
 
-    def _follow(self) -> None:
+    def _copy_context(self) -> None:
         if self.context:
-            ops.follow(self.slots, self.context, self.pool_context, backend=self.backend)
+            ops.copy_context(self.slots, self.context, self.pool_context, backend=self.backend)
 
     def _step_context(self, block: Block) -> tuple[Tensor, ...]:
         """The tail's context, then the labels where the discriminator takes them."""

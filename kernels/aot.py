@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import philox
-from .follow import TURN, WORDS, follow_rows
+from .copy_context import TURN, WORDS, copy_rows
 from .refine_step import refine_apply, refine_decide, refine_reduce
 from .rules import RULES
 from .variants import VIEWS, Variant, warps
@@ -154,7 +154,7 @@ def _kinds(label: str, real: torch.dtype, view: torch.dtype | None, variant: Var
 def _others() -> Iterator[Specialisation]:
     for word in WORDS.values():
         types = {"table_ptr": torch.int64, "source_ptr": torch.int64}
-        yield Specialisation(f"follow_rows {word}", follow_rows, types, {"WORD": word, "BLOCK": TURN})
+        yield Specialisation(f"copy_rows {word}", copy_rows, types, {"WORD": word, "BLOCK": TURN})
 
 
 @functools.cache

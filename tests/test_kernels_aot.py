@@ -45,7 +45,7 @@ def test_a_sample_of_the_kernels_compiles():
         "refine_decide hmc torch.float32, options=True",
         "refine_decide backtracking torch.float32, options=True",
         "refine_apply backtracking torch.float32, torch.bfloat16 view, tile 32",
-        "follow_rows uint8",
+        "copy_rows uint8",
     ]
     assert sorted(without_interpreter("-c", SAMPLE.format(json.dumps(labels))).split("\n")[:-1]) == sorted(labels)
 

@@ -81,7 +81,7 @@ def test_neither_a_step_nor_other_numbers_nor_contexts_wait_for_the_device(backe
     def steps(rule):
         for given in (None, evaluation, evaluation._replace(grad=None)):
             ops.refine_step(own, given, pool, outputs, rule, backend=backend)
-            ops.follow(own, *context, backend=backend)
+            ops.copy_context(own, *context, backend=backend)
 
     steps(rule)  # compiles, and allocates what is kept
     request.getfixturevalue("no_waiting")
@@ -91,10 +91,10 @@ def test_neither_a_step_nor_other_numbers_nor_contexts_wait_for_the_device(backe
 def test_follow_in_a_graph_reads_the_sources_of_each_replay(context):
     own, *_ = machine(slots.Rule(SAMPLERS["sgd"], 0))
     mine, pool = context
-    ops.follow(own, mine, pool, backend="triton")
+    ops.copy_context(own, mine, pool, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.follow(own, mine, pool, backend="triton")
+        ops.copy_context(own, mine, pool, backend="triton")
     for shift in (0, 40):
         own.source.copy_(torch.arange(64, device="cuda") + shift)
         own.source[5] = -1

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fastrefine.errors import BackendError
-from fastrefine.ops.follow import follow
+from fastrefine.ops.copy_context import copy_context
 from fastrefine.ops.registry import Absent
 from fastrefine.samplers.base import Evaluation
 from fastrefine.slots import Outputs, Pool, Rule, Slots
 
-# ``follow`` is PyTorch's here too: C++ has nothing to add to copies of rows.
-__all__ = ["RULES", "follow", "refine_step"]
+# ``copy_context`` is PyTorch's here too: C++ has nothing to add to copies of rows.
+__all__ = ["RULES", "copy_context", "refine_step"]
 
 RULES = frozenset(
     {"sgd", "backtracking", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam", "dot_sgd"}

@@ -43,7 +43,7 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
                  or the best iterate with keep_best, to output row id % W; so do all scalars of its state
       propose    otherwise: activation <- sampler.propose, step += 1
     Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
-    slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
+    slot is live. ``slots.source`` says which pool row each slot took (-1: none), by which ``copy_context`` copies contexts.
     A slot that stays empty keeps the retired position as its activation; its sampler state means nothing.
 
     ``slots.view``, where it is given, is what the networks read: the activation rounded to their dtype, and with C =
