@@ -23,7 +23,7 @@ from benchmarks.gpu_machine import copy_bandwidth, timed, write_json
 from benchmarks.workloads import WORKLOADS
 
 SHORT, LONG = 10, 30  # the difference of two runs leaves filling and rendering out
-STEP_KERNELS = ("refine_apply", "refine_decide", "refine_reduce", "follow")
+STEP_KERNELS = ("refine_apply", "refine_decide", "refine_reduce", "copy_rows")
 
 
 class Probe:

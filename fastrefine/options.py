@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrefine import checks, stopping
 from fastrefine.errors import InputError
 from fastrefine.priors import Prior
-from fastrefine.samplers.base import Sampler, check_choice, check_number
+from fastrefine.samplers.base import Sampler
 from fastrefine.stopping import StopRule
 
 Callback = Callable[[dict[str, int]], None]
@@ -69,9 +69,9 @@ class Options:
             ("discriminator_output", SCALES), ("precision", tuple(DTYPES)), ("keep", ("last", "best")),
             ("coupling", ("refuse", "lockstep")), ("on_nonfinite", ("contain", "error")), ("driver", DRIVERS),
         ):  # fmt: skip
-            check_choice(name, getattr(self, name), choices)
+            checks.choice(name, getattr(self, name), choices)
         if self.max_grad_norm is not None:
-            check_number("max_grad_norm", self.max_grad_norm, 0.0, open_low=True)
+            checks.number("max_grad_norm", self.max_grad_norm, 0.0, open_low=True)
         for name in ("generator_kwargs", "discriminator_kwargs"):
             kwargs = getattr(self, name)
             if kwargs is not None and not isinstance(kwargs, dict):
@@ -124,7 +124,7 @@ class Options:
     @property
     def needs_real(self) -> bool:
         """Whether the stop rule or the sampler reads logits of real images."""
-        return self.stop.needs_real or getattr(self.sampler, "needs_real", False)
+        return self.stop.needs_real or self.sampler.traits.needs_real
 
     def own_labels(self, labels: Any, n: int) -> Tensor | None:
         """Labels of n samples on the CPU, vectors in the dtype of the state."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrefine import ops
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
-from fastrefine.samplers.base import Latent, check_number
+from fastrefine.noise import Stream, normal, uniform
+from fastrefine.samplers.base import Latent
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
@@ -70,7 +70,7 @@ class Normal(Prior):
         return f"Normal({', '.join(map(str, self.shape))})"
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        return ops.normal(seed, ids, _first_step(ids), self.numel, stream, dtype).view(-1, *self.shape)
+        return normal(seed, ids, _first_step(ids), self.numel, stream, dtype).view(-1, *self.shape)
 
     def table(self) -> Tensor:
         return _table(self.numel, 1.0, -math.inf, math.inf)
@@ -81,15 +81,15 @@ class Uniform(Prior):
 
     def __init__(self, *shape: int, low: float = -1.0, high: float = 1.0):
         _check_shape(shape)
-        check_number("low", low)
-        check_number("high", high, low, open_low=True)
+        checks.number("low", low)
+        checks.number("high", high, low, open_low=True)
         self.shape, self.low, self.high = shape, float(low), float(high)
 
     def __repr__(self) -> str:
         return f"Uniform({', '.join(map(str, self.shape))}, low={self.low:g}, high={self.high:g})"
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
+        u = uniform(seed, ids, _first_step(ids), self.numel, stream)
         return (self.low + (self.high - self.low) * u).to(dtype).view(-1, *self.shape)
 
     def table(self) -> Tensor:
@@ -101,14 +101,14 @@ class TruncatedNormal(Prior):
 
     def __init__(self, *shape: int, bound: float = 2.0):
         _check_shape(shape)
-        check_number("bound", bound, 0.0, open_low=True)
+        checks.number("bound", bound, 0.0, open_low=True)
         self.shape, self.bound = shape, float(bound)
 
     def __repr__(self) -> str:
         return f"TruncatedNormal({', '.join(map(str, self.shape))}, bound={self.bound:g})"
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
+        u = uniform(seed, ids, _first_step(ids), self.numel, stream)
         low = torch.special.ndtr(torch.tensor(-self.bound, dtype=torch.float64, device=u.device))
         z = torch.special.ndtri(low + (1 - 2 * low) * u)
         return z.clamp(-self.bound, self.bound).to(dtype).view(-1, *self.shape)

@@ -222,7 +222,7 @@ class Refiner:
     def _check_latents(self, latents: Tensor) -> None:
         """InputError where given latents (N, ...) are not of the prior that the sampler targets."""
         prior = self.options.prior
-        if prior is None or not self.options.sampler.reads_prior or not refines_latents(self.generator, self.options.at):
+        if prior is None or not self.options.sampler.traits.reads_prior or not refines_latents(self.generator, self.options.at):
             return
         if latents.shape[1:].numel() != prior.numel:
             raise InputError(
@@ -248,14 +248,14 @@ def _check_fit(refiner: Refiner) -> None:
     sampler, name = options.sampler, type(options.sampler).__name__
     if options.scale == "critic" and sampler.loss in ("nonsaturating", "minimax"):
         _warn(f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'")
-    steps = sampler.transition
+    steps = sampler.traits.transition_steps
     if options.max_steps % steps:
         fits = options.max_steps // steps * steps
         raise InputError(
             f"max_steps is {options.max_steps}, but one transition of {name} takes {steps} steps; wanted a multiple, {fits} or "
             f"{fits + steps}"
         )
-    if not sampler.targets_prior:
+    if not sampler.traits.targets_density:
         return
     if not refines_latents(refiner.generator, options.at):
         where = "a Split" if options.at == "input" else f"at={options.at!r}"
@@ -267,7 +267,7 @@ def _check_fit(refiner: Refiner) -> None:
         raise InputError(f"{name} samples p0(z) exp(d(G(z))): pass prior=, e.g. fastrefine.Normal(64)")
     if not isinstance(options.stop, FixedSteps) or options.keep == "best":
         _warn(f"{name} keeps its law only with stop=None and keep='last': what this run returns is not exact")
-    if options.max_grad_norm is not None and not sampler.reads_last_gradient:  # a Metropolis test makes up for it
+    if options.max_grad_norm is not None and not sampler.traits.needs_last_gradient:  # a Metropolis test makes up for it
         _warn(f"{name} with max_grad_norm samples another law, for the gradient it clips is the law's: this run is not exact")
 
 

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrefine import checks, ops
+from fastrefine import checks
 from fastrefine.diagnosis.calibration import classes_of, judge, logits_of
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream, philox
 from fastrefine.result import Result
-from fastrefine.samplers.base import check_number
 
 MOVED = 0.01  # share of the chains below which they are said to be stuck
 
@@ -84,11 +83,7 @@ def metropolis_hastings(
         current, first = _starts(initial_logits, initial_labels, label, chain, seed), 0
     elif initial_labels is not None:
         raise InputError("initial_labels were given without initial_logits")
-    if label is None:
-        backend = ops.serving(table.device, "metropolis")
-        position, accepted = ops.metropolis(table, current, seed, first, Stream.SELECTION, backend=backend)
-    else:
-        position, accepted = walk(table, current, seed, first, label, chain)
+    position, accepted = walk(table, current, seed, first, label, chain)
     tests, moved = len(table) * (chain_length - first), accepted > 0
     rate = int(accepted.sum()) / tests if tests else 0.0
     if tests and int(moved.sum()) < MOVED * len(moved):
@@ -100,7 +95,11 @@ def metropolis_hastings(
 
 
 def walk(table: Tensor, current: Tensor, seed: int, first: int, label: Tensor | None, chain: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``ops.metropolis`` on a table without NaN and inf, with draws by (seed, class, chain of the class, test)."""
+    """(the test at which each chain moved last (M,), 0 where it never moved, how often it moved (M,)), both int64.
+
+    table: (M, L) logits of the proposals, each finite or -inf; chain i tests table[i, first:] in order, from ``current`` (M,).
+    Test k accepts where log u < table[i, k] - current; u is drawn by (seed, class, chain of the class, k).
+    """
     position, accepted = torch.zeros_like(chain), torch.zeros_like(chain)
     for k in range(first, table.shape[1]):
         accept = torch.log(draw(seed, label, k, chain, Stream.SELECTION)) < table[:, k] - current
@@ -155,7 +154,7 @@ def rejection_sample(
     scores of a critic, and for untrusted logits under "refuse".
     """
     what = "rejection_sample"
-    check_number("percentile", percentile, 0, 100)
+    checks.number("percentile", percentile, 0, 100)
     d, known = _proposals(logits, what)
     judge(logits, what, untrusted)
     groups = _grouped(labels, len(d), d.device)
@@ -182,7 +181,7 @@ def _floor(log_m: float | Mapping[int, float] | None, label: int) -> float | Non
             raise InputError(f"log_m holds no number for class {label}")
         log_m = log_m[label]
     if log_m is not None:
-        check_number("log_m", log_m)
+        checks.number("log_m", log_m)
     return log_m
 
 
@@ -211,7 +210,7 @@ def budgeted_rejection(
     logits under "refuse".
     """
     what = "budgeted_rejection"
-    check_number("budget", budget, 0, 1, open_low=True)
+    checks.number("budget", budget, 0, 1, open_low=True)
     d, known = _proposals(logits, what)
     judge(logits, what, untrusted)
     groups = _grouped(labels, len(d), d.device)
@@ -312,9 +311,9 @@ def _proposals(logits: Tensor | Result, what: str) -> tuple[Tensor, Tensor]:
 
 
 def draw(seed: int, label: Tensor | None, step: int, place: Tensor, stream: int) -> Tensor:
-    """Uniforms (S,) by (seed, class, step, place in the class, stream); of class 0 as of no classes, ``ops.uniform``."""
+    """Uniforms (S,) by (seed, class, step, place in the class, stream); of class 0 as of no classes, ``noise.uniform``."""
     zero = torch.zeros_like(place)
-    words = ops.philox(seed, zero if label is None else label & 0xFFFFFFFF, zero + step, place, zero + stream)
+    words = philox(seed, zero if label is None else label & 0xFFFFFFFF, zero + step, place, zero + stream)
     return (words[0].double() + 0.5) * 2.0**-32
 
 

@@ -10,10 +10,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fastrefine import ops
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
-from fastrefine.samplers.base import check_number
+from fastrefine.noise import Stream, uniform
 
 Draw = tuple[Tensor, Tensor]
 
@@ -50,7 +49,7 @@ class RealLogits:
 
     def reference(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
         """(n,) logit of a real image drawn for each sample by (seed, id), of the sample's class if labelled."""
-        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.REFERENCE)[:, 0]
+        u = uniform(seed, ids, torch.zeros_like(ids), 1, Stream.REFERENCE)[:, 0]
 
         def pick(logits: Tensor, at: Tensor) -> Tensor:
             return logits[(u[at] * len(logits)).long().clamp(max=len(logits) - 1)]
@@ -94,7 +93,7 @@ class Threshold(StopRule):
     logit: float
 
     def __post_init__(self) -> None:
-        check_number("threshold logit", self.logit)
+        checks.number("threshold logit", self.logit)
 
     def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
         return torch.full((len(ids),), float(self.logit), dtype=torch.float64), _always(ids, max_steps)
@@ -152,10 +151,10 @@ class Hazard(StopRule):
     probability: float
 
     def __post_init__(self) -> None:
-        check_number("hazard probability", self.probability, 0.0, 1.0, open_low=True)
+        checks.number("hazard probability", self.probability, 0.0, 1.0, open_low=True)
 
     def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
+        u = uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
         log_stay = math.log1p(-self.probability) if self.probability < 1 else -math.inf
         last = torch.floor(torch.log(u) / log_stay).clamp(0, max_steps)
         return torch.full((len(ids),), math.inf, dtype=torch.float64), last.int()
@@ -166,7 +165,7 @@ class UniformStep(StopRule):
     """Retire after a step drawn uniformly from 0 ... max_steps (the public code's "probabilistic" refinement)."""
 
     def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
+        u = uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
         last = torch.floor(u * (max_steps + 1)).clamp(max=max_steps)
         return torch.full((len(ids),), math.inf, dtype=torch.float64), last.int()
 

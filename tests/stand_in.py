@@ -19,7 +19,7 @@ from fastrefine.engine import drivers
 from fastrefine.engine.drivers import NoHostReads
 from fastrefine.ops.slots import END, LIVE, NEXT
 
-OPAQUE = ("refine_step", "follow")  # ops that no dispatcher sees: C++ and interpreted Triton
+OPAQUE = ("refine_step", "copy_context")  # ops that no dispatcher sees: C++ and interpreted Triton
 
 
 class _Recorder(NoHostReads):
@@ -55,8 +55,8 @@ class Graph:
 
         def opaque(name: str) -> Callable[..., None]:
             def record(*args: Any, backend: str = "reference") -> None:
-                # on a CPU the reference of ``follow`` looks which slots were refilled, on a GPU it does not
-                if backend == "reference" and name != "follow":
+                # on a CPU the reference of ``copy_context`` looks which slots were refilled, on a GPU it does not
+                if backend == "reference" and name != "copy_context":
                     originals[name](*args, backend=backend)  # the dispatcher sees it
                     return
                 self.tape.append(lambda: originals[name](*args, backend=backend))

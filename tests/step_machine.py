@@ -57,7 +57,7 @@ def device_of(backend):
 
 def bound(sampler, features, dtype, device):
     """The sampler with what a Refiner would tell it: its own prior, or normal, uniform and truncated elements in turn."""
-    if not sampler.reads_prior:
+    if not sampler.traits.reads_prior:
         return sampler
     table = torch.tensor([[1, 0, 1], [-torch.inf, -1, -1.5], [torch.inf, 1, 1.5]], dtype=dtype)
     if isinstance(sampler, DOT) and features == 1:  # every direction is radial: what is left would be rounding alone
@@ -153,7 +153,7 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
     records = []
     for index in range(steps):
         fill(pool, dtype, generator)
-        evaluation = random_evaluation(*shape, dtype, generator, always=sampler.reads_last_gradient)
+        evaluation = random_evaluation(*shape, dtype, generator, always=sampler.traits.needs_last_gradient)
         evaluation = evaluation._replace(**{k: v.to(device) for k, v in evaluation._asdict().items() if v is not None})
         if evaluation.grad is not None and options.view is not None:
             evaluation = evaluation._replace(grad=evaluation.grad.to(options.view))

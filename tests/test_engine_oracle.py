@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.ops import normal
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream, normal
 
 LOSS = {
     "nonsaturating": lambda d: F.softplus(-d),

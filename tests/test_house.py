@@ -95,7 +95,7 @@ def test_imports_point_one_way_and_never_in_a_circle():
     ("fastrefine.samplers.base", "from fastrefine.refiner import Refiner", "samplers.base imports fastrefine.refiner"),
     ("fastrefine.ops.slots", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastrefine.engine import run",
      "ops.slots imports fastrefine.engine.run"),
-    ("fastrefine.networks.target", "def late():\n    import fastrefine.engine.machine", "target imports fastrefine.engine.machine"),
+    ("fastrefine.networks.target", "def late():\n    import fastrefine.engine.run", "target imports fastrefine.engine.run"),
     ("fastrefine.engine.run", "import fastrefine as fr", "engine.run imports fastrefine"),
     ("fastrefine.engine.proposals", "from fastrefine.engine import run", "cycle: "),
 ])  # fmt: skip

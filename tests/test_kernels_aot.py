@@ -46,9 +46,7 @@ def test_a_sample_of_the_kernels_compiles():
         "refine_decide hmc torch.float32, options=True",
         "refine_decide backtracking torch.float32, options=True",
         "refine_apply backtracking torch.float32, torch.bfloat16 view, tile 32",
-        "follow_rows uint8",
-        "noise_normal torch.float32",
-        "metropolis_scan",
+        "copy_rows uint8",
     ]
     assert sorted(without_interpreter("-c", SAMPLE.format(json.dumps(labels))).split("\n")[:-1]) == sorted(labels)
 
@@ -130,7 +128,7 @@ def test_what_is_launched_is_compiled(real, view, channels, on, monkeypatch):
             Evaluation(own.threshold, own.threshold, grad),
             Evaluation(own.threshold, own.threshold, None),
         ):
-            if evaluation is None or evaluation.grad is not None or not sampler.reads_last_gradient:
+            if evaluation is None or evaluation.grad is not None or not sampler.traits.needs_last_gradient:
                 ops.refine_step(own, evaluation, pool, outputs, rule, backend="triton")
     compiled = {code(one.kernel.__name__, one.constants, one.types) for one in specialisations() if one.aligned}
     assert launched and not launched - compiled, launched - compiled

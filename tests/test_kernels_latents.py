@@ -75,9 +75,9 @@ def on_a_smooth_target(backend, rule, dtype=torch.float64, view=None, channels=0
 def test_chains_on_a_smooth_target_equal_the_reference(rule, dtype, view, channels, norm):
     runs = [on_a_smooth_target(backend, rule, dtype, view, channels, norm) for backend in ("triton", "reference")]
     compare(*runs)
-    if SMOOTH[rule].reads_last_gradient:
+    if SMOOTH[rule].traits.needs_last_gradient:
         accepted, steps = (runs[1][-1][f"outputs.{name}"] for name in ("scalars", "steps"))
-        assert 0 < accepted[2].sum() < (steps // SMOOTH[rule].transition).sum()
+        assert 0 < accepted[2].sum() < (steps // SMOOTH[rule].traits.transition_steps).sum()
 
 
 @pytest.mark.parametrize("rule", ["mala", "hmc", "dot_sgd"])

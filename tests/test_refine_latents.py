@@ -5,7 +5,7 @@ import torch
 
 import fastrefine as fr
 from fastrefine.ops import slots
-from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Latent, hmc, mala, metropolis
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Latent, step_control
 from tests.step_machine import Options, bound, compare, device_of, drive
 
 BACKENDS = ("cpu", "triton")
@@ -42,9 +42,8 @@ def test_reflections_over_many_periods_equal_the_reference(backend, sampler):
 @pytest.mark.parametrize("name", ["mala", "hmc"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adapted_step_sizes_stop_at_their_bounds(backend, name, monkeypatch):
-    for module in (metropolis, mala, hmc):
-        monkeypatch.setattr(module, "SMALLEST", 0.9)
-        monkeypatch.setattr(module, "LARGEST", 1.1)
+    monkeypatch.setattr(step_control, "SMALLEST", 0.9)
+    monkeypatch.setattr(step_control, "LARGEST", 1.1)
     options = dict(adapt=100, target=0.5, latent=BOX)
     sampler = MALA(0.05, **options) if name == "mala" else HMC(0.1, leapfrog=2, **options)
     args = (sampler, (6, 3), torch.float64, Options(), 40)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastrefine import ops
+from fastrefine.noise import Noise, Stream, normal
 from fastrefine.ops import slots
-from fastrefine.ops.noise import Noise, Stream
 from fastrefine.samplers import DDLS, HMC, MALA, Collaborative, DGflow, Evaluation, Latent, dot
 from fastrefine.samplers.metropolis import MetropolisSampler
 from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
@@ -62,7 +62,7 @@ def test_tests_with_sums_over_many_features_equal_the_reference(backend, sampler
     args = (sampler, (4, 1025), dtype, Options(max_grad_norm=20.0), 15)
     expected = drive("reference", *args)
     compare(drive(backend, *args), expected)
-    tests = torch.cat([r["slots.step"][r["slots.sample_id"] >= 0] for r in expected]) // sampler.transition
+    tests = torch.cat([r["slots.step"][r["slots.sample_id"] >= 0] for r in expected]) // sampler.traits.transition_steps
     accepted = torch.cat([r["state.accepted"] for r in expected])
     assert (accepted > 0).any() and (accepted < tests).any()
 
@@ -192,9 +192,9 @@ def oracle(sampler, sample_id, start, last_step, threshold, seed):
         d, loss, g = float(seen.logit), float(seen.loss), seen.grad[0].tolist()
         falls += step > 0 and d < standing
         finite = math.isfinite(d)
-        if not finite and (step == 0 or not sampler.rejects):
+        if not finite and (step == 0 or not sampler.traits.rejects):
             return position, d if step == 0 else standing, step, falls, slots.NONFINITE
-        if sampler.rejects:
+        if sampler.traits.rejects:
             accept = step == 0 or (finite and loss <= best_loss)
             if step > 0:
                 size = min(size * 1.2, 1e6 * sampler.step_size) if accept else size * 0.5
@@ -211,9 +211,9 @@ def oracle(sampler, sample_id, start, last_step, threshold, seed):
             a = [x - v for x, v in zip(position, velocity, strict=True)]
         else:
             a = [x - size * s for x, s in zip(position, best_grad, strict=True)]
-        if sampler.noisy:
+        if sampler.traits.stochastic:
             ids, steps = torch.tensor([sample_id]), torch.tensor([step])
-            xi = ops.normal(seed, ids, steps, len(a), 0, torch.float64)[0].tolist()
+            xi = normal(seed, ids, steps, len(a), 0, torch.float64)[0].tolist()
             a = [x + math.sqrt(2 * sampler.step_size * sampler.gamma) * n for x, n in zip(a, xi, strict=True)]
     raise AssertionError("unreachable")
 

@@ -46,6 +46,11 @@ def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
         registry.use_backend("fpga").__enter__()
 
 
+def test_the_name_cuda_is_kept_and_refused_with_its_reason():
+    with pytest.raises(BackendError, match="'cuda' is not available: this version holds no kernels in CUDA; 'triton' serves"):
+        registry.use_backend("cuda").__enter__()
+
+
 def test_an_absent_backend_asked_for_by_name_is_an_error_with_its_reason(module):
     module("cpu", registry.Absent("fastrefine._native is not built"))
     with pytest.raises(BackendError, match=r"'cpu' is not available: fastrefine\._native is not built"):
@@ -82,14 +87,6 @@ def test_a_rule_without_kernel_runs_on_the_reference_and_is_an_error_when_forced
     assert registry.choose(CPU, None) == registry.choose(CPU, "mala") == "reference"
     with registry.use_backend("cpu"), pytest.raises(BackendError, match="no kernel for the rule 'mala'"):
         registry.choose(CPU, "mala")
-
-
-def test_an_op_without_rules_is_served_by_a_backend_that_has_it(module):
-    module("cpu", frozenset())
-    assert registry.serving(CPU, "RULES") == "cpu"
-    assert registry.serving(CPU, "metropolis") == "reference"
-    with registry.use_backend("cpu"), pytest.raises(BackendError, match="no kernel for 'metropolis'"):
-        registry.serving(CPU, "metropolis")
 
 
 def test_use_backend_holds_inside_the_block_only(module):

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 
 import fastrefine as fr
-from fastrefine import ops, selection
+from fastrefine import selection
+from fastrefine.noise import Stream
 from tests.test_engine import refiner
 from tests.test_selection import ALPHA, SUP, optimal_logit, p_value, proposals
 
@@ -163,4 +164,4 @@ def test_a_million_proposals_take_no_loop():
 
 
 def test_its_numbers_are_not_those_of_the_chains():
-    assert ops.Stream.REJECTION not in (ops.Stream.SELECTION, ops.Stream.REFERENCE, ops.Stream.ACCEPT)
+    assert Stream.REJECTION not in (Stream.SELECTION, Stream.REFERENCE, Stream.ACCEPT)

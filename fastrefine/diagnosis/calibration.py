@@ -15,7 +15,6 @@ from torch import Tensor
 from fastrefine import checks
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.result import Result
-from fastrefine.samplers.base import check_choice
 
 TOLERANCE = 0.05  # of the calibration error: the density ratio off by a fifth where D is undecided
 BOUNDED = 2000  # images, as many as z is judged on at most: a bias of 0.03 in the mean probability, however many there are
@@ -136,7 +135,7 @@ def judge(logits: Tensor | Result, what: str, untrusted: str) -> None:
 
     Real images weigh as the classes of the samples do where both are labelled. Tensors are taken as calibrated.
     """
-    check_choice("untrusted", untrusted, ("warn", "refuse", "allow"))
+    checks.choice("untrusted", untrusted, ("warn", "refuse", "allow"))
     if untrusted == "allow" or not isinstance(logits, Result):
         return
     found = diagnosis_of(logits)
@@ -218,7 +217,7 @@ def calibrate(real_logits: Tensor | Result, fake_logits: Tensor | Result, method
 
     Raises InputError for fewer, for non-finite logits and for another method.
     """
-    check_choice("method", method, tuple(_FITS))
+    checks.choice("method", method, tuple(_FITS))
     given = [
         torch.as_tensor(x.logits if isinstance(x, Result) else x).detach().double().cpu() for x in (real_logits, fake_logits)
     ]

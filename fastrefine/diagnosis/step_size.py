@@ -110,11 +110,12 @@ def _problem(sampler: Sampler, falls: float, gain: float, least: float, acceptan
     if acceptance is not None and acceptance < RARE:
         advice = "adapt for longer, or from a smaller one" if getattr(sampler, "adapt", 0) else "adapt= finds one by itself"
         return f"{acceptance:.1%} of the proposals were accepted: the step size is too large; {advice}"
-    if acceptance is not None or not sampler.ascends or sampler.rejects:
+    traits = sampler.traits
+    if acceptance is not None or not traits.ascends or traits.rejects:
         return ""
-    if not sampler.noisy and falls > 0.5:
+    if not traits.stochastic and falls > 0.5:
         return f"{falls:.0%} of the updates lowered the logit: the step size is too large"
-    if sampler.noisy and gain < -least:
+    if traits.stochastic and gain < -least:
         return f"the mean logit fell by {-gain:.3g}: the step size, or the noise, is too large"
     return ""
 

@@ -43,29 +43,27 @@ class Delivery:
         images = generator.render(shaped, block.context)[asked]
         ids = send(torch.arange(block.start, block.stop), self.output_device)
         latents = shaped if generator.cut.at == "input" else block.latents
-        acceptance, step_sizes = self._numbers(rows)
+        reported = self._reported(rows)
         result = Result(
             # copies: the next block takes these rows while the images are still under way
             images=images, logits=out.logit[rows].clone(), initial_logits=out.initial_logit[rows].clone(),
             steps=out.steps[rows].clone(), status=out.status[rows].to(torch.int8), ids=ids, latents=latents[asked],
             activations=shaped[asked], logit_falls=out.logit_falls[rows].clone(),
-            labels=None if block.labels is None else block.labels[asked], acceptance=acceptance,
+            labels=None if block.labels is None else block.labels[asked], acceptance=reported.get("accepted"),
             scale="critic" if self.machine.target.discriminator.scale == "critic" else "logit", report={},
-            step_sizes=step_sizes, snapshots=self._snapshots(block, a),
+            step_sizes=reported.get("step_size"), snapshots=self._snapshots(block, a),
         )  # fmt: skip
         values = Transfer([t.contiguous() for t in result.tensors()], self.output_device, self.side)
         out.status[self.machine.rows(block, block.admitted)] = slots.PENDING
         self.parcels.append(Parcel(reading, result, values))
 
-    def _numbers(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-        """(acceptance, step sizes), each (n,), of a sampler that has them."""
-        out, sampler = self.machine.outputs, self.machine.rule.sampler
-        names = slots.rows_of(self.machine.slots.state, self.machine.slots.state["logit"])
-        found = {name: out.scalars[index, rows].clone() for index, name in enumerate(names)}
-        accepted = found.get("accepted")
-        if accepted is not None:
-            accepted = accepted / (out.steps[rows] // sampler.transition)
-        return accepted, found.get("step_size")
+    def _reported(self, rows: slice) -> dict[str, Tensor]:
+        """What the sampler reports of each sample (n,), by name; accepted trials as a share of all tests."""
+        out, traits = self.machine.outputs, self.machine.rule.sampler.traits
+        found = {name: out.scalars[self.machine.slots.scalar_names.index(name), rows].clone() for name in traits.reports}
+        if "accepted" in found:
+            found["accepted"] /= out.steps[rows] // traits.transition_steps
+        return found
 
     def _snapshots(self, block: Block, last: Tensor) -> dict[int, Snapshot]:
         """Rendered from the rows of a whole block; a sample that retired before is as it is in ``last`` (size, F)."""

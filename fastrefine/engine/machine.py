@@ -94,7 +94,7 @@ class Machine:
     def _copy_context(self) -> None:
         """Copy the context of the samples that have just entered a slot from the pool."""
         if self.context:
-            ops.follow(self.slots, self.context, self.pool_context, backend=self.backend)
+            ops.copy_context(self.slots, self.context, self.pool_context, backend=self.backend)
 
     def _step_context(self, block: Block) -> tuple[torch.Tensor, ...]:
         """The tail's context, then the labels where the discriminator takes them."""

@@ -81,7 +81,7 @@ class Run:
         self.key = key_of(rule, backend, first)
         self.machine = self.idle.take(target, self.key, *rows) or Machine(target, rule, backend, *rows, first)
         self.machine.reset(rule, proposals.first_id)
-        early, last = proposals.stop.early, rule.sampler.reads_last_gradient
+        early, last = proposals.stop.early, rule.sampler.traits.needs_last_gradient
         forward = not (early or last) and target.route == "flat"
         self.driver = drivers.prepare(driver, self.machine, forward, may_fall_back)
         self.progress.facts["driver"] = self.driver.name

@@ -13,10 +13,9 @@ import torch
 from tqdm import tqdm
 
 from fastrefine import ops
-from fastrefine.engine import drivers
 from fastrefine.engine.idle import IdleMachines
 from fastrefine.engine.proposals import Proposals, Source
-from fastrefine.engine.run import Run
+from fastrefine.engine.run import Run, drivers
 from fastrefine.engine.watch import Watch
 from fastrefine.errors import FastrefineError
 from fastrefine.networks import torch_state
@@ -26,7 +25,6 @@ from fastrefine.networks.target import Target
 from fastrefine.ops.slots import Rule
 from fastrefine.options import Options
 from fastrefine.result import Progress, Result, Snapshot
-from fastrefine.samplers.base import Sample
 
 log = logging.getLogger("fastrefine")
 
@@ -169,11 +167,11 @@ class SampleStream:
         latents = source.latents if source.latents is not None else none.view(0, *options.prior.shape)  # type: ignore[union-attr]
         images, activations = none.view(0, *g.image_shape), none.view(0, *g.shape)
         assert self.networks.bound is not None
-        numbers = self.networks.bound[0].init(none.view(0, 1), Sample(whole.long(), source.labels, none))
+        reports = self.networks.bound[0].traits.reports
         empty = Result(
             images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole, source.labels,
-            none if "accepted" in numbers else None, options.scale, self.progress.report(),
-            step_sizes=none if "step_size" in numbers else None,
+            none if "accepted" in reports else None, options.scale, self.progress.report(),
+            step_sizes=none if "step_size" in reports else None,
             snapshots={step: Snapshot(images, none, activations) for step in self.snapshots},
         )  # fmt: skip
         return empty.moved([tensor.to(options.output_device) for tensor in empty.tensors()])

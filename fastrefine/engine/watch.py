@@ -50,7 +50,7 @@ class Watch:
         if above > self.count / 2:
             _warn(f"{above} of {self.count} logits passed the highest real logit: too many or too large steps?")
         found = self.tally.diagnosis(self.options.sampler)
-        if not found.stable and (self.drawn or not self.options.sampler.noisy):
+        if not found.stable and (self.drawn or not self.options.sampler.traits.stochastic):
             _warn(found.advice)
 
 

@@ -217,7 +217,7 @@ class Rows:
 
 def _whole(steps: int, sampler: Any) -> int:
     """Rounded up to whole transitions."""
-    return -(-steps // sampler.transition) * sampler.transition
+    return -(-steps // sampler.traits.transition_steps) * sampler.traits.transition_steps
 
 
 def _point(snapshots: list[Any], law: Law, scale: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.networks.split import Split
 from fastrefine.networks.target import Target
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream
 from fastrefine.options import Options
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Latent, Sampler
@@ -97,7 +97,7 @@ class Networks:
             self.check_labels(labels)
             target = Target(g, d, sampler, options)
             target.prepare(a, (*context, y) if d.takes_labels and y is not None else context)
-            self.bound = sampler.told(self._loss_error(target)), stop
+            self.bound = sampler.with_loss_error(self._loss_error(target)), stop
         self.target, self._kind, self._generator_kind = target, kind, kind
         return target
 
@@ -115,7 +115,7 @@ class Networks:
             assert self.bound is not None
             sampler, stop = self._bind(d) if options.needs_real else (options.sampler.bind(self), self.bound[1])
             with torch_state.arithmetic(options.precision, options.deterministic):
-                self.bound = sampler.told(self._loss_error(self.target)), stop
+                self.bound = sampler.with_loss_error(self._loss_error(self.target)), stop
 
     def _notice_updates(self) -> None:
         """Forget what was prepared from weights that the caller has updated since."""

@@ -37,6 +37,8 @@ class Slots:
     state: State  # the sampler's: position, logit, and views of the rows of the next two
     scalars: Tensor  # (n, S) real, its other numbers of each slot, in the order of its ``init``
     vectors: Tensor  # (n, S, F) real, its other vectors
+    scalar_names: tuple[str, ...]  # which entry of the state each row of ``scalars`` is
+    vector_names: tuple[str, ...]
     best: Tensor | None = None  # (S, F) real, with keep="best"
     best_logit: Tensor | None = None  # (S,)
     label: Tensor | None = None  # (S, ...) where labels were given; kept by the reference step, for a sampler's init
@@ -121,13 +123,13 @@ def allocate(
     a = real(s, features)
     label, pool_label = (None if labels is None else labels.new_zeros(n, *labels.shape[1:]).to(device) for n in (s, pool_rows))
     state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(nobody, label, real(s))).items()}
-    numbers, features_of = (rows_of(state, like) for like in (state["logit"], a))
-    scalars, vectors = real(len(numbers), s), real(len(features_of), s, features)
-    for names, stack in ((numbers, scalars), (features_of, vectors)):
+    scalar_names, vector_names = (_entries(state, like) for like in (state["logit"], a))
+    scalars, vectors = real(len(scalar_names), s), real(len(vector_names), s, features)
+    for names, stack in ((scalar_names, scalars), (vector_names, vectors)):
         state |= {name: row.copy_(state[name]) for name, row in zip(names, stack, strict=True)}
     slots = Slots(
         a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
-        scalars, vectors,
+        scalars, vectors, scalar_names, vector_names,
         best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
         label=label, view=None if view is None else torch.zeros(s, features, dtype=view, device=device),
         view_channels=view_channels,
@@ -140,12 +142,12 @@ def allocate(
         integer(8, dtype=torch.int64),
         pool_label,
     )
-    status, columns = integer(w, fill=PENDING), real(len(numbers), w)
+    status, columns = integer(w, fill=PENDING), real(len(scalar_names), w)
     outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), status, columns)
     return slots, pool, outputs
 
 
-def rows_of(state: State, like: Tensor) -> tuple[str, ...]:
+def _entries(state: State, like: Tensor) -> tuple[str, ...]:
     """Names of the sampler's own entries of the shape and type of ``like``, in order."""
     own = ((name, tensor) for name, tensor in state.items() if name not in ("position", "logit"))
     return tuple(name for name, tensor in own if tensor.shape == like.shape and tensor.dtype == like.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream
 from fastrefine.production.configuration import Configuration
 from fastrefine.selection import draw, log_scale, quantile, rejection_score, walk
 from fastrefine.stopping import RealLogits

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 import fastrefine as fr
-from fastrefine import ops
 from fastrefine.diagnosis.calibration import judge
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
+from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
 from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard
 from fastrefine.production.images import load_labelled, scaled
@@ -226,7 +226,7 @@ class Worker:
         if c.classes is None:
             return None
         if c.classes == "random":
-            u = ops.uniform(c.seed, ids, torch.ones_like(ids), 1, ops.Stream.BATCH)[:, 0]
+            u = uniform(c.seed, ids, torch.ones_like(ids), 1, Stream.BATCH)[:, 0]
             return (u * c.num_classes).long().clamp(max=c.num_classes - 1)
         return torch.full_like(ids, int(c.classes))
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from fastrefine import checks, ops
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream, uniform
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -52,7 +52,7 @@ class RealBatches:
         if self._loader is not None:
             return self._from_loader()
         ids = torch.tensor([index])
-        u = ops.uniform(self.seed, ids, torch.zeros_like(ids), self.batch_size, Stream.BATCH)[0]
+        u = uniform(self.seed, ids, torch.zeros_like(ids), self.batch_size, Stream.BATCH)[0]
         return self.rows((u * len(self._images)).long().clamp(max=len(self._images) - 1))
 
     def rows(self, positions: Tensor) -> Batch:
@@ -100,7 +100,7 @@ class RealBatches:
         if total < 2:
             raise InputError("`real` holds one image, so that none can be held out; wanted two or more")
         ids = torch.arange(total)
-        order = ops.uniform(self.seed, ids, torch.zeros_like(ids), 1, Stream.BATCH)[:, 0].argsort()
+        order = uniform(self.seed, ids, torch.zeros_like(ids), 1, Stream.BATCH)[:, 0].argsort()
         held, rest = order.tensor_split([max(1, min(count, total // 2))])
         batch = self.rows(held)
         self._images = self._images[rest] if isinstance(self._images, Tensor) else Subset(self._images, rest.tolist())

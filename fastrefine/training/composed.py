@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.networks.calls import takes_labels
-from fastrefine.samplers.base import check_number
 
 
 class NoisyOutput(nn.Module):
@@ -34,7 +34,7 @@ class NoisyOutput(nn.Module):
         super().__init__()
         if not isinstance(generator, nn.Module):
             raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module")
-        check_number("scale", scale, 0.0, open_low=True)
+        checks.number("scale", scale, 0.0, open_low=True)
         self.generator, self.scale = generator, float(scale)
         self.latent_shape = _first_input(generator) if latent_shape is None else _checked(latent_shape)
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from tqdm import tqdm
 
-from fastrefine import checks, ops, stopping
+from fastrefine import checks, stopping
 from fastrefine.diagnosis.calibration import diagnose
 from fastrefine.errors import InputError
 from fastrefine.models.default import default_discriminator
@@ -23,10 +23,9 @@ from fastrefine.networks.copies import unwrap
 from fastrefine.networks.cut_check import seed_noise
 from fastrefine.networks.split import Split
 from fastrefine.networks.torch_state import quiet_torch
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream, uniform
 from fastrefine.priors import Prior
 from fastrefine.refiner import Refiner
-from fastrefine.samplers.base import check_choice, check_number
 from fastrefine.samplers.collaborative import Collaborative
 from fastrefine.stopping import StopRule
 from fastrefine.training.batches import Batch, RealBatches
@@ -151,7 +150,7 @@ def fit_discriminator(
     checks.count("iterations", iterations, 1)
     checks.count("check_every", check_every, 1)
     checks.count("patience", patience, 1)
-    check_choice("discriminator_output", discriminator_output, ("logit", "probability"))
+    checks.choice("discriminator_output", discriminator_output, ("logit", "probability"))
     if not isinstance(generator, nn.Module):
         raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module")
     device = next((p.device for p in unwrap(generator).parameters()), torch.device("cpu"))
@@ -230,11 +229,11 @@ class _Trainer:
         self, student: nn.Module, refiner: Refiner, optimizer: str, learning_rate: float, betas: tuple[float, float],
         gradient_penalty: float | None, batch_norm: str, seed: int,
     ):  # fmt: skip
-        check_number("learning_rate", learning_rate, 0.0, open_low=True)
-        check_choice("optimizer", optimizer, ("adam", "sgd"))
-        check_choice("batch_norm", batch_norm, ("eval", "train"))
+        checks.number("learning_rate", learning_rate, 0.0, open_low=True)
+        checks.choice("optimizer", optimizer, ("adam", "sgd"))
+        checks.choice("batch_norm", batch_norm, ("eval", "train"))
         if gradient_penalty is not None:
-            check_number("gradient_penalty", gradient_penalty, 0.0)
+            checks.number("gradient_penalty", gradient_penalty, 0.0)
         self.student, self.refiner, self.training = student, refiner, batch_norm == "train"
         self.read, self.updates = Readout(refiner.output_key), 0
         self.seed, g = seed, refiner.generator
@@ -302,7 +301,7 @@ class _Trainer:
             return grad.flatten(1).square().sum(1).mean()
         n = min(len(real), len(fake))
         ids = torch.arange(n)
-        u = ops.uniform(0, ids, torch.full_like(ids, self.updates), 1, Stream.BATCH).to(real).view(n, *[1] * (real.dim() - 1))
+        u = uniform(0, ids, torch.full_like(ids, self.updates), 1, Stream.BATCH).to(real).view(n, *[1] * (real.dim() - 1))
         middle = (u * real[:n] + (1 - u) * fake[:n]).detach().requires_grad_()
         d = self._logits(middle, None if labels is None else labels[:n])
         (grad,) = torch.autograd.grad(d.mean(1).sum(), middle, create_graph=True)

@@ -143,7 +143,7 @@ class Mean(Sampler):
 
     rate: float | None = None
 
-    def bind(self, refiner):
+    def bind(self, networks):
         return Mean(0.1)
 
     def init(self, a, sample):
@@ -191,7 +191,7 @@ def test_parts_with_other_snapshots_are_not_joined():
 def test_a_sampler_is_bound_once_for_each_discriminator(monkeypatch):
     g, d = networks()
     bound = []
-    monkeypatch.setattr(fr.DOT, "bind", lambda self, refiner, bind=fr.DOT.bind: bound.append(1) or bind(self, refiner))
+    monkeypatch.setattr(fr.DOT, "bind", lambda self, networks, bind=fr.DOT.bind: bound.append(1) or bind(self, networks))
     stop = fr.stopping.MedianOfReal()
     refiner = fr.Refiner(g, d, fr.DOT(0.1), prior=fr.Normal(4), max_steps=3, real=torch.randn(50, 3), stop=stop, num_slots=8)
     refiner.sample(4)

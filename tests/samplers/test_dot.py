@@ -6,7 +6,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine.networks.prepared import PROBE
-from fastrefine.ops import Stream
+from fastrefine.noise import Stream
 from tests.closed_forms import serving
 from tests.fault_networks import IMAGE, LATENT, discriminator, generator
 

@@ -110,7 +110,7 @@ def test_snapshots_are_runs_of_fewer_steps(name, way, backend):
 @every_backend
 @pytest.mark.parametrize("sampler", [fr.MALA(1.5), fr.HMC(1.2, 2), fr.HMC(1.2, 4, logit_scale=2.0)], ids=repr)
 def test_acceptance_is_the_counted_share_of_moves(sampler, backend):
-    unit = sampler.transition
+    unit = sampler.traits.transition_steps
     times = range(0, 12 * unit + 1, unit)
     with serving(backend):
         out = make(sampler, max_steps=times[-1]).sample(30, snapshots=times)

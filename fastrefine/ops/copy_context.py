@@ -1,4 +1,4 @@
-"""What belongs to a sample besides its activation follows it into its slot."""
+"""Copy a sample's context (labels, what the prefix gives beside the activation) from the pool into its slot."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from fastrefine.ops.slots import Slots
 
 
 @op
-def follow(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor, ...]) -> None:
+def copy_context(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor, ...]) -> None:
     """context[s] <- pool_context[source[s]] for every slot that was refilled in the last step, in place.
 
     context: tensors (S, ...) of any dtype, contiguous; pool_context: the same for the pool, (P, ...). ``slots.source``

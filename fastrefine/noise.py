@@ -9,8 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastrefine.ops.registry import op
-
 _MASK = 0xFFFFFFFF
 
 
@@ -58,7 +56,6 @@ def _unit(word: Tensor) -> Tensor:
     return ((word >> 9).double() + 0.5) * 2.0**-23
 
 
-@op
 def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, dtype: torch.dtype) -> Tensor:
     """Standard normals (S, numel) of ``dtype`` by Box-Muller, four per Philox block; |x| <= 5.77.
 
@@ -71,7 +68,6 @@ def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, 
     return torch.stack(lanes, -1).flatten(1)[:, :numel].to(dtype).contiguous()
 
 
-@op
 def uniform(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int) -> Tensor:
     """Uniforms (S, numel) float64 in the open interval (0, 1), 32 bits each."""
     words = torch.stack(_words(seed, sample_id, step, -(-numel // 4), stream), -1).flatten(1)[:, :numel]

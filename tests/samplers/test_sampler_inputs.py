@@ -63,7 +63,8 @@ def test_arguments_out_of_range_are_named(case):
 def test_schedules_may_be_lists_and_tensors():
     sizes = torch.tensor([0.25, 0.125])
     assert fr.DDLS(sizes).step_size == fr.DDLS([0.25, 0.125]).step_size == (0.25, 0.125)
-    assert fr.DDLS(0.1, torch.tensor([1.0, 0.0])).noisy and not fr.DDLS(0.1, [0.0, 0.0]).noisy
+    assert fr.DDLS(0.1, torch.tensor([1.0, 0.0])).traits.stochastic
+    assert not fr.DDLS(0.1, [0.0, 0.0]).traits.stochastic
 
 
 NEED_PRIOR = [fr.DDLS(0.1), fr.MALA(0.1), fr.HMC(0.1, 2)]

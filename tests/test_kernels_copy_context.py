@@ -1,4 +1,4 @@
-"""Contexts follow the proposals that slots took: every backend against a plain loop."""
+"""Contexts are copied with the proposals that slots took: every backend against a plain loop."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 from fastrefine import ops
 from fastrefine.ops import slots
-from fastrefine.ops.follow import over_all_slots
+from fastrefine.ops.copy_context import over_all_slots
 from tests.step_machine import SAMPLERS, device_of
 
 EVERY = ["reference", "cpu", "triton"]
@@ -44,13 +44,13 @@ def test_rows_follow_their_samples_and_all_others_stay(backend, mix, source):
             if row >= 0:
                 tensor[slot] = rows[row]
     before = [p.clone() for p in pool]
-    ops.follow(slots_at(device, source), own, pool, backend=backend)
+    ops.copy_context(slots_at(device, source), own, pool, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip((*own, *pool), (*wanted, *before), strict=True))
 
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_nothing_to_carry_is_no_work(backend):
-    ops.follow(slots_at(device_of(backend), [1] * S), (), (), backend=backend)
+    ops.copy_context(slots_at(device_of(backend), [1] * S), (), (), backend=backend)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -59,7 +59,7 @@ def test_the_reference_over_all_slots_equals_the_one_over_few(mix):
     generator = torch.Generator().manual_seed(1)
     own, pool = (context_of(mix, n, generator, "cpu") for n in (S, P))
     few, source = [c.clone() for c in own], torch.tensor([3, -1, 8, 0, -1])
-    ops.follow(slots_at("cpu", source.tolist()), tuple(few), pool)
+    ops.copy_context(slots_at("cpu", source.tolist()), tuple(few), pool)
     over_all_slots(source, own, pool)
     assert all(torch.equal(a, b) for a, b in zip(own, few, strict=True))
 
@@ -68,15 +68,15 @@ def test_the_table_of_addresses_is_made_once_and_again_for_other_tensors():
     device, generator = device_of("triton"), torch.Generator().manual_seed(1)
     own, pool = (context_of("one", n, generator, device) for n in (S, P))
     machine = slots_at(device, [4, 5, 6, 7, 8])
-    ops.follow(machine, own, pool, backend="triton")
-    table = machine.cache["triton.follow"]
-    ops.follow(machine, own, pool, backend="triton")
-    assert machine.cache["triton.follow"] is table
+    ops.copy_context(machine, own, pool, backend="triton")
+    table = machine.cache["triton.copy_context"]
+    ops.copy_context(machine, own, pool, backend="triton")
+    assert machine.cache["triton.copy_context"] is table
     other = tuple(torch.zeros_like(c) for c in own)
-    ops.follow(machine, other, pool, backend="triton")
-    assert torch.equal(other[0], pool[0][4:]) and machine.cache["triton.follow"] is not table
+    ops.copy_context(machine, other, pool, backend="triton")
+    assert torch.equal(other[0], pool[0][4:]) and machine.cache["triton.copy_context"] is not table
     twin = copy.deepcopy(machine)
-    assert twin.cache["triton.follow"] is None
+    assert twin.cache["triton.copy_context"] is None
 
 
 def test_triton_refuses_what_it_would_read_wrongly():
@@ -89,4 +89,4 @@ def test_triton_refuses_what_it_would_read_wrongly():
         torch.zeros(S, 3, device=device),
     ):
         with pytest.raises(AssertionError):
-            ops.follow(machine, (own,), (good,), backend="triton")
+            ops.copy_context(machine, (own,), (good,), backend="triton")

@@ -1,5 +1,6 @@
 """DDLS and DGflow against the exact laws of their finite chains, and mutants that these tests must find."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -207,7 +208,9 @@ def test_dgflow_kl_has_the_exact_law_of_k_steps(steps, eta, gamma, at, backend):
 
 
 class WithPriorScore(fr.DGflow):
-    reads_prior = True
+    @property
+    def traits(self):
+        return dataclasses.replace(super().traits, reads_prior=True)
 
     def observe(self, a, evaluation, state, step, noise):
         return {**super().observe(a, evaluation, state, step, noise), "grad": evaluation.grad + a}

@@ -56,7 +56,7 @@ def stationary(sampler, name, transitions=4, backend="reference"):
     """After some transitions from the exact law: (smallest p value, mean acceptance)."""
     prior, d = TARGETS[name]
     start = exact_draws(name)
-    out = chains(sampler, d, prior(F), len(start), transitions * sampler.transition, backend=backend, start=start)
+    out = chains(sampler, d, prior(F), len(start), transitions * sampler.traits.transition_steps, backend=backend, start=start)
     return target_law(name).p_value(out.latents), float(out.acceptance.mean())
 
 
@@ -262,8 +262,8 @@ class Slippery(fr.samplers.Latent):
 class NotTurned(fr.HMC):
     """At the walls the position is reflected, the momentum is not."""
 
-    def bind(self, refiner):
-        return dataclasses.replace(self, latent=Slippery(refiner.latent().table))
+    def bind(self, networks):
+        return dataclasses.replace(self, latent=Slippery(networks.latent().table))
 
     def kernel(self):
         return None
@@ -308,7 +308,13 @@ def hop(sampler, transitions=5, backend="reference"):
     mixture = Mixture()
     start = mixture.draw(PLANE, 3)
     out = chains(
-        sampler, Gaussians(mixture), fr.Normal(2), PLANE, transitions * sampler.transition, backend=backend, start=start
+        sampler,
+        Gaussians(mixture),
+        fr.Normal(2),
+        PLANE,
+        transitions * sampler.traits.transition_steps,
+        backend=backend,
+        start=start,
     )
 
     def nearest(x):
@@ -358,7 +364,7 @@ def test_tiny_steps_are_accepted_and_huge_ones_rejected(name, sampler, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sampler", [fr.MALA(0.01), fr.MALA(5.0, target=0.8), fr.HMC(4.0, 2, target=0.4)], ids=label)
 def test_adaptation_reaches_the_target_acceptance_and_ends(sampler, backend):
-    unit = sampler.transition
+    unit = sampler.traits.transition_steps
     adapt, after = 120 * unit, 40 * unit
     sampler = dataclasses.replace(sampler, adapt=adapt)
     prior, d = TARGETS["gaussian"]

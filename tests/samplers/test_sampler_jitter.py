@@ -9,8 +9,8 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine import ops
+from fastrefine.noise import Noise, Stream, normal, uniform
 from fastrefine.ops import slots
-from fastrefine.ops.noise import Noise, Stream
 from fastrefine.samplers import Evaluation, Latent
 from tests.closed_forms import ALPHA, BACKENDS, chains, gaussian
 from tests.step_machine import device_of
@@ -38,7 +38,7 @@ CHAINS, TRANSITIONS = 2000, 100
 def from_the_prior(sampler):
     """(first coordinate, all others, correlation of the others' length with that at the start) of CHAINS chains."""
     prior, backend = fr.Normal(16), ops.choose(torch.device("cpu"), "hmc")  # whichever is fast: formulas agree elsewhere
-    out = chains(sampler, Along(), prior, CHAINS, TRANSITIONS * sampler.transition, backend=backend, seed=SEED)
+    out = chains(sampler, Along(), prior, CHAINS, TRANSITIONS * sampler.traits.transition_steps, backend=backend, seed=SEED)
     lengths = [x[:, 1:].norm(dim=1) for x in (prior.sample(out.ids, SEED), out.latents)]
     return out.latents[:, 0], out.latents[:, 1:], float(torch.corrcoef(torch.stack(lengths))[0, 1])
 
@@ -120,7 +120,7 @@ def of_one_length(z, eps, leapfrog, latent):
     ids, eps = torch.arange(N), torch.full((N, 1), eps, dtype=z.dtype)
     (u, g), accepted = energy(z), torch.zeros(N)
     for step in range(0, TRANSITIONS_OF_FEW * leapfrog, leapfrog):
-        drawn = ops.normal(SEED, ids, torch.full((N,), step), F, Stream.PROPOSAL, z.dtype)
+        drawn = normal(SEED, ids, torch.full((N,), step), F, Stream.PROPOSAL, z.dtype)
         p, q = drawn - 0.5 * eps * g, z
         for inner in range(leapfrog):
             p = p - eps * g2 if inner else p  # noqa: F821
@@ -128,7 +128,7 @@ def of_one_length(z, eps, leapfrog, latent):
             u2, g2 = energy(q)
         before, after = drawn.double(), p.double() - 0.5 * eps.double() * g2.double()
         ratio = (u - u2).double() + (0.5 * ((before - after) * (before + after))).sum(1)
-        drawn = ops.uniform(SEED, ids, torch.full((N,), step + leapfrog), 1, Stream.ACCEPT)[:, 0]
+        drawn = uniform(SEED, ids, torch.full((N,), step + leapfrog), 1, Stream.ACCEPT)[:, 0]
         accept = torch.log(drawn.to(z.dtype).double()) < ratio
         z, g = (torch.where(accept[:, None], new, old) for new, old in ((q, z), (g2, g)))
         u, accepted = torch.where(accept, u2, u), accepted + accept

@@ -1,4 +1,4 @@
-"""Rows of context that follow their samples, in Triton; specification: ``fastrefine.ops.follow``."""
+"""Copies of context rows from the pool into the slots, in Triton; specification: ``fastrefine.ops.copy_context``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = {4: tl.int32, 1: tl.uint8}  # by bytes
 
 
 @triton.jit
-def follow_rows(table_ptr, source_ptr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def copy_rows(table_ptr, source_ptr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     """A program per slot and tensor. table (n, 3) int64: address of the slots' rows, of the pool's, words of a row."""
     slot = tl.program_id(0).to(tl.int64)
     entry = table_ptr + tl.program_id(1) * 3
@@ -49,7 +49,7 @@ class _Table:
 
 def _table(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor, ...]) -> _Table:
     key = tuple((c.data_ptr(), p.data_ptr(), c[0].numel() * c.itemsize) for c, p in zip(context, pool_context, strict=True))
-    known = slots.cache.get("triton.follow")
+    known = slots.cache.get("triton.copy_context")
     if isinstance(known, _Table) and known.key == key:
         return known
     device = slots.source.device
@@ -59,14 +59,14 @@ def _table(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor
     size = 4 if all(number % 4 == 0 for entry in key for number in entry) else 1
     rows = torch.tensor([[own, pool, count // size] for own, pool, count in key], dtype=torch.int64, device=device)
     table = _Table(key, (*context, *pool_context), WORDS[size], rows)
-    slots.cache["triton.follow"] = table
+    slots.cache["triton.copy_context"] = table
     return table
 
 
-def follow(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor, ...]) -> None:
-    """As ``ops.follow``, on GPU tensors (CPU tensors under TRITON_INTERPRET=1)."""
+def copy_context(slots: Slots, context: tuple[Tensor, ...], pool_context: tuple[Tensor, ...]) -> None:
+    """As ``ops.copy_context``, on GPU tensors (CPU tensors under TRITON_INTERPRET=1)."""
     if not context:
         return
     table = _table(slots, context, pool_context)
     with torch.cuda.device_of(slots.source):
-        follow_rows[(len(slots.source), len(context))](table.rows, slots.source, WORD=table.word, BLOCK=TURN)
+        copy_rows[(len(slots.source), len(context))](table.rows, slots.source, WORD=table.word, BLOCK=TURN)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.ops import normal, uniform
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream, normal, uniform
 from tests.closed_forms import BACKENDS, serving
 
 DIM, STEPS, SEED, N = 4, 12, 2**40 + 9, 9
