@@ -61,5 +61,5 @@ def test_the_usual_loop_is_timed_in_float32(monkeypatch):
         return original(*given)
 
     monkeypatch.setattr(throughput, "_loop", loop)
-    throughput.Bench(refiner(pair()), 1, 0.01)._b0("input")
+    throughput.Bench(refiner(pair()), 1, 0.01).b0("input")
     assert seen == {(False, "ieee")}

@@ -16,7 +16,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 # DESIGN section 6. A module may import from its own layer and from those below; modules not named stand anywhere.
 LAYERS = (
-    {"__main__", "cli", "experiments"},
+    {"__main__", "cli", "demo"},
     {"shaping"},
     {"refiner", "session"},
     {"engine"},

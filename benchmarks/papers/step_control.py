@@ -1,0 +1,222 @@
+"""Backtracking against fixed steps over three decades of step size.
+
+The same proposals are refined by Collaborative (nonsaturating, sgd) with control="fixed" and "backtracking", stopped at the
+median real logit or after 50 steps: the imbalanced ring of [CS] in data space, by D as it is and shaped, and in the latent;
+the Swiss roll of [CS0] in data space; the demo's digits, and with data MNIST, at the layer of their recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fastrefine as fr
+from benchmarks.papers import cases, plane_plot, result_file, training
+from benchmarks.papers.cases import CONTROLS, QUICK_RING, QUICK_RUN, SHAPING, Case, Quality, Shaping, curve
+from benchmarks.papers.cells import Cells
+from benchmarks.papers.plane import EARLY, RING, Plane, smaller
+from benchmarks.papers.result_file import against, claim, mean
+from fastrefine import settings
+from fastrefine.demo.recipes import DIGITS, MNIST
+from fastrefine.demo.recipes import Recipe as ImageRecipe
+
+Row = dict[str, Any]
+
+GOOD = Quality("good", "good samples", 0.05, higher=True)
+KL = Quality("kl", "KL (nats)", 0.05)
+DISTANCE = Quality("distance", "distance", 0.25, relative=True)
+FRECHET = Quality("frechet_distance", "Frechet distance", 0.25, relative=True)
+SCORE = Quality("classifier_score", "classifier score", 0.25, higher=True)
+STEPS = Quality("mean_steps", "mean steps", 1.0)
+QUALITIES = {
+    "ring": (GOOD, KL), "ring, latent": (GOOD, KL), "ring, shaped D": (GOOD, KL), "Swiss roll": (DISTANCE, GOOD),
+    "digits": (FRECHET, SCORE), "MNIST": (FRECHET, SCORE),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one run does; fixed before the claims were looked at.
+
+    points, images: samples a row. point_seeds, image_seeds: how many sampling seeds, from the training's on.
+    """
+
+    ring: Plane = RING
+    ring_steps: int = 3000
+    roll: Plane = EARLY
+    roll_steps: int = 3000
+    point_sizes: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    image_sizes: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    max_steps: int = 50
+    shaping: Shaping = SHAPING
+    points: int = 10_000
+    images: int = 2000
+    point_seeds: int = 3
+    image_seeds: int = 1
+    classifier_steps: int | None = None  # None: the image recipe's
+
+
+FULL = Recipe()
+QUICK = Recipe(
+    ring=QUICK_RING, ring_steps=250, roll=smaller(EARLY, 100), roll_steps=20, point_sizes=(30.0,), image_sizes=(30.0,),
+    max_steps=10, shaping=Shaping(3, 100, max_steps=4), points=200, images=50, point_seeds=1, classifier_steps=5,
+)  # fmt: skip
+
+
+def point_cases(cells: Cells, recipe: Recipe, seed: int) -> Iterator[Case]:
+    """The ring thrice and the roll once."""
+    ring = cases.ring(cells, recipe.ring, recipe.ring_steps, seed)
+    yield ring
+    yield replace(ring, name="ring, latent", at="input")
+    yield cases.shaped(
+        cells, f"ring-shaped-{seed}", "ring, shaped D", ring, lambda: cases.shape_points(ring, recipe.shaping, None, seed)
+    )
+    yield cases.swiss_roll(cells, recipe.roll, recipe.roll_steps, seed)
+
+
+def image_case(cells: Cells, images: ImageRecipe, recipe: Recipe, data: Path | None, seed: int) -> Case:
+    """The digits or MNIST, judged by a classifier trained here."""
+    loaded, steps = images.load(data), recipe.classifier_steps or images.classifier_steps
+    own = Cells(cells.folder / images.name, recipe)  # each set has a classifier of its own
+    judge = training.trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
+    return cases.images(images, loaded.train, judge)
+
+
+def sweep(
+    cells: Cells, case: Case, recipe: Recipe, sizes: Sequence[float], samples: int, seed: int, seeds: int
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of a case: its proposals as they are, then every control and step size; sampling seeds seed, seed + 1, ..."""
+    plans: list[tuple[str, float | None]] = [("none", None), *((c, size) for c in CONTROLS for size in sizes)]
+    for control, size in plans:
+        moved = ("fixed", 1.0, 0) if size is None else (control, size, recipe.max_steps)
+        refiner = case.refiner(*moved, fr.stopping.MedianOfReal())
+        rows = [
+            cells.row(f"{seed}-{case.name}-{control}-{size}-{s}", lambda s=s, r=refiner, c=control, z=size: {  # type: ignore[misc]
+                "set": case.name, "at": case.at, "control": c, "step_size": z, "seed": seed, "sampling_seed": s,
+                "samples": samples, **_measured(case, r, samples, s),
+            })
+            for s in range(seed, seed + seeds)
+        ]  # fmt: skip
+        print(line(rows), file=sys.stderr, flush=True)
+        yield from rows
+
+
+def _measured(case: Case, refiner: fr.Refiner, samples: int, seed: int) -> Row:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fr.FastrefineWarning)  # what they say of a step size stands in the row
+        out = refiner.sample(samples, seed=seed)
+    told = fr.diagnose_steps(out, refiner.sampler)
+    return {
+        **case.measure(out.images), "mean_steps": float(out.steps.double().mean()), "falls": told.falls,
+        "reached": told.reached, "nonfinite": told.nonfinite, "gain": told.gain, "stable": told.stable,
+        "step_sizes_reached": told.step_sizes, "backend": out.report["backend"],
+    }  # fmt: skip
+
+
+def line(rows: Sequence[Row]) -> str:
+    """Rows of one set, control and step size as text, means over seeds."""
+    first = rows[0]
+    size = "" if first["step_size"] is None else f"{first['step_size']:g}"
+    keys = [q.key for q in QUALITIES[first["set"]]] + ["mean_steps", "falls"]
+    return f"{first['set']:<15}{first['control']:<13}{size:<6}" + "".join(f"  {key} {mean(rows, key):.4g}" for key in keys)
+
+
+def claims(rows: Sequence[Row]) -> list[Row]:
+    """What is claimed of every set and figure of merit; two values count as alike within ``Quality.alike``."""
+    found = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for q in QUALITIES[name]:
+            fixed, ours = (curve(rows, "step_size", q.key, set=name, control=control) for control in CONTROLS)
+            raw = curve(rows, "step_size", q.key, set=name, control="none")[None]
+            best_fixed, worst_fixed = min(fixed.values(), key=q.loss), max(fixed.values(), key=q.loss)
+            best, worst = min(ours.values(), key=q.loss), max(ours.values(), key=q.loss)
+            exceptions = [size for size in ours if q.loss(ours[size]) > q.loss(fixed[size]) + q.bound]
+            below = [size for size in ours if q.loss(ours[size]) > q.loss(raw) + q.bound]
+            told: Row = {"set": name, "quality": q.key}
+            of, margin = f"{name}, {q.label}", q.margin
+            found += [
+                claim(f"{of}: backtracking's worst is within {margin} of its best",
+                      q.loss(worst) <= q.loss(best) + q.bound, **told, best=best, worst=worst),
+                claim(f"{of}: fixed steps' worst is worse than backtracking's worst by more than {margin}",
+                      q.loss(worst_fixed) > q.loss(worst) + q.bound, **told, fixed_best=best_fixed, fixed_worst=worst_fixed,
+                      worst=worst),
+                claim(f"{of}: backtracking's best is within {margin} of fixed steps' best, or better",
+                      q.loss(best) <= q.loss(best_fixed) + q.bound, **told, fixed_best=best_fixed, best=best),
+                claim(f"{of}: at no step size is backtracking worse than fixed steps by more than {margin}",
+                      not exceptions, **told, exceptions=exceptions),
+                claim(f"{of}: at no step size is backtracking worse than no refinement by more than {margin}",
+                      not below, **told, raw=raw, exceptions=below),
+            ]  # fmt: skip
+    return found
+
+
+def comparison(rows: Sequence[Row]) -> list[Row]:
+    """No paper has the figures: each set's worst over the step sizes, of both controls, by seed."""
+    found = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        q = QUALITIES[name][0]
+        for control in CONTROLS:
+            mine = [row for row in rows if row["set"] == name and row["control"] == control]
+            seeds = dict.fromkeys((row["seed"], row["sampling_seed"]) for row in mine)
+            worst = [max((r[q.key] for r in mine if (r["seed"], r["sampling_seed"]) == s), key=q.loss) for s in seeds]
+            headline = name in ("ring, shaped D", "MNIST")
+            found.append(against(f"{name}, {control}, worst step size", q.label, None, worst, q.better, headline=headline))
+    return found
+
+
+def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
+    """The experiment; writes result.json and step-control.png into ``outdir``, returns the former.
+
+    seeds: of the trainings, and of each the first of its sampling seeds. data: MNIST's folder, else MNIST is left out.
+    """
+    recipe = QUICK if quick else FULL
+    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
+    rows: list[Row] = []
+    with settings.threads_for(flops=0.0):  # these networks are small
+        for seed in seeds:
+            for case in point_cases(cells, recipe, seed):
+                rows += sweep(cells, case, recipe, recipe.point_sizes, recipe.points, seed, recipe.point_seeds)
+            for images, path in ((DIGITS, None), (MNIST, data)):
+                if images is DIGITS or path is not None:
+                    case = image_case(cells, images, recipe, path, seed)
+                    rows += sweep(cells, case, recipe, recipe.image_sizes, recipe.images, seed, recipe.image_seeds)
+    record = result_file.write(
+        outdir, "step_control", rows=rows, recipe=asdict(recipe), reduced=quick, seeds=list(seeds),
+        reductions=[QUICK_RUN] * quick,
+        data=None if data is None else "mnist", claims=claims(rows), comparison=comparison(rows),
+    )  # fmt: skip
+    draw(outdir / "step-control.png", record["rows"])
+    return record
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """A PNG from rows, a result.json's too: a row of panels for each set, its figures of merit and mean steps by step size."""
+    names = list(dict.fromkeys(row["set"] for row in rows))
+    height = 1.6 * len(names) + 0.6
+    figure, axes = plane_plot.subplots(len(names), 3, 8.5 / 3, height / len(names))
+    for line_of_axes, name in zip(axes, names, strict=True):
+        line_of_axes[0].set_ylabel(name, fontsize=10, fontweight="bold")
+        for axis, q in zip(line_of_axes, (*QUALITIES[name], STEPS), strict=True):
+            known = [row for row in rows if row.get(q.key) is not None]
+            for control, color in zip(CONTROLS, ("C1", "C0"), strict=True):
+                points = curve(known, "step_size", q.key, set=name, control=control)
+                axis.plot(points.keys(), points.values(), label=control, color=color, marker="o", linewidth=1.5, markersize=3.5)
+            for raw in () if q is STEPS else curve(known, "step_size", q.key, set=name, control="none").values():
+                axis.axhline(raw, color="0.4", linestyle="--", linewidth=1, label="not refined")
+            axis.set_xscale("log")
+            low, high = axis.get_ylim()
+            missing = max(3 * q.alike * (abs(low) if q.relative else 1) - (high - low), 0) / 2  # or mere noise fills a panel
+            axis.set_ylim(*(0, high) if q is STEPS else (low - missing, high + missing))
+            better = "" if q is STEPS else ", higher is better" if q.higher else ", lower is better"
+            axis.set_title(q.label + better, fontsize=8, pad=3)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("step size", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height), pad=0.5, h_pad=0.4)
+    plane_plot.save(figure, path)
