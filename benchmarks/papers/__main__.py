@@ -33,25 +33,19 @@ def list_() -> None:
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="Real images, where the experiment takes them.")
 def run(name: str, outdir: Path, seeds: tuple[int, ...], quick: bool, data: Path | None) -> None:
     """Run experiment NAME into DIR/NAME; prints what it claims and whether it holds."""
-    from benchmarks.papers import result_file
-
-    record = EXPERIMENTS[name].run(outdir, seeds=seeds, quick=quick, data=data)
-    result_file.tell(record)
+    for claim in EXPERIMENTS[name].run(outdir, seeds=seeds, quick=quick, data=data)["claims"]:
+        click.echo(f"{'holds' if claim['holds'] else 'FAILS'}: {claim['claim']}")
     click.echo(f"wrote {outdir / name / 'result.json'}", err=True)
 
 
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--summary", is_flag=True, help="Print README's table instead: a few figures of each experiment.")
+@click.option("--summary", is_flag=True, help="Print two tables instead: a few figures of each experiment, and its claims.")
 def report(directory: Path, summary: bool) -> None:
-    """One page of all results under DIR: report.md and report.html, published figures beside ours."""
+    """One page of all results under DIR: report.md, published figures beside ours."""
     from benchmarks.papers import report as reporting
 
-    if summary:
-        click.echo(reporting.summary(directory))
-        return
-    for path in reporting.write(directory):
-        click.echo(f"wrote {path}")
+    click.echo(reporting.summary(directory) if summary else f"wrote {reporting.write(directory)}")
 
 
 if __name__ == "__main__":

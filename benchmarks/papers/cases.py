@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 
 import fastrefine as fr
 from benchmarks.papers import training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.mixtures import IMBALANCED8
-from benchmarks.papers.plane import LATENT_DIM, RING, Plane, draw_roll, measure_roll
-from benchmarks.papers.plane_rows import REAL
-from fastrefine.demo import gan
+from benchmarks.papers.mixtures import IMBALANCED8, draw_roll, measure_roll
+from benchmarks.papers.plane import LATENT_DIM, RING, Plane
+from benchmarks.papers.table import Table
 from fastrefine.demo.gan import Draw, Training
 from fastrefine.demo.judge import Judge
 from fastrefine.demo.recipes import Recipe as ImageRecipe
@@ -25,9 +22,8 @@ from fastrefine.demo.recipes import embedded
 from fastrefine.stopping import StopRule
 
 QUICK_RING = replace(RING, hidden=(64,) * 3, training=Training(100, "adam", (2e-3, 2e-3)))  # in 250 steps half are good
-QUICK_RUN = "a quick run: all sizes reduced"  # what is said of it
 CONTROLS = ("fixed", "backtracking")
-NUM_REAL = 10_000  # points that stop and measure two-dimensional samples
+REAL, NUM_REAL = 12345, 10_000  # seed and number of the points that stop and measure two-dimensional samples
 POINT_SLOTS = 2500
 
 
@@ -63,20 +59,6 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Shaping:
-    """[CS] Alg. 2 with SGD at its rate, on batches refined with backtracking."""
-
-    iterations: int
-    batch: int
-    rate: float = 8e-3
-    step_size: float = 1.0
-    max_steps: int = 50
-
-
-SHAPING = Shaping(500, 500)  # [CS]: 5,000 iterations of batch 1,000
-
-
-@dataclass(frozen=True)
 class Case:
     """A trained pair, the layer ``at`` which it is refined, and how its samples are measured."""
 
@@ -97,17 +79,15 @@ class Case:
         )  # fmt: skip
 
 
-def ring(cells: Cells, plane: Plane, steps: int, seed: int) -> Case:
+def ring(table: Table, plane: Plane, steps: int) -> Case:
     """[CS]'s imbalanced ring in data space."""
-    g, d = _trained(cells, f"ring-{seed}", plane, IMBALANCED8.draw, steps, seed)
-    real = IMBALANCED8.draw(NUM_REAL, torch.Generator().manual_seed(REAL))
+    g, d, real = _trained(table, "ring", plane, IMBALANCED8.draw, steps)
     return Case("ring", g, d, "output", LATENT_DIM, real, IMBALANCED8.measure, POINT_SLOTS)
 
 
-def swiss_roll(cells: Cells, plane: Plane, steps: int, seed: int) -> Case:
+def swiss_roll(table: Table, plane: Plane, steps: int) -> Case:
     """[CS0]'s Swiss roll in data space."""
-    g, d = _trained(cells, f"roll-{seed}", plane, draw_roll, steps, seed)
-    real = draw_roll(NUM_REAL, torch.Generator().manual_seed(REAL))
+    g, d, real = _trained(table, "roll", plane, draw_roll, steps)
     return Case("Swiss roll", g, d, "output", LATENT_DIM, real, lambda x: measure_roll(x, real), POINT_SLOTS)
 
 
@@ -117,26 +97,12 @@ def images(recipe: ImageRecipe, real: Tensor, judge: Judge) -> Case:
     return Case(name, *embedded(recipe), recipe.at, recipe.latent, real[: recipe.reference], judge, recipe.num_slots)
 
 
-def shaped(cells: Cells, key: str, name: str, case: Case, make: Callable[[], nn.Module]) -> Case:
-    """The same with its discriminator shaped: from ``cells``, or now by ``make``."""
-    return replace(case, name=name, discriminator=cells.network(key, copy.deepcopy(case.discriminator), make))
-
-
-def shape_points(case: Case, shaping: Shaping, stop: StopRule | None, seed: int) -> nn.Module:
-    """The discriminator of a two-dimensional case, shaped on samples that leave by a stop rule, or at a uniform step."""
-    refiner = case.refiner("backtracking", shaping.step_size, shaping.max_steps, stop)
-    return fr.shape_discriminator(
-        refiner, case.real, shaping.iterations, shaping.batch, shaping.rate, stop=stop, optimizer="sgd", seed=seed
-    )
-
-
-def shape_images(
-    refiner: fr.Refiner, recipe: ImageRecipe, real: Tensor, iterations: int, stop: StopRule | None, seed: int
-) -> nn.Module:  # fmt: skip
-    """The discriminator of a refiner, shaped by the demo's recipe but for the ``iterations`` and the stop rule."""
-    return fr.shape_discriminator(
-        refiner, real, iterations, recipe.shaping_batch, recipe.shaping_rate, stop=stop, betas=(0.5, 0.9), seed=seed
-    )
+def shaped_points(table: Table, key: str, name: str, case: Case, stop: StopRule | None) -> Case:
+    """A two-dimensional case whose D is shaped by SGD, on samples that leave by a stop rule, or at a uniform step."""
+    recipe = table.recipe
+    refiner = case.refiner("backtracking", recipe.step_size, recipe.shaping_steps, stop)
+    (_, empty), real = recipe.ring.networks(0), case.real
+    return replace(case, name=name, discriminator=table.trained(key, empty, refiner, real, stop=stop, optimizer="sgd"))
 
 
 def curve(rows: Sequence[Mapping[str, Any]], x: str, key: str, **where: Any) -> dict[float | None, float]:
@@ -148,5 +114,8 @@ def curve(rows: Sequence[Mapping[str, Any]], x: str, key: str, **where: Any) -> 
     return {value: sum(ys) / len(ys) for value, ys in found.items()}
 
 
-def _trained(cells: Cells, name: str, plane: Plane, draw: Draw, steps: int, seed: int) -> gan.Pair:
-    return training.checkpoints(cells, name, lambda: plane.trainer(draw, seed), (steps,))[steps]
+def _trained(table: Table, name: str, plane: Plane, draw: Draw, steps: int) -> tuple[nn.Module, nn.Module, Tensor]:
+    """(G, D, real samples)."""
+    seed = table.seed
+    pairs = training.checkpoints(table.cells, f"{name}-{seed}", lambda: plane.trainer(draw, seed), (steps,))
+    return *pairs[steps], draw(NUM_REAL, torch.Generator().manual_seed(REAL))

@@ -13,7 +13,7 @@ from fastrefine.errors import InputError
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: module.run(outdir, seeds=, quick=, data=) writes result.json and pictures, returns the record.
+    """One experiment: what the list says of it, and how it is run.
 
     seeds: of a full run; a quick one takes the first. data: what --data names, empty where none is taken; needs_data:
     whether a full run needs it (a quick one makes its own). minutes: of a full run on one core, about.
@@ -33,9 +33,15 @@ class Experiment:
             raise InputError(f"{self.name} makes its data itself; leave --data out")
         if data is None and self.needs_data and not quick:
             raise InputError(f"{self.name} needs --data: {self.data}")
-        module = importlib.import_module(f"benchmarks.papers.{self.name}")
+        from benchmarks.papers.run import run
+
         chosen = tuple(seeds) or (self.seeds[:1] if quick else self.seeds)
-        return module.run(outdir / self.name, seeds=chosen, quick=quick, data=data)
+        return run(self.paper(), self.name, outdir / self.name, seeds=chosen, quick=quick, data=data)
+
+    def paper(self) -> Any:
+        """What makes its rows, see ``run.Paper``: the module of its name, or PAPER in it."""
+        module = importlib.import_module(f"benchmarks.papers.{self.name}")
+        return getattr(module, "PAPER", module)
 
 
 _MNIST = "a folder with MNIST's four original .gz files"

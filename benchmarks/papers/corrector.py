@@ -7,174 +7,144 @@ scikit-learn's 8x8 digits; Frechet distance and classifier score on a classifier
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import base_models, result_file, training
+from benchmarks.papers import base_models, plots, training
 from benchmarks.papers.base_models import VAE, Flow
-from benchmarks.papers.cases import QUICK_RUN
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.result_file import against, claim, pick
-from fastrefine import settings
-from fastrefine.datasets import Images
-from fastrefine.demo import picture
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim, pick
+from benchmarks.papers.run import Run
+from benchmarks.papers.table import Made, Table
 from fastrefine.demo.gan import build, train_gan
-from fastrefine.demo.judge import Judge
 from fastrefine.demo.recipes import DIGITS
-from fastrefine.models import digits as networks
 from fastrefine.models.default import default_discriminator
 
-SHOWN = 16  # columns of the picture: the first ids, not chosen ones
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Trainings and refinement of one seed. Chosen on seed 0, the same for all.
-
-    fit_*: fit_discriminator of D_phi (for g_phi, on the training images) and fit_corrector, both with the default D.
-    step_size, max_steps: DGflow (KL, gamma .01) on `at`, "input" (the latent) or "output" (the image), by model.
-    """
-
-    vae_latent: int = 16
-    vae_steps: int = 3000
-    flow_layers: int = 8
-    flow_width: int = 64
-    flow_steps: int = 1000
-    flow_weight_decay: float = 0.1
-    gan_steps: int = 5000
-    fit_iterations: int = 2000
-    fit_batch: int = 64
-    fit_rate: float = 1e-3
-    fit_patience: int = 5
-    reference_samples: int = 10_000
-    at: str = "input"
-    step_size: float = 0.03
-    max_steps: int = 25
-    samples: int = 4000
-    classifier_steps: int = DIGITS.classifier_steps
-
-
-FULL = Recipe()
-QUICK = replace(
-    FULL, vae_steps=80, flow_layers=2, flow_steps=20, gan_steps=50, fit_iterations=30, fit_batch=32, reference_samples=200,
+# Chosen on seed 0, the same for all. fit_*: fit_discriminator of D_phi (for g_phi, on the training images) and fit_corrector,
+# both with the default D. step_size, max_steps: DGflow (KL, gamma .01) at ``at``, "input" (the latent) or "output" (the image).
+FULL = Recipe(
+    at="input", step_size=0.03, max_steps=25, samples=4000, classifier_steps=DIGITS.classifier_steps,
+    own=dict(
+        vae_latent=16, vae_steps=3000, flow_layers=8, flow_width=64, flow_steps=1000, flow_weight_decay=0.1, gan_steps=5000,
+        fit_iterations=2000, fit_batch=64, fit_rate=1e-3, fit_patience=5, reference_samples=10_000,
+    ),
+)  # fmt: skip
+QUICK = FULL.but(
+    vae_steps=80, flow_layers=2, flow_steps=20, gan_steps=50, fit_iterations=30, fit_batch=32, reference_samples=200,
     step_size=0.5, max_steps=4, samples=200, classifier_steps=60,
 )  # fmt: skip
+REDUCTIONS = ("digits in place of [DGflow]'s CIFAR-10 and STL-10",)
+STAGES = ("raw", "uncorrected", "refined")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A trained generator that is no GAN, with its prior."""
+    """A trained generator, with its prior."""
 
     name: str
     generator: nn.Module
     prior: fr.Normal
 
 
-def train_bases(cells: Cells, recipe: Recipe, data: Images, seed: int) -> list[Base]:
-    """The VAE and the flow."""
-    shape = tuple(data.train.shape[1:])
+class Corrected(Table):
+    """The trainings and rows of one seed."""
 
-    def trained(name: str, factory: Callable[[], VAE | Flow], steps: int, weight_decay: float = 0.0) -> nn.Module:
-        def make() -> nn.Module:
-            model = build(factory, seed)
-            base_models.train(model, data.train, steps=steps, weight_decay=weight_decay, seed=seed)
-            return model
+    def __init__(self, run: Run, seed: int):
+        super().__init__(run.cells(), run.recipe, seed)
+        self.data = DIGITS.load(None)
+        steps = self.recipe.classifier_steps
+        self.judge = training.trained_judge(self.cells, DIGITS.classifier, self.data, seed=seed, steps=steps)
+        self.gan = Base("gan", self._trained_gan(), fr.Normal(DIGITS.latent))
+        # fitted for the generator afterwards, for a GAN's own D is no calibrated ratio
+        self.d_phi = self._fitted("d-phi", lambda n, **o: fr.fit_discriminator(
+            self.gan.generator, self.data.train, n, prior=self.gan.prior, **o
+        ))  # fmt: skip
 
-        return cells.network(f"{name}-{seed}", build(factory, seed), make)
+    def rows(self) -> Iterator[Row]:
+        """The data's and the GAN's, then each base generator's."""
+        judge, seed, train = self.judge, self.seed, self.data.train
+        yield {"seed": seed, "model": "data", "stage": "training images", **judge(train), "logit": None}
+        samples = self.refiner(self.gan, self.d_phi, max_steps=0).sample(self.recipe.samples, seed=seed)
+        logit = float(samples.logits.mean())
+        yield {"seed": seed, "model": "gan", "stage": "raw", **judge(samples.images), "logit": logit}
+        for base in self.bases():
+            yield from self._of(base)
 
-    vae = trained("vae", lambda: VAE(shape, recipe.vae_latent), recipe.vae_steps)
-    flow = trained(
-        "flow", lambda: Flow(data.train, recipe.flow_layers, recipe.flow_width), recipe.flow_steps, recipe.flow_weight_decay
-    )
-    return [
-        Base("vae", vae, fr.Normal(recipe.vae_latent)),
-        Base("flow", flow, fr.Normal(data.train[0].numel())),
-    ]
+    def bases(self) -> list[Base]:
+        """The VAE and the flow."""
+        recipe, train = self.recipe, self.data.train
+
+        def trained(name: str, factory: Callable[[], VAE | Flow], steps: int, weight_decay: float = 0.0) -> nn.Module:
+            def make() -> nn.Module:
+                model = build(factory, self.seed)
+                base_models.train(model, train, steps=steps, weight_decay=weight_decay, seed=self.seed)
+                return model
+
+            return self.cells.network(f"{name}-{self.seed}", build(factory, self.seed), make)
+
+        vae = trained("vae", lambda: VAE(tuple(train.shape[1:]), recipe.vae_latent), recipe.vae_steps)
+        flow = trained(
+            "flow", lambda: Flow(train, recipe.flow_layers, recipe.flow_width), recipe.flow_steps, recipe.flow_weight_decay
+        )
+        return [Base("vae", vae, fr.Normal(recipe.vae_latent)), Base("flow", flow, fr.Normal(train[0].numel()))]
+
+    def refiner(self, base: Base, discriminator: nn.Module, max_steps: int | None = None) -> fr.Refiner:
+        """DGflow along the gradient of a discriminator; max_steps: the recipe's unless given."""
+        recipe = self.recipe
+        return fr.Refiner(
+            base.generator, discriminator, fr.DGflow(recipe.step_size), at=recipe.at, prior=base.prior,
+            max_steps=recipe.max_steps if max_steps is None else max_steps,
+        )  # fmt: skip
+
+    def _of(self, base: Base) -> Iterator[Row]:
+        """Raw, refined with D_phi alone, refined with D_phi + D_lambda, whose mean is ``logit`` in every row."""
+        corrector = self._fitted(f"d-lambda-{base.name}", lambda n, **o: fr.fit_corrector(
+            base.generator, self.gan.generator, n, prior=base.prior, reference_prior=self.gan.prior,
+            reference_samples=self.recipe.reference_samples, **o,
+        ))  # fmt: skip
+        total = fr.SumDiscriminator(self.d_phi, corrector)
+        by = {"raw": (total, 0), "uncorrected": (self.d_phi, None), "refined": (total, None)}
+        scoring = self.refiner(base, total)
+
+        def row(stage: str) -> Made:
+            out = self.refiner(base, *by[stage]).sample(self.recipe.samples, seed=self.seed)
+            figures = {**self.judge(out.images), "logit": float(scoring.score(out.images).mean())}
+            return {"images": out.images, "logits": out.logits}, figures
+
+        for stage in STAGES:
+            yield self.kept({"model": base.name, "stage": stage}, lambda stage=stage: row(stage))  # type: ignore[misc]
+
+    def _trained_gan(self) -> nn.Module:
+        def train() -> nn.Module:
+            g, d = build(DIGITS.generator, self.seed), build(DIGITS.discriminator, self.seed + 100)
+            train_gan(
+                g, d, self.data.train, latent_dim=DIGITS.latent, steps=self.recipe.gan_steps, seed=self.seed,
+                learning_rate=DIGITS.learning_rate, r1=DIGITS.r1,
+            )  # fmt: skip
+            return g
+
+        return self.cells.network(f"gan-{self.seed}", build(DIGITS.generator, self.seed), train)
+
+    def _fitted(self, name: str, fit: Callable[..., nn.Module]) -> nn.Module:
+        recipe = self.recipe
+        options: dict[str, Any] = dict(
+            batch_size=recipe.fit_batch, learning_rate=recipe.fit_rate, check_every=100, patience=recipe.fit_patience,
+            seed=self.seed,
+        )  # fmt: skip
+        empty = build(lambda: default_discriminator(tuple(self.data.train.shape[1:])), 0)
+        return self.cells.network(f"{name}-{self.seed}", empty, lambda: fit(recipe.fit_iterations, **options))
 
 
-def train_reference(cells: Cells, recipe: Recipe, data: Images, seed: int) -> tuple[Base, nn.Module]:
-    """The GAN's generator g_phi, and D_phi: fitted for it afterwards, for a GAN's own D is no calibrated ratio."""
-
-    def train() -> nn.Module:
-        g, d = build(DIGITS.generator, seed), build(DIGITS.discriminator, seed + 100)
-        rates, r1 = DIGITS.learning_rate, DIGITS.r1
-        train_gan(g, d, data.train, latent_dim=DIGITS.latent, steps=recipe.gan_steps, learning_rate=rates, r1=r1, seed=seed)
-        return g
-
-    g = cells.network(f"gan-{seed}", build(DIGITS.generator, seed), train)
-    gan = Base("gan", g, fr.Normal(networks.DIGITS_LATENT_DIM))
-    d_phi = cells.network(
-        f"d-phi-{seed}", _discriminator(data.train),
-        lambda: fr.fit_discriminator(g, data.train, recipe.fit_iterations, prior=gan.prior, **_fitting(recipe, seed)),
-    )  # fmt: skip
-    return gan, d_phi
-
-
-def correct(
-    cells: Cells, base: Base, gan: Base, d_phi: nn.Module, recipe: Recipe, images: Tensor, seed: int
-) -> fr.SumDiscriminator:  # fmt: skip
-    """The discriminator of ``base``: D_phi + D_lambda; images: any of the data's shape."""
-    corrector = cells.network(
-        f"d-lambda-{base.name}-{seed}", _discriminator(images),
-        lambda: fr.fit_corrector(
-            base.generator, gan.generator, recipe.fit_iterations, prior=base.prior, reference_prior=gan.prior,
-            reference_samples=recipe.reference_samples, **_fitting(recipe, seed),
-        ),
-    )  # fmt: skip
-    return fr.SumDiscriminator(d_phi, corrector)
-
-
-def _discriminator(images: Tensor) -> nn.Module:
-    return build(lambda: default_discriminator(tuple(images.shape[1:])), 0)
-
-
-def _fitting(recipe: Recipe, seed: int) -> dict[str, Any]:
-    return dict(
-        batch_size=recipe.fit_batch, learning_rate=recipe.fit_rate, check_every=100, patience=recipe.fit_patience, seed=seed
-    )
-
-
-def refiner(base: Base, discriminator: nn.Module, recipe: Recipe, max_steps: int | None = None) -> fr.Refiner:
-    """DGflow along the gradient of a discriminator; max_steps: the recipe's unless given."""
-    return fr.Refiner(
-        base.generator, discriminator, fr.DGflow(recipe.step_size), at=recipe.at, prior=base.prior,
-        max_steps=recipe.max_steps if max_steps is None else max_steps,
-    )  # fmt: skip
-
-
-def compare(
-    cells: Cells, base: Base, d_phi: nn.Module, total: nn.Module, judge: Judge, recipe: Recipe, seed: int
-) -> list[Row]:  # fmt: skip
-    """Rows of one base generator: raw, refined with D_phi alone, refined with the sum; their first images go into ``cells``.
-
-    ``logit`` is the mean of D_phi + D_lambda in every row.
-    """
-
-    def make() -> list[Row]:
-        ours = refiner(base, total, recipe)
-        stages = {
-            "raw": refiner(base, total, recipe, max_steps=0),
-            "uncorrected": refiner(base, d_phi, recipe),
-            "refined": ours,
-        }
-        outs = {stage: run.sample(recipe.samples, seed=seed) for stage, run in stages.items()}
-        for stage, out in outs.items():
-            shown = {"images": out.images[:SHOWN], "logits": out.logits[:SHOWN]}
-            cells.put(f"shown-{seed}-{base.name}-{stage}", shown)
-        return [
-            {"seed": seed, "model": base.name, "stage": stage, **judge(out.images),
-             "logit": float(ours.score(out.images).mean())}
-            for stage, out in outs.items()
-        ]  # fmt: skip
-
-    return cells.row(f"rows-{seed}-{base.name}", make)
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """On the digits."""
+    corrected = Corrected(run, seed)
+    run.judged(str(seed), corrected.judge.accuracy)
+    run.told["recipe"] = run.recipe.facts() | {"chosen_on_seed": 0}
+    return corrected.rows()
 
 
 def claims(rows: Sequence[Row]) -> list[Row]:
@@ -199,57 +169,15 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
         against(f"{model}, {stage}", key, None, pick(rows, key, model=model, stage=stage), better,
                 headline=key == "frechet_distance" and stage != "uncorrected")
         for model in ("vae", "flow")
-        for stage in ("raw", "uncorrected", "refined")
+        for stage in STAGES
         for key, better in (("frechet_distance", "lower"), ("classifier_score", "higher"))
     ]  # fmt: skip
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment; writes result.json and picture.png (of the first seed) into ``outdir``, returns the former."""
-    recipe = QUICK if quick else FULL
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    rows: list[Row] = []
-    accuracy: dict[str, float] = {}
-    with settings.threads_for(flops=0.0):  # these networks are small
-        images = DIGITS.load(None)
-        for seed in seeds:
-            judge = training.trained_judge(cells, DIGITS.classifier, images, seed=seed, steps=recipe.classifier_steps)
-            accuracy[str(seed)] = judge.accuracy
-            rows.append({"seed": seed, "model": "data", "stage": "training images", **judge(images.train), "logit": None})
-            gan, d_phi = train_reference(cells, recipe, images, seed)
-            samples = refiner(gan, d_phi, recipe, max_steps=0).sample(recipe.samples, seed=seed)
-            logit = float(samples.logits.mean())
-            rows.append({"seed": seed, "model": "gan", "stage": "raw", **judge(samples.images), "logit": logit})
-            for base in train_bases(cells, recipe, images, seed):
-                total = correct(cells, base, gan, d_phi, recipe, images.train, seed)
-                found = compare(cells, base, d_phi, total, judge, recipe, seed)
-                rows += found
-                for row in found:
-                    print(line(row), file=sys.stderr)
-    record = result_file.write(
-        outdir, "corrector", rows=rows, seeds=list(seeds), recipe=asdict(recipe) | {"chosen_on_seed": 0}, reduced=True,
-        reductions=["digits in place of [DGflow]'s CIFAR-10 and STL-10", *[QUICK_RUN] * quick],
-        claims=claims(rows),
-        comparison=comparison(rows), classifier_accuracy=accuracy,
-    )  # fmt: skip
-    _draw(outdir, cells, seeds[0])
-    return record
-
-
-def line(row: Row) -> str:
-    """A row as text."""
-    return (
-        f"seed {row['seed']} {row['model']:<5}{row['stage']:<12} FD {row['frechet_distance']:6.2f}  "
-        f"CS {row['classifier_score']:5.2f}  logit {row['logit']:6.2f}"
-    )
-
-
-def _draw(outdir: Path, cells: Cells, seed: int) -> None:
-    shown = {
-        f"{name}, {stage}": cells.tensors(f"shown-{seed}-{name}-{stage}", dict)
-        for name in ("vae", "flow") for stage in ("raw", "refined")
-    }  # fmt: skip
-    rows = [(label, picture.pixels(found["images"])) for label, found in shown.items()]
-    notes = [f"{value:.1f}" for value in shown["flow, refined"]["logits"]]
-    title = f"digits, seed {seed}: the first {SHOWN} samples of a VAE and of a flow, raw and refined; logits of the last row"
-    picture.comparison(outdir / "picture.png", rows, notes, title)
+def draw(run: Run, rows: Sequence[Row]) -> None:
+    """The first samples of the first seed, raw and refined."""
+    table = Table(run.cells(), run.recipe, run.seeds[0])
+    shown = {f"{name}, {stage}": table.shown(name, stage) for name in ("vae", "flow") for stage in ("raw", "refined")}
+    title = f"digits, seed {run.seeds[0]}: the first samples of a VAE and of a flow, raw and refined; logits of the last row"
+    images: dict[str, Tensor] = {label: found["images"] for label, found in shown.items()}
+    plots.tiles(run.outdir / "picture.png", images, shown["flow, refined"]["logits"], title)

@@ -11,63 +11,53 @@ here a score of its own.
 from __future__ import annotations
 
 import statistics
-import time
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import fastrefine as fr
-from benchmarks.papers import plane_plot, result_file, training
+from benchmarks.papers import plots, training
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.mixtures import IMBALANCED8
-from benchmarks.papers.plane import LATENT_DIM, RING, Fresh, Plane, smaller
-from benchmarks.papers.result_file import against, claim, pick
-from fastrefine import settings
+from benchmarks.papers.plane import LATENT_DIM, RING
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim, pick
+from benchmarks.papers.run import Run
+from benchmarks.papers.table import Fresh, Made, Table
 from fastrefine.errors import InputError
 
-Row = dict[str, Any]
 SCORES, GAINS = ("z", "abs_z", "ece", "brier"), ("good", "kl", "js")
 REAL, FRESH = 23456, 1000  # seeds the held-out real samples, and added to the seed of a discriminator at its start
 LABELS = {"z": "Z", "abs_z": "|Z|", "ece": "ECE", "brier": "Brier"}
 PUBLISHED = {"z": (0.02, 0.15, 0.07), "ece": (-0.18, 0.32, 0.31), "brier": (-0.68, 0.51, 0.77)}  # [CS] Table 1, by GAINS
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """generator: updates of the GAN. tuned: iterations after which a discriminator is taken out. ladders: by which optimizer
-    and learning rate.
-
-    samples: chains of ``chain_length`` proposals, and the real and the raw samples of a diagnosis.
-    """
-
-    plane: Plane
-    generator: int
-    tuned: tuple[int, ...]
-    ladders: tuple[tuple[str, float], ...]
-    samples: int = 10_000
-    chain_length: int = 20
-
-
-TUNED = (10, 16, 25, 40, 63, 100, 158, 251, 398, 631, 1000, 1585, 2512, 3981)
-FULL = Recipe(RING, 3000, TUNED, (("sgd", 8e-3), ("adam", 1e-3)))
-QUICK = Recipe(smaller(RING, 200), 250, (5, 15, 40, 100, 160), (("sgd", 2.5e-2),), samples=1000, chain_length=10)
+# checkpoints: updates of the GAN. tuned: iterations after which a discriminator is taken out. ladders: by which optimizer and
+# learning rate. samples: chains, and the real and the raw samples of a diagnosis.
+FULL = Recipe(
+    plane=RING, checkpoints=(3000,), shaping_batch=RING.training.batch_size, samples=10_000, chain_length=20,
+    own=dict(
+        tuned=(10, 16, 25, 40, 63, 100, 158, 251, 398, 631, 1000, 1585, 2512, 3981), ladders=(("sgd", 8e-3), ("adam", 1e-3))
+    ),
+)  # fmt: skip
+QUICK = FULL.but(
+    plane=RING.smaller(200), checkpoints=(250,), shaping_batch=200, tuned=(5, 15, 40, 100, 160), ladders=(("sgd", 2.5e-2),),
+    samples=1000, chain_length=10,
+)  # fmt: skip
+REDUCTIONS = ()
 
 
-class Ladder:
+class Ladder(Table):
     """A seed's generator, its proposals and the discriminators that learn it."""
 
     def __init__(self, cells: Cells, recipe: Recipe, seed: int):
-        self.cells, self.recipe, self.seed = cells, recipe, seed
-        steps, plane = recipe.generator, recipe.plane
-        pairs = training.checkpoints(cells, f"gan-{seed}", lambda: plane.trainer(IMBALANCED8.draw, seed), (steps,))
+        super().__init__(cells, recipe, seed)
+        draw, (steps,) = IMBALANCED8.draw, recipe.checkpoints
+        pairs = training.checkpoints(cells, f"gan-{seed}", lambda: recipe.plane.trainer(draw, seed), (steps,))
         self.generator = pairs[steps][0]
-        self.real = IMBALANCED8.draw(recipe.samples, torch.Generator().manual_seed(REAL))
+        self.real = draw(recipe.samples, torch.Generator().manual_seed(REAL))
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.held_out, self.proposals = (
@@ -84,37 +74,38 @@ class Ladder:
             for iterations in self.recipe.tuned:
                 d = self._tuned(d, optimizer, rate, iterations, iterations - done)
                 done = iterations
-                key = f"{optimizer}-{self.seed}-{iterations}"
-                yield self.cells.row(key, lambda d=d, o=optimizer, k=iterations: self._row(d, o, k, raw))  # type: ignore[misc]
+                facts = {"name": f"D tuned {iterations} iterations", "optimizer": optimizer, "iterations": iterations}
+                yield self.kept(facts, lambda d=d: self._figures(d, raw))  # type: ignore[misc]
 
     def _tuned(self, d: nn.Module, optimizer: str, rate: float, iterations: int, more: int) -> nn.Module:
-        recipe, batch = self.recipe, self.recipe.plane.training.batch_size
+        batch, seed = self.recipe.shaping_batch, self.seed + iterations  # other samples in every stage
+        refiner = fr.Refiner(
+            self.generator, d, fr.Collaborative(0.1), at="output", prior=fr.Normal(LATENT_DIM), num_slots=batch
+        )
+        key, (_, empty) = f"D-{optimizer}-{iterations}", self.recipe.plane.networks(0)
+        return self.trained(
+            key, empty, refiner, Fresh(IMBALANCED8.draw, batch, seed), "tuned", iterations=more, rate=rate, seed=seed,
+            optimizer=optimizer,
+        )  # fmt: skip
 
-        def tune() -> nn.Module:
-            refiner = fr.Refiner(
-                self.generator, d, fr.Collaborative(0.1), at="output", prior=fr.Normal(LATENT_DIM), num_slots=batch
-            )
-            seed = self.seed + iterations  # other samples in every stage
-            real = Fresh(IMBALANCED8.draw, batch, seed)
-            return fr.tune_discriminator(refiner, real, more, batch, rate, optimizer=optimizer, seed=seed)
-
-        _, empty = recipe.plane.networks(0)
-        return self.cells.network(f"discriminator-{optimizer}-{self.seed}-{iterations}", empty, tune)
-
-    def _row(self, d: nn.Module, optimizer: str, iterations: int, raw: Row) -> Row:
+    def _figures(self, d: nn.Module, raw: Row) -> Made:
         with torch.no_grad():
             real, fake, proposed = (d(x) for x in (self.real, self.held_out, self.proposals))
         told = fr.diagnose(real, fake)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fr.FastrefineWarning)  # a D that knows nothing moves no chain
-            chosen = fr.metropolis_hastings(proposed, self.recipe.chain_length, initial_logits=real, seed=self.seed)
+        chosen = fr.metropolis_hastings(proposed, self.recipe.chain_length, initial_logits=real, seed=self.seed)
         found = IMBALANCED8.measure(self.proposals[chosen.indices])
-        return {
-            "seed": self.seed, "name": f"D tuned {iterations} iterations", "optimizer": optimizer, "iterations": iterations,
+        return {}, {
             "brier": told.brier, "z": told.z, "abs_z": abs(told.z), "ece": told.ece,
             **{f"gain_{key}": found[key] - raw[key] for key in GAINS}, **{key: found[key] for key in GAINS},
             **{f"standard_{key}": raw[key] for key in GAINS}, "acceptance": chosen.acceptance_rate,
         }  # fmt: skip
+
+
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """The ladders of a seed; the correlations over all seeds go into the record."""
+    found = list(Ladder(run.cells(), run.recipe, seed).rows())
+    run.told["correlations"] = correlations([*run.rows, *found])
+    yield from found
 
 
 def correlations(rows: Sequence[Row]) -> list[Row]:
@@ -146,25 +137,9 @@ def _optimizers(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["optimizer"] for row in rows))
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment; writes result.json and scores.png into ``outdir``, returns the record."""
-    started, recipe, rows = time.perf_counter(), QUICK if quick else FULL, []
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    with settings.threads_for(flops=0.0):  # these networks are small
-        for seed in seeds:
-            rows += list(Ladder(cells, recipe, seed).rows())
-    table = correlations(rows)
-    draw(outdir / "scores.png", rows)
-    return result_file.write(
-        outdir, "diagnosis", rows=rows, correlations=table, seeds=list(seeds), recipe=asdict(recipe), reduced=quick,
-        reductions=["a quick run: all sizes reduced"] if quick else [], claims=claims(table),
-        comparison=[] if quick else comparison(table), seconds=time.perf_counter() - started,
-    )  # fmt: skip
-
-
-def claims(table: Sequence[Row]) -> list[Row]:
+def claims(rows: Sequence[Row]) -> list[Row]:
     """That the Brier score tells more of each gain than Z and ECE: on the mean over seeds, and over all discriminators."""
-    found = []
+    found, table = [], correlations(rows)
     for optimizer in _optimizers(table):
         mine = [row for row in table if row["optimizer"] == optimizer]
         for gain in GAINS:
@@ -181,9 +156,10 @@ def claims(table: Sequence[Row]) -> list[Row]:
     return found
 
 
-def comparison(table: Sequence[Row]) -> list[Row]:
+def comparison(rows: Sequence[Row]) -> list[Row]:
     """[CS] Table 1 beside the mean over seeds."""
-    found, by_seed = [], [row for row in table if row["seed"] != "pooled"]
+    table, found = correlations(rows), []
+    by_seed = [row for row in table if row["seed"] != "pooled"]
     for optimizer in _optimizers(table):
         for score in SCORES:
             for index, gain in enumerate(GAINS):
@@ -194,19 +170,15 @@ def comparison(table: Sequence[Row]) -> list[Row]:
     return found
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
+def draw(run: Run, rows: Sequence[Row]) -> None:
     """A PNG like [CS] Figure 4d: every gain against every score, a colour for each seed, a marker for each optimizer."""
-    figure, axes = plane_plot.subplots(len(GAINS), len(SCORES), 2.0, 1.7)
+    figure, axes = plots.subplots(len(GAINS), len(SCORES), 2.0, 1.7)
     for line, gain in zip(axes, GAINS, strict=True):
         for axis, score in zip(line, SCORES, strict=True):
             for (i, seed), (k, optimizer) in product(enumerate(_seeds(rows)), enumerate(_optimizers(rows))):
                 x, y = (pick(rows, key, seed=seed, optimizer=optimizer) for key in (score, f"gain_{gain}"))
                 axis.scatter(x, y, s=9, color=f"C{i}", marker="o^"[k], label=f"seed {seed}, {optimizer}")
-            axis.tick_params(labelsize=6, labelleft=axis is line[0])
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel(f"MH's gain in {gain}", fontsize=7)
-    for axis, score in zip(axes[-1], SCORES, strict=True):
-        axis.set_xlabel(LABELS[score], fontsize=8)
+            plots.plain(axis, "", LABELS[score] if gain == GAINS[-1] else "", f"MH's gain in {gain}" if axis is line[0] else "")
     axes[0, -1].legend(fontsize=5)
     figure.tight_layout(pad=0.6)
-    plane_plot.save(figure, path)
+    plots.save(figure, run.outdir / "scores.png")

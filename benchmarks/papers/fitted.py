@@ -7,62 +7,57 @@ sampling as in the demo. Frechet distance and classifier score on a classifier t
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import cases, result_file, training
-from benchmarks.papers.cases import QUICK_RUN
+from benchmarks.papers import plots, training
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.result_file import against, claim, pick
-from fastrefine import settings
-from fastrefine.demo import picture, recipes
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim, pick
+from benchmarks.papers.run import Run
+from benchmarks.papers.table import Made, Table, moved
+from fastrefine.demo import recipes
 from fastrefine.demo.gan import build
-from fastrefine.demo.judge import Judge
-from fastrefine.demo.recipes import embedded
 from fastrefine.models.default import default_discriminator
 
-SHOWN = 16  # columns of the picture: the first ids, not chosen ones
 STAGES = ("raw", "fitted", "fitted, shaped")
-Row = dict[str, Any]
+# Shaping and the classifier are the demo's, whose numbers a quick run replaces.
+FULL = Recipe(samples=4000, own=dict(mnist_samples=3000, fit_iterations=1000, fit_rate=1e-3, fit_batch=64))
+QUICK = FULL.but(samples=300, mnist_samples=300, fit_iterations=40, shaping_iterations=3, classifier_steps=100)
+REDUCTIONS = ()
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What the demo's recipe does not fix; None: the demo's."""
-
-    digits_samples: int = 4000
-    mnist_samples: int = 3000
-    fit_iterations: int = 1000
-    fit_rate: float = 1e-3
-    fit_batch: int = 64
-    shaping_iterations: int | None = None
-    classifier_steps: int | None = None
-
-
-FULL = Recipe()
-QUICK = Recipe(digits_samples=300, mnist_samples=300, fit_iterations=40, shaping_iterations=3, classifier_steps=100)
-
-
-class Parts:
+class Parts(Table):
     """The refiners of one seed on one data set, whose discriminators are kept in ``cells``."""
 
-    def __init__(self, cells: Cells, demo: recipes.Recipe, recipe: Recipe, real: Tensor, seed: int):
-        self.cells, self.demo, self.recipe, self.real, self.seed = cells, demo, recipe, real, seed
-        self.generator, _ = embedded(demo)
+    def __init__(self, cells: Cells, recipe: Recipe, seed: int, demo: recipes.Recipe, real: Tensor):
+        super().__init__(cells, recipe, seed)
+        self.demo, self.real, (self.generator, _) = demo, real, recipes.embedded(demo)
         self.prior = fr.Normal(demo.latent)
 
     def refiner(self, stage: str) -> fr.Refiner:
         """The demo's refiner, by the discriminator of a stage; of "raw" without a step."""
-        d = self.shaped() if stage == "fitted, shaped" else self.fitted()
-        return self._refiner(d, 0 if stage == "raw" else self.demo.max_steps)
+        d, demo = self._shaped() if stage == "fitted, shaped" else self._fitted(), self.demo
+        return fr.Refiner(
+            self.generator, d, fr.Collaborative(demo.step_size), at=demo.at, max_steps=0 if stage == "raw" else demo.max_steps,
+            prior=self.prior, stop=fr.stopping.MedianOfReal(), real=self.real[: demo.reference], num_slots=demo.num_slots,
+        )  # fmt: skip
 
-    def fitted(self) -> nn.Module:
+    def rows(self, judge: training.Judge, samples: int) -> Iterator[Row]:
+        """A row for each stage."""
+
+        def make(stage: str) -> Made:
+            out = self.refiner(stage).sample(samples, seed=self.seed)
+            shown = {"images": out.images, "before": out.initial_logits, "after": out.logits}
+            return shown, {**judge(out.images), **moved(out)}
+
+        for stage in STAGES:
+            yield self.kept({"data": self.demo.name, "stage": stage}, lambda stage=stage: make(stage))  # type: ignore[misc]
+
+    def _fitted(self) -> nn.Module:
         """The default discriminator, fitted to the generator on the real images."""
         recipe = self.recipe
         return self.cells.network(
@@ -73,99 +68,55 @@ class Parts:
             ),
         )  # fmt: skip
 
-    def shaped(self) -> nn.Module:
+    def _shaped(self) -> nn.Module:
         """The same, shaped by the demo's recipe."""
-        iterations, plain = self.recipe.shaping_iterations or self.demo.shaping_iterations, self.refiner("fitted")
-        return self.cells.network(
-            f"shaped-{self.seed}", self._empty(),
-            lambda: cases.shape_images(plain, self.demo, self.real, iterations, plain.stop, self.seed),
-        )  # fmt: skip
-
-    def _refiner(self, discriminator: nn.Module, max_steps: int) -> fr.Refiner:
-        demo = self.demo
-        return fr.Refiner(
-            self.generator, discriminator, fr.Collaborative(demo.step_size), at=demo.at, max_steps=max_steps,
-            prior=self.prior, stop=fr.stopping.MedianOfReal(), real=self.real[: demo.reference], num_slots=demo.num_slots,
+        plain = self.refiner("fitted")
+        return self.trained(
+            "D-shaped", self._empty(), plain, self.real, stop=plain.stop, betas=(0.5, 0.9), batch=self.demo.shaping_batch,
+            rate=self.demo.shaping_rate, iterations=self.recipe.shaping_iterations or self.demo.shaping_iterations,
         )  # fmt: skip
 
     def _empty(self) -> nn.Module:
         return build(lambda: default_discriminator(tuple(self.real.shape[1:])), 0)
 
 
-def rows_of(parts: Parts, judge: Judge, samples: int) -> list[Row]:
-    """A row for each stage; their first images go into the cells."""
-
-    def make(stage: str) -> Row:
-        out = parts.refiner(stage).sample(samples, seed=parts.seed)
-        shown = {"images": out.images, "before": out.initial_logits, "after": out.logits}
-        parts.cells.put(f"shown-{parts.seed}-{stage}", {name: tensor[:SHOWN] for name, tensor in shown.items()})
-        return {
-            "seed": parts.seed, "stage": stage, **judge(out.images), "mean_steps": float(out.steps.double().mean()),
-            "logit_before": float(out.initial_logits.mean()), "logit_after": float(out.logits.mean()),
-        }  # fmt: skip
-
-    found = []
-    for stage in STAGES:
-        found.append(parts.cells.row(f"{parts.seed}-{stage}", lambda stage=stage: make(stage)))  # type: ignore[misc]
-        print(line(found[-1]), file=sys.stderr)
-    return found
-
-
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment on MNIST in the folder ``data``, or on the digits; writes result.json and picture.png into ``outdir``."""
-    recipe = QUICK if quick else FULL
-    demo = recipes.DIGITS if data is None else recipes.MNIST
-    samples = recipe.digits_samples if data is None else recipe.mnist_samples
-    cells = Cells(outdir / f"{'cells-quick' if quick else 'cells'}-{demo.name}", recipe)
-    rows: list[Row] = []
-    accuracy: dict[str, float] = {}
-    with settings.threads_for(flops=0.0):  # one thread, so that training repeats its bits
-        images = demo.load(data)
-        for seed in seeds:
-            steps = recipe.classifier_steps or demo.classifier_steps
-            judge = training.trained_judge(cells, demo.classifier, images, seed=seed, steps=steps)
-            accuracy[str(seed)] = judge.accuracy
-            rows += rows_of(Parts(cells, demo, recipe, images.train, seed), judge, samples)
-    record = result_file.write(
-        outdir, "fitted", data=demo.name, rows=rows, seeds=list(seeds), reduced=quick,
-        reductions=[QUICK_RUN] * quick, claims=claims(rows), comparison=comparison(rows, demo.name),
-        recipe={"demo": demo.name, "generator": f"embedded, {demo.early_steps} steps", "samples": samples} | asdict(recipe),
-        classifier_accuracy=accuracy,
-    )  # fmt: skip
-    _draw(outdir, cells, demo.name, seeds[0])
-    return record
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """On MNIST, or without data on the digits."""
+    recipe, demo = run.recipe, recipes.DIGITS if run.data is None else recipes.MNIST
+    images, samples = demo.load(run.data), recipe.samples if run.data is None else recipe.mnist_samples
+    parts = Parts(run.cells(recipe.but(name=demo.name)), recipe, seed, demo, images.train)
+    steps = recipe.classifier_steps or demo.classifier_steps
+    judge = training.trained_judge(parts.cells, demo.classifier, images, seed=seed, steps=steps)
+    run.judged(str(seed), judge.accuracy)
+    made_of = {"demo": demo.name, "generator": f"embedded, {demo.early_steps} steps"}
+    run.told |= {"data": demo.name, "recipe": made_of | recipe.facts() | {"samples": samples}}
+    return parts.rows(judge, samples)
 
 
 def claims(rows: Sequence[Row]) -> list[Row]:
     """Refinement by the fitted and shaped discriminator lowers the distance, in every seed."""
-    distance = {(r["seed"], r["stage"]): r["frechet_distance"] for r in rows}
-    seeds = sorted({seed for seed, _ in distance})
-    holds = [distance[seed, "fitted, shaped"] < distance[seed, "raw"] for seed in seeds]
+    raw, refined = (pick(rows, "frechet_distance", stage=stage) for stage in ("raw", "fitted, shaped"))
+    holds = [after < before for before, after in zip(raw, refined, strict=True)]
     text = "a discriminator fitted to the generator alone, then shaped, refines to a lower Frechet distance"
-    return [claim(text, all(holds), seeds=seeds, holds_by_seed=holds)]
+    return [claim(text, all(holds), seeds=list(dict.fromkeys(row["seed"] for row in rows)), holds_by_seed=holds)]
 
 
-def comparison(rows: Sequence[Row], name: str) -> list[Row]:
+def comparison(rows: Sequence[Row]) -> list[Row]:
     """No paper has the figures: every stage's."""
+    data = rows[0]["data"]
     return [
-        against(f"{name}, {stage}", key, None, pick(rows, key, stage=stage), better,
+        against(f"{data}, {stage}", key, None, pick(rows, key, stage=stage), better,
                 headline=key == "frechet_distance" and stage != "fitted")
         for stage in STAGES
         for key, better in (("frechet_distance", "lower"), ("classifier_score", "higher"))
     ]  # fmt: skip
 
 
-def line(row: Row) -> str:
-    """A row as text."""
-    return (
-        f"seed {row['seed']} {row['stage']:<15} FD {row['frechet_distance']:7.2f}  CS {row['classifier_score']:5.2f}  "
-        f"steps {row['mean_steps']:4.1f}  logit {row['logit_before']:.2f} > {row['logit_after']:.2f}"
-    )
-
-
-def _draw(outdir: Path, cells: Cells, name: str, seed: int) -> None:
-    raw, refined = (cells.tensors(f"shown-{seed}-{stage}", dict) for stage in ("raw", "fitted, shaped"))
-    rows = [(label, picture.pixels(found["images"])) for label, found in (("generator", raw), ("refined", refined))]
-    notes = [f"{a:.1f} > {b:.1f}" for a, b in zip(refined["before"], refined["after"], strict=True)]
-    title = f"{name}: the first {SHOWN} samples, refined by a discriminator fitted to the generator alone, then shaped"
-    picture.comparison(outdir / "picture.png", rows, notes, title)
+def draw(run: Run, rows: Sequence[Row]) -> None:
+    """The first samples of the first seed, raw and refined."""
+    data = run.told["data"]
+    table = Table(run.cells(run.recipe.but(name=data)), run.recipe, run.seeds[0])
+    raw, refined = table.shown(data, "raw"), table.shown(data, "fitted, shaped")
+    notes = [f"{a:.1f} > {b:.1f}" for a, b in torch.stack([refined["before"], refined["after"]], 1).tolist()]
+    title = f"{data}: the first samples, refined by a discriminator fitted to the generator alone, then shaped"
+    plots.tiles(run.outdir / "picture.png", {"generator": raw["images"], "refined": refined["images"]}, notes, title)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import toy_data
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.latent_law import LatentGrid, LatentLaw, evaluate
+from benchmarks.papers.latent_law import Energy, LatentGrid, Law, evaluate
+from benchmarks.papers.mixtures import at_random25, earth_mover, quality25
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row
+from benchmarks.papers.table import Table
 
-if TYPE_CHECKING:
-    from benchmarks.papers.gaussians25 import Recipe
-
-Row = dict[str, Any]
 PRIOR = fr.Normal(2)
+Drawn = tuple[list[Tensor], Row, Any]  # samples (n, 2) of each sampling seed, figures, points of the mixing curve by K
 
 
 @dataclass(frozen=True)
@@ -73,95 +72,60 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Energy:
-    """logits of images (n, 2) -> (n,), and the weight with which a sampler takes them."""
+class Rows(Table):
+    """Every row of the table, the mixing curve of those that move the latent, and the first sampling seed's samples.
 
-    logits: Callable[[Tensor], Tensor]
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Law:
-    """A latent law, and what a perfect sampler of it would show."""
-
-    law: LatentLaw
-    shares: Tensor
-    energy: float  # mean of -log p0(z) - scale d(G(z)), p0 without its constant
-
-    @property
-    def high_quality(self) -> float:
-        return float(self.shares.sum())
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "high_quality": self.high_quality, "shares": self.shares.tolist(), "mean_energy": self.energy,
-            "log_normaliser": self.law.log_normaliser,
-        }  # fmt: skip
-
-
-def law_of(grid: LatentGrid, modes: Tensor, energy: Energy) -> Law:
-    """The law of an energy; modes (points^2,): of the grid's images, by ``toy_data.modes_of``."""
-    logits = energy.logits(grid.images)
-    law = grid.law(logits, energy.scale)
-    potential = 0.5 * grid.latents.square().sum(1) - energy.scale * logits.double()
-    return Law(law, law.shares(modes, toy_data.MODES), law.mean(potential))
-
-
-class Rows:
-    """Every row of the table, the mixing curve of those that move the latent, and the first seed's samples.
-
-    A row is kept in ``cells`` when it is done. networks: "fitted", "shaped", "critic".
+    seed: of the training. networks: "fitted", "shaped", "critic".
     """
 
     def __init__(
-        self, cells: Cells, g: nn.Module, networks: Mapping[str, nn.Module], energies: Mapping[str, Energy],
-        laws: Mapping[str, Law], grid: LatentGrid, recipe: Recipe,
+        self, cells: Cells, recipe: Recipe, seed: int, g: nn.Module, networks: Mapping[str, nn.Module],
+        energies: Mapping[str, Energy], laws: Mapping[str, Law], grid: LatentGrid,
     ):  # fmt: skip
-        self.cells, self.g, self.networks, self.energies = cells, g, networks, energies
-        self.laws, self.grid, self.recipe = laws, grid, recipe
+        super().__init__(cells, recipe, seed)
+        self.g, self.networks, self.energies, self.laws, self.grid = g, networks, energies, laws, grid
         self.judge = _Judge(recipe)
         self.table: list[Row] = []
         self.curves: dict[str, dict[str, Any]] = {"fitted": {}, "critic": {}}
-        self.panels: dict[str, np.ndarray] = {}
+        self.panels: dict[str, Tensor] = {}
         self.warmed: dict[int, Tensor] = {}
 
     def make(self) -> None:
         """Fill ``table``, ``curves`` and ``panels``."""
-        recipe, laws = self.recipe, self.laws
+        recipe, laws, isotonic = self.recipe, self.laws, self.energies["isotonic"].logits
         more_real = self.judge.more_real()
-        raw = {seed: _raw(self.g, recipe.samples * recipe.chain_length, seed) for seed in recipe.seeds}
+        ids = torch.arange(recipe.samples * recipe.chain_length)
+        raw = {seed: evaluate(self.g, PRIOR.sample(ids, seed)) for seed in recipe.sampling_seeds}
         self._add("real data", "none", lambda: (more_real, {}, None))
         self._add("generator", "none", lambda: ([x[: recipe.samples] for x in raw.values()], {}, None))
         for key, title in (("fitted", "the law, sampled"), ("critic", "the critic's law, sampled")):
-            cells = [laws[key].law.sample(recipe.samples, torch.Generator().manual_seed(seed)) for seed in recipe.seeds]
-            self._add(title, key, lambda c=cells: ([self.grid.images[cell] for cell in c], {}, None))  # type: ignore[misc]
-        self._add("DRS", "isotonic", lambda: _rejected(raw, self.energies["isotonic"], recipe))
-        indices, rate = _metropolis(raw, self.energies["isotonic"], recipe)
-        chains = {"acceptance": rate, "steps": recipe.chain_length}
-        self._add("MH", "isotonic", lambda: ([raw[seed][kept] for seed, kept in indices.items()], chains, None))
+            drawn = [laws[key].law.sample(recipe.samples, torch.Generator().manual_seed(s)) for s in recipe.sampling_seeds]
+            self._add(title, key, lambda d=drawn: ([self.grid.images[one] for one in d], {}, None))  # type: ignore[misc]
+        self._add("DRS", "isotonic", lambda: _rejected(raw, isotonic, recipe.samples))
+        chosen = {s: fr.metropolis_hastings(isotonic(x), recipe.chain_length, seed=s) for s, x in raw.items()}
+        facts = {"acceptance": float(np.mean([c.acceptance_rate for c in chosen.values()])), "steps": recipe.chain_length}
+        self._add("MH", "isotonic", lambda: ([raw[s][c.indices] for s, c in chosen.items()], facts, None))
         for name in recipe.ways:
             setting = SETTINGS[name]
-            self._add(name, setting.energy, lambda s=setting: self._refined(s, indices))  # type: ignore[misc]
+            indices = {s: c.indices for s, c in chosen.items()}
+            self._add(name, setting.energy, lambda s=setting, i=indices: self._refined(s, i))  # type: ignore[misc]
 
-    def _add(self, name: str, energy: str, make: Callable[[], tuple[list[Tensor], Row, Any]]) -> None:
+    def _add(self, name: str, energy: str, make: Callable[[], Drawn]) -> None:
         law = self.laws["fitted" if energy == "none" else energy]
 
         def cell() -> Any:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
-                sets, facts, curve = make()
+            sets, facts, curve = make()
             self.cells.put(f"samples-{name}", {"samples": sets[0]})
             head = {"version": "[DDLS]", "name": name, "energy": energy, "markov_chain": False, "steps": 0}
             return [{**head, **facts, **self.judge(sets, law)}, curve]
 
         row, curve = self.cells.row(f"row-{name}", cell)
         self.table.append(row)
-        self.panels[name] = self.cells.tensors(f"samples-{name}", dict)["samples"].numpy()
+        self.panels[name] = self.cells.tensors(f"samples-{name}", dict)["samples"]
         if curve:
             self.curves[energy][name] = {int(k): point for k, point in curve.items()}
 
-    def _refined(self, setting: Setting, indices: Mapping[int, Tensor]) -> tuple[list[Tensor], Row, Any]:
+    def _refined(self, setting: Setting, indices: Mapping[int, Tensor]) -> Drawn:
         key, scale = setting.energy, self.energies[setting.energy].scale
         starts: Mapping[int, Tensor] = {}
         if setting.start == "mh":
@@ -181,7 +145,7 @@ class Rows:
         if setting.select:
             chosen = [
                 fr.metropolis_hastings(out.logits, self.recipe.chain_length, initial_logits=out.real_logits, seed=seed)
-                for seed, out in zip(self.recipe.seeds, outs, strict=True)
+                for seed, out in zip(self.recipe.sampling_seeds, outs, strict=True)
             ]
             facts["acceptance"] = float(np.mean([c.acceptance_rate for c in chosen]))
             return [out.images[c.indices] for out, c in zip(outs, chosen, strict=True)], facts, None
@@ -195,19 +159,19 @@ class Rows:
         if not self.warmed:
             warm = Setting("fitted", "input", lambda w: _warm_up(w, self.recipe.warm_up), last=self.recipe.warm_up)
             outs = self._run(warm, scale, {})
-            self.warmed = {seed: out.latents for seed, out in zip(self.recipe.seeds, outs, strict=True)}
+            self.warmed = {seed: out.latents for seed, out in zip(self.recipe.sampling_seeds, outs, strict=True)}
         return self.warmed
 
     def _run(self, setting: Setting, weight: float, starts: Mapping[int, Tensor]) -> list[fr.Result]:
         """A result for each seed, of latents with snapshots at the recipe's steps, rounded up to whole transitions."""
         recipe, sampler, is_critic = self.recipe, setting.sampler(weight), setting.energy == "critic"
-        steps = sorted({_whole(k, sampler) for k in recipe.steps if k <= setting.last})
+        steps = sorted({-(-k // sampler.transition) * sampler.transition for k in recipe.steps if k <= setting.last})
         refiner = fr.Refiner(
             self.g, self.networks[setting.network or setting.energy], sampler, at=setting.at, prior=PRIOR,
             max_steps=steps[-1], num_slots=recipe.num_slots, discriminator_output="critic" if is_critic else "logit",
             stop=fr.stopping.MedianOfReal() if setting.stop else None, real=self.judge.real[0] if setting.stop else None,
         )  # fmt: skip
-        seeds = recipe.critic_seeds if is_critic else recipe.seeds
+        seeds = recipe.critic_seeds if is_critic else recipe.sampling_seeds
         snapshots = steps if setting.at == "input" else []
         if starts:  # noise of its own: the warm-up's, under the same seed, would come again
             return [refiner.refine(starts[seed], seed=seed + 1000, snapshots=snapshots) for seed in seeds]
@@ -215,18 +179,13 @@ class Rows:
         return [refiner.sample(n, seed=seed, snapshots=snapshots) for seed in seeds]
 
 
-def _whole(steps: int, sampler: Any) -> int:
-    """Rounded up to whole transitions."""
-    return -(-steps // sampler.transition) * sampler.transition
-
-
 def _point(snapshots: list[Any], law: Law, scale: float) -> dict[str, float]:
     """A point of the mixing curve, mean over the seeds."""
-    measured = [toy_data.measure(s.images) for s in snapshots]
+    measured = [quality25(s.images) for s in snapshots]
     energies = [0.5 * s.activations.double().square().sum(1) - scale * s.logits.double() for s in snapshots]
     return {
         "high_quality": float(np.mean([m["high_quality"] for m in measured])),
-        "share_distance": float(np.mean([_distance(m["shares"], law) for m in measured])),
+        "share_distance": float(np.mean([law.distance(m["shares"]) for m in measured])),
         "mean_energy": float(np.mean([float(e.mean()) for e in energies])),
     }
 
@@ -239,25 +198,25 @@ class _Judge:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.random = [torch.Generator().manual_seed(10_000 + seed) for seed in recipe.seeds]
-        self.real = [toy_data.draw(recipe.samples, random) for random in self.random]
+        self.random = [torch.Generator().manual_seed(10_000 + seed) for seed in recipe.sampling_seeds]
+        self.real = self.more_real()
 
     def more_real(self) -> list[Tensor]:
-        """Other real samples: the floor of the earth mover's distance."""
-        return [toy_data.draw(self.recipe.samples, random) for random in self.random]
+        """Real samples that nothing else has: the second time, the floor of the earth mover's distance."""
+        return [at_random25(self.recipe.samples, random) for random in self.random]
 
     def __call__(self, sets: list[Tensor], law: Law) -> Row:
-        found = [toy_data.measure(x) for x in sets]
+        found = [quality25(x) for x in sets]
         n = min(self.recipe.emd_samples, *(len(x) for x in sets))
-        emd = [toy_data.earth_mover(x[:n], real[:n]) for x, real in zip(sets, self.real, strict=False)]
+        emd = [earth_mover(x[:n], real[:n]) for x, real in zip(sets, self.real, strict=False)]
         shares = np.mean([m["shares"] for m in found], 0).tolist()
         return {
             "samples": [len(x) for x in sets],
             "high_quality": sum(shares),
             "high_quality_by_seed": [m["high_quality"] for m in found],
             "high_quality_distance": abs(sum(shares) - law.high_quality),
-            "share_distance": _distance(shares, law),
-            "share_distance_by_seed": [_distance(m["shares"], law) for m in found],
+            "share_distance": law.distance(shares),
+            "share_distance_by_seed": [law.distance(m["shares"]) for m in found],
             "modes": min(m["modes"] for m in found),
             "shares": shares,
             "std": float(np.mean([m["std"] for m in found])),
@@ -267,32 +226,8 @@ class _Judge:
         }
 
 
-def _distance(shares: list[float], law: Law) -> float:
-    return float((torch.tensor(shares, dtype=torch.float64) - law.shares).abs().max())
-
-
-def _raw(g: nn.Module, n: int, seed: int) -> Tensor:
-    """Generator samples (n, 2); the first ones are what the samplers start from under the same seed."""
-    return evaluate(g, PRIOR.sample(torch.arange(n), seed))
-
-
-def _rejected(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[list[Tensor], Row, None]:
+def _rejected(raw: Mapping[int, Tensor], logits: Callable[[Tensor], Tensor], n: int) -> Drawn:
     """DRS of the proposals, as many as the other rows have where so many are accepted; and the accepted share."""
-    sets, accepted, proposed = [], 0, 0
-    for seed, x in raw.items():
-        kept = fr.rejection_sample(energy.logits(x), seed=seed)
-        accepted, proposed = accepted + len(kept), proposed + len(x)
-        sets.append(x[kept[: recipe.samples]])
-    return sets, {"efficiency": accepted / proposed}, None
-
-
-def _metropolis(raw: Mapping[int, Tensor], energy: Energy, recipe: Recipe) -> tuple[dict[int, Tensor], float]:
-    """Positions that one chain for each sample chose, by seed; and the accepted share of all tests."""
-    chosen = {s: fr.metropolis_hastings(energy.logits(x), recipe.chain_length, seed=s) for s, x in raw.items()}
-    rate = float(np.mean([c.acceptance_rate for c in chosen.values()]))
-    return {s: c.indices for s, c in chosen.items()}, rate
-
-
-def described(weight: float) -> dict[str, str]:
-    """The samplers of the rows, written out."""
-    return {name: repr(setting.sampler(weight)) for name, setting in SETTINGS.items()}
+    kept = {seed: fr.rejection_sample(logits(x), seed=seed) for seed, x in raw.items()}
+    efficiency = sum(map(len, kept.values())) / sum(map(len, raw.values()))
+    return [raw[seed][indices[:n]] for seed, indices in kept.items()], {"efficiency": efficiency}, None

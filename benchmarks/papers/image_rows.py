@@ -5,7 +5,6 @@ Both figures are on the features and classes of a classifier trained here; they 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 import fastrefine as fr
 from benchmarks.papers.cells import Cells
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row
+from benchmarks.papers.table import Made, Table
 from fastrefine.demo.judge import Judge
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Sampler
 
-Row = dict[str, Any]
-SHOWN = 16  # images of each row that are kept for pictures: the first ids, not chosen ones
 PART = 5000  # refined proposals in memory at once
 _STOPS: dict[str, Callable[[], Any]] = {
     "none": lambda: None, "median": fr.stopping.MedianOfReal, "uniform": fr.stopping.UniformStep,
@@ -33,7 +33,7 @@ class Way:
 
     stop: "none" | "median" (of real logits) | "uniform". shaped: by the shaped D in place of its own. select: "" | "drs" |
     "mh", of raw samples ``chain_length`` for each output; of refined ones chains over the same proposals as the row of
-    that sampler without selection, so that there are samples // chain_length outputs. samples: None for the protocol's.
+    that sampler without selection, so that there are samples // chain_length outputs. samples: None for the recipe's.
     """
 
     name: str
@@ -45,23 +45,6 @@ class Way:
     shaped: bool = False
     select: str = ""
     samples: int | None = None
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all rows share. reference: real images whose logits stop the samples and start the chains."""
-
-    samples: int = 10_000
-    chain_length: int = 5
-    reference: int = 1000
-    num_slots: int = 128
-    precision: str = "float32"
-    discriminator_output: str = "logit"
-
-    @property
-    def chains(self) -> int:
-        """Outputs of a row that selects among refined samples."""
-        return self.samples // self.chain_length
 
 
 @dataclass(frozen=True)
@@ -84,12 +67,17 @@ class _Shared:
     proposals: Tensor | None = None
 
 
-class ImageTable:
-    """Rows of one seed; each is kept in ``cells``, with its first images."""
+class ImageTable(Table):
+    """Rows of one seed. labels (samples,): of the samples, where the networks take labels; real_labels: of ``real``."""
 
-    def __init__(self, cells: Cells, protocol: Protocol, judge: Judge, prior: Prior, real: Tensor, seed: int):
-        self.cells, self.protocol, self.judge, self.prior, self.seed = cells, protocol, judge, prior, seed
-        self.real = real[: protocol.reference]
+    def __init__(
+        self, cells: Cells, recipe: Recipe, seed: int, judge: Judge, prior: Prior, real: Tensor, *,
+        real_labels: Tensor | None = None, labels: Tensor | None = None,
+    ):  # fmt: skip
+        super().__init__(cells, recipe, seed)
+        self.judge, self.prior, self.labels = judge, prior, labels
+        self.real, self.real_labels = real[: recipe.reference], real_labels
+        self.chains = recipe.samples // recipe.chain_length  # outputs of a row that selects among refined samples
         self._latest: _Shared | None = None
 
     def rows(
@@ -103,36 +91,33 @@ class ImageTable:
         """
         for way in ways:
 
-            def make(way: Way = way) -> Row:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
-                    key = (tuple(facts.items()), replace(way, name="", select=""))
-                    if self._latest is None or self._latest.key != key:
-                        self._latest = None  # free the other one first
-                        d = shaped() if way.shaped else discriminator
-                        self._latest = _Shared(key, self.refiner(way, generator, d))
-                    images, told = self._drawn(way, self._latest)
-                self.cells.put(self._key(facts, way.name), {"images": images[:SHOWN]})
-                measured = self.judge(images, self.protocol.chains)
-                return {"seed": self.seed, **facts, "name": way.name, "samples": len(images), **measured, **told}
+            def make(way: Way = way) -> Made:
+                key = (tuple(facts.items()), replace(way, name="", select=""))
+                if self._latest is None or self._latest.key != key:
+                    self._latest = None  # free the other one first
+                    d = shaped() if way.shaped else discriminator
+                    self._latest = _Shared(key, self.refiner(way, generator, d))
+                images, told = self._drawn(way, self._latest)
+                return {"images": images}, {"samples": len(images), **self.judge(images, self.chains), **told}
 
-            yield self.cells.row(self._key(facts, way.name), make)
+            yield self.kept({**facts, "name": way.name}, make)
 
     def images(self, facts: Mapping[str, Any], name: str) -> Tensor:
         """The first images of a row that was made."""
-        return self.cells.tensors(self._key(facts, name), dict)["images"]
+        return self.shown(*facts.values(), name)["images"]
 
     def refiner(self, way: Way, generator: nn.Module | None, discriminator: nn.Module) -> fr.Refiner:
         """The refiner of a way; without a generator it refines given images."""
-        p = self.protocol
+        recipe = self.recipe
         return fr.Refiner(
             generator, discriminator, way.sampler or fr.Collaborative(1.0), at=way.at, prior=self.prior, real=self.real,
-            max_steps=way.max_steps, stop=_STOPS[way.stop](), keep=way.keep, num_slots=p.num_slots, precision=p.precision,
-            discriminator_output=p.discriminator_output,
+            real_labels=self.real_labels, max_steps=way.max_steps, stop=_STOPS[way.stop](), keep=way.keep,
+            num_slots=recipe.num_slots, precision=recipe.precision or "float32",
         )  # fmt: skip
 
     def _drawn(self, way: Way, shared: _Shared) -> tuple[Tensor, Row]:
         if way.select and way.sampler is None:
+            assert self.labels is None, "raw samples are selected without labels only"
             return self._selected(way, shared)
         if shared.drawn is None:
             shared.drawn = self._refined(way, shared.refiner)
@@ -145,7 +130,9 @@ class ImageTable:
 
     def _refined(self, way: Way, refiner: fr.Refiner) -> _Drawn:
         images, logits, before, steps, acceptance = [], [], [], [], []
-        for part in refiner.stream(way.samples or self.protocol.samples, seed=self.seed, chunk=PART):
+        n = way.samples or self.recipe.samples
+        labels = None if self.labels is None else self.labels[:n]
+        for part in refiner.stream(n, seed=self.seed, chunk=PART, labels=labels):
             images.append(part.images)
             logits.append(part.logits)
             before.append(part.initial_logits)
@@ -162,7 +149,7 @@ class ImageTable:
     def _selected(self, way: Way, shared: _Shared) -> tuple[Tensor, Row]:
         """Raw proposals are scored first; only those that were chosen are made again, from their latents."""
         if shared.proposals is None:
-            count = (way.samples or self.protocol.samples) * self.protocol.chain_length
+            count = (way.samples or self.recipe.samples) * self.recipe.chain_length
             stream = shared.refiner.stream(count, seed=self.seed, chunk=PART)
             shared.proposals = torch.cat([part.logits for part in stream])
         logits = shared.proposals
@@ -174,11 +161,9 @@ class ImageTable:
         """(positions of the chosen, acceptance rate); one chain for each output, from a real image's logit."""
         if way.select == "drs":
             kept = fr.rejection_sample(logits, seed=self.seed, untrusted="allow")
-            return kept[: way.samples or self.protocol.samples], len(kept) / len(logits)
+            return kept[: way.samples or self.recipe.samples], len(kept) / len(logits)
         chain = fr.metropolis_hastings(
-            logits, self.protocol.chain_length, initial_logits=refiner.score(self.real), seed=self.seed, untrusted="allow"
-        )
+            logits, self.recipe.chain_length, refiner.score(self.real, self.real_labels), self.seed, labels=self.labels,
+            initial_labels=self.real_labels, untrusted="allow",
+        )  # fmt: skip
         return chain.indices, chain.acceptance_rate
-
-    def _key(self, facts: Mapping[str, Any], name: str) -> str:
-        return "-".join([str(self.seed), *(str(value) for value in facts.values()), name])

@@ -7,25 +7,24 @@ lost cost: half of the proposals are the first checkpoint's generator's.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from itertools import chain
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from benchmarks.papers import plane_plot, plane_rows, result_file
-from benchmarks.papers.cells import Cells
+from benchmarks.papers import mixture_rows, plots
+from benchmarks.papers.mixture_rows import MixtureTable
 from benchmarks.papers.mixtures import IMBALANCED8
-from benchmarks.papers.plane import RING, Plane
-from benchmarks.papers.plane_rows import Recipe, Row, Table
-from benchmarks.papers.result_file import against, claim, mean, pick, spread
-from fastrefine import settings
+from benchmarks.papers.plane import Plane
+from benchmarks.papers.result_file import Row, against, claim, mean, pick, spread
+from benchmarks.papers.run import Run
 from fastrefine.demo.gan import Training
 
-FULL = Recipe(RING, (1000, 3000, 5000, 7000, 9000), 5000, 1000, 8e-3, 0.1)
-QUICK = Recipe(  # a small pair that learns fast: what shows its direction within seconds
-    Plane((64,) * 3, False, Training(256, "adam", (2e-3, 2e-3))), (250,), 100, 128, 5e-2, 0.1, max_steps=12, samples=400,
-    chain_length=3, real=400, num_slots=128,
+FULL = mixture_rows.PUBLISHED
+QUICK = replace(  # a small pair that learns fast: what shows its direction within seconds
+    FULL, plane=Plane((64,) * 3, False, Training(256, "adam", (2e-3, 2e-3))), checkpoints=(250,), shaping_iterations=100,
+    shaping_batch=128, shaping_rate=5e-2, max_steps=12, samples=400, chain_length=3, reference=400, num_slots=128,
 )  # fmt: skip
+REDUCTIONS = ()
 FIGURES = ("good", "kl", "js")
 LIMIT = 9.0
 CONTROLLED = (5000, 9000)  # where the GAN has lost components: of the first seed, with proposals that cover them
@@ -66,27 +65,19 @@ OURS = {name: f"{name}, tuned D" if name in ("DRS", "MH") else name for name in 
 }
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment; writes result.json, densities.png and curves.png into ``outdir``, returns the record."""
-    recipe = QUICK if quick else FULL
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    rows: list[Row] = []
-    with settings.threads_for(flops=0.0):  # these networks are small
-        for seed in seeds:
-            table = Table(cells, recipe, IMBALANCED8, seed)
-            controls = CONTROLLED if seed == seeds[0] and not quick else ()
-            for row in chain(table.rows(), *map(table.covered, controls)):
-                rows.append(row)
-                plane_rows.show(row)
-    record = result_file.write(
-        outdir, "imbalanced8", rows=rows, seeds=list(seeds), recipe=asdict(recipe), reduced=quick,
-        reductions=plane_rows.reductions(recipe, FULL), claims=claims(rows), comparison=[] if quick else comparison(rows),
-    )  # fmt: skip
-    _draw(outdir, Table(cells, recipe, IMBALANCED8, seeds[0]), record["rows"], quick)
-    return record
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """The table of a seed, then the controls of the first one."""
+    table = _table(run, seed)
+    yield from table.rows()
+    for checkpoint in CONTROLLED if seed == run.seeds[0] and not run.quick else ():
+        yield from table.covered(checkpoint)
 
 
-def claims(rows: list[Row]) -> list[Row]:
+def _table(run: Run, seed: int) -> MixtureTable:
+    return MixtureTable(run.cells(), run.recipe, seed, IMBALANCED8)
+
+
+def claims(rows: Sequence[Row]) -> list[Row]:
     """Of means over seeds, for every checkpoint."""
     found = []
     for k in dict.fromkeys(row["checkpoint"] for row in rows):
@@ -108,7 +99,7 @@ def claims(rows: list[Row]) -> list[Row]:
     return found
 
 
-def _published_claims(rows: list[Row]) -> list[Row]:
+def _published_claims(rows: Sequence[Row]) -> list[Row]:
     found = []
     for index, k in enumerate(FULL.checkpoints):
         goal = {key: values[index] for key, values in PUBLISHED["collaborative"].items()}
@@ -120,7 +111,7 @@ def _published_claims(rows: list[Row]) -> list[Row]:
     return found
 
 
-def comparison(rows: list[Row]) -> list[Row]:
+def comparison(rows: Sequence[Row]) -> list[Row]:
     """Every published figure beside ours."""
     found = []
     for name, figures in PUBLISHED.items():
@@ -134,19 +125,19 @@ def comparison(rows: list[Row]) -> list[Row]:
     return found
 
 
-def _draw(outdir: Path, table: Table, rows: list[Row], quick: bool) -> None:
+def draw(run: Run, rows: Sequence[Row]) -> None:
     """Densities of the first seed, and the figures over the training, published ones dashed."""
     shown = ("standard", "DRS, tuned D", "MH, tuned D", "refine", "collaborative, median stop")
-    checkpoints = table.recipe.checkpoints
+    table, checkpoints = _table(run, run.seeds[0]), run.recipe.checkpoints
     panels = {(f"{k} its", name): table.points(k, name) for k in checkpoints for name in shown}
-    plane_plot.densities(outdir / "densities.png", panels, LIMIT)
+    plots.densities(run.outdir / "densities.png", panels, LIMIT)
     lines: dict[str, dict[str, Any]] = {}
     for i, (name, ours) in enumerate(OURS.items()):
         spreads = {key: [spread(pick(rows, key, checkpoint=k, name=ours)) for k in checkpoints] for key in FIGURES}
         means: dict[str, Any] = {key: [m for m, _ in values] for key, values in spreads.items()}
         sd = {key: [s or 0.0 for _, s in values] for key, values in spreads.items()}
         lines[ours] = {"x": checkpoints, **means, "sd": sd, "style": {"color": f"C{i}"}}
-        if name in PUBLISHED and not quick:
+        if name in PUBLISHED and not run.quick:
             style = {"color": f"C{i}", "linestyle": "--", "marker": ""}
             lines[f"{name}, published"] = {"x": checkpoints, **PUBLISHED[name], "style": style}
-    plane_plot.curves(outdir / "curves.png", FIGURES, lines, "iterations of the GAN")
+    plots.curves(run.outdir / "curves.png", FIGURES, lines, "iterations of the GAN")

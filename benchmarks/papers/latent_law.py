@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +63,42 @@ def evaluate(network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """A network's float32 outputs (n, ...), one column flattened to (n,), at inputs (n, ...), block by block."""
     out = torch.cat([network(part.float()) for part in inputs.split(BLOCK)])
     return out[:, 0] if out.shape[1:] == (1,) else out
+
+
+@dataclass(frozen=True)
+class Energy:
+    """logits of images (n, 2) -> (n,), and the weight with which a sampler takes them."""
+
+    logits: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """A latent law, and what a perfect sampler of it would show."""
+
+    law: LatentLaw
+    shares: Tensor
+    energy: float  # mean of -log p0(z) - scale d(G(z)), p0 without its constant
+
+    @property
+    def high_quality(self) -> float:
+        return float(self.shares.sum())
+
+    def distance(self, shares: list[float]) -> float:
+        """The largest of all modes' between these shares and the law's."""
+        return float((torch.tensor(shares, dtype=torch.float64) - self.shares).abs().max())
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "high_quality": self.high_quality, "shares": self.shares.tolist(), "mean_energy": self.energy,
+            "log_normaliser": self.law.log_normaliser,
+        }  # fmt: skip
+
+
+def law_of(grid: LatentGrid, modes: Tensor, energy: Energy) -> Law:
+    """The law of an energy; modes (points^2,): of the grid's images, as ``Mixture.modes_of`` tells them."""
+    logits = energy.logits(grid.images)
+    law = grid.law(logits, energy.scale)
+    potential = 0.5 * grid.latents.square().sum(1) - energy.scale * logits.double()
+    return Law(law, law.shares(modes, 25), law.mean(potential))

@@ -8,26 +8,40 @@ their values do not compare with the published ones, what refinement changes in 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from benchmarks.papers import mnist_pictures, result_file
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.image_rows import Protocol, Row
-from benchmarks.papers.mnist_rows import FIXED, Mnist, Recipe, fewer, quick_images
-from benchmarks.papers.result_file import against, claim, pick
-from fastrefine import datasets, settings
+import torch
 
-FULL = Recipe()
-QUICK = Recipe(
+from benchmarks.papers import plots
+from benchmarks.papers.image_networks import INFO_TRAINING
+from benchmarks.papers.mnist_rows import AT, FIXED, Mnist
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim, pick
+from benchmarks.papers.run import Run
+from fastrefine import datasets
+from fastrefine.datasets import Images
+
+# Rate of shaping and step size were chosen on checkpoint 1000 of seed 0. momentum_steps: the published step size at each
+# checkpoint, here of each sample's own gradient (the public code takes it of the mean over its batch of 64). step_size: of
+# backtracking, at first. shown: the checkpoint that shaping and layers are looked at. shaping_stages: numbers of iterations
+# after which the shaped D is kept; each stage goes on from the last one, with fresh moments of Adam. layers: where [CS] Figure
+# 11 refines. width, hidden: of the networks. denoised: images.
+FULL = Recipe(
+    training=INFO_TRAINING, checkpoints=(200, 1000, 4200), classifier_steps=2500, at=AT, max_steps=20, step_size=5.0,
+    shaping_batch=64, shaping_rate=1e-4, shaping_steps=10, samples=10_000, chain_length=5, reference=1000, num_slots=64,
+    precision="bfloat16",
+    own=dict(
+        momentum_steps=(0.5, 0.3, 0.1), shown=1000, width=64, hidden=1024, fixed_samples=5000, shaping_stages=(100, 250, 500),
+        shaping_slots=32, layers=("input", "act1", AT, "act14", "output"), denoising_iterations=150, denoised=1000,
+    ),
+)  # fmt: skip
+QUICK = FULL.but(
     checkpoints=(70,), momentum_steps=(0.3,), shown=70, width=6, hidden=32, classifier_steps=40, max_steps=4,
     fixed_samples=100, shaping_stages=(20,), shaping_batch=24, shaping_rate=2e-3, shaping_steps=3, layers=("output",),
-    denoising_iterations=2, denoised=50, real=1000,
-    training=replace(FULL.training, batch_size=24, rates=(3e-3, 2e-3), bfloat16=False),
-    protocol=Protocol(samples=200, chain_length=2, reference=200, num_slots=50),
+    denoising_iterations=2, denoised=50, training=replace(INFO_TRAINING, batch_size=24, rates=(3e-3, 2e-3), bfloat16=False),
+    samples=200, chain_length=2, reference=200, num_slots=50, precision="float32",
 )  # fmt: skip
 REDUCTIONS = (
     "checkpoints 200, 1000 and 4200 of the published seven up to 5000",
@@ -51,30 +65,30 @@ PUBLISHED: dict[int, dict[str, tuple[Any, float]]] = {
 }  # fmt: skip
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...] = (0,), quick: bool = False, data: Path | None = None) -> dict[str, Any]:
-    """The experiment on MNIST in the folder ``data``; writes result.json and pictures (of the first seed) into ``outdir``.
+def rows(run: Run, seed: int) -> list[Row]:
+    """On MNIST; a quick run on a part of it or, without data, on scikit-learn's digits."""
+    one = _mnist(run, seed)
+    run.judged(str(seed), one.judge.accuracy)
+    return one.rows()
 
-    quick: in seconds, on a part of MNIST or, without ``data``, on scikit-learn's digits.
-    """
-    recipe, started = QUICK if quick else FULL, time.perf_counter()
-    images = quick_images(datasets.load_digits()) if data is None else datasets.load_mnist(data)
-    if quick:
-        images = fewer(images, recipe.real, 1000)
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    rows: list[Row] = []
-    accuracy: dict[str, float] = {}
-    with settings.threads_for(flops=0.0):  # one thread, so that training repeats its bits
-        for seed in seeds:
-            one = Mnist(cells, recipe, images, seed)
-            found = one.rows()
-            rows += found
-            accuracy[str(seed)] = one.judge.accuracy
-            if seed == seeds[0]:
-                mnist_pictures.draw(outdir, one, found)
-    return result_file.write(
-        outdir, "mnist", rows=rows, seeds=list(seeds), recipe=asdict(recipe), reduced=True, reductions=list(REDUCTIONS),
-        classifier_accuracy=accuracy, claims=claims(rows), comparison=comparison(rows), seconds=time.perf_counter() - started,
-    )  # fmt: skip
+
+def _mnist(run: Run, seed: int) -> Mnist:
+    images = enlarged(datasets.load_digits()) if run.data is None else datasets.load_mnist(run.data)
+    return Mnist(run.cells(), run.recipe, seed, fewer(images, 1000) if run.quick else images)
+
+
+def enlarged(data: Images) -> Images:
+    """scikit-learn's 8x8 digits as 28x28 images, for runs without MNIST."""
+
+    def larger(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(x, size=28, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+    return data._replace(train=larger(data.train), test=larger(data.test))
+
+
+def fewer(data: Images, n: int) -> Images:
+    """The first ``n`` images of each part."""
+    return Images(*(part[:n] for part in data))
 
 
 def claims(rows: Sequence[Row]) -> list[Row]:
@@ -120,8 +134,6 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
     """What each way changes, beside what it changes in [CS]; for checkpoints that [CS] has."""
     found, few = [], _equal_number(rows)
     for checkpoint, published in PUBLISHED.items():
-        if not pick(rows, DISTANCE, part="table", checkpoint=checkpoint):
-            continue
         raw_score, raw_distance = published["standard"]
         named = [name for name in published if name != "standard"]
         for name in (*named, *(name + FIXED for name in named if name.startswith("refine"))):
@@ -152,3 +164,46 @@ def _figures(rows: Sequence[Row], checkpoint: int, name: str, number: str = "") 
 
 def _all_lower(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(x < y for x, y in zip(a, b, strict=True))
+
+
+def draw(run: Run, rows: Sequence[Row]) -> None:
+    """[CS] Figures 10 and 11, [CS0] Figures 6, 7 and 9, and the table as curves; of the first seed."""
+    one, recipe, outdir = _mnist(run, run.seeds[0]), run.recipe, run.outdir
+    first, last, best = recipe.checkpoints[0], recipe.checkpoints[-1], max(recipe.shaping_stages)
+
+    def tiles(name: str, images: dict[str, torch.Tensor], d: torch.nn.Module, title: str) -> None:
+        logits = d(list(images.values())[-1]).detach().flatten()
+        plots.tiles(outdir / f"{name}.png", images, logits, f"MNIST{title}; logits of the last row")
+
+    wanted = {"generator": "standard", "refined": "refine, shaped"}
+    early_late = {
+        f"{k}: {label}": one.table.images(one.facts(k), name) for k in sorted({first, last}) for label, name in wanted.items()
+    }
+    tiles("early-late", early_late, one.shaped(last, best),
+          ": the generator after so many iterations, and refined by its shaped D")  # fmt: skip
+    layers = {"generator": one.table.images(one.facts(recipe.shown), "standard")}
+    layers |= {f"at {layer}": one.small.images(one.layer(layer), "refine, shaped") for layer in recipe.layers}
+    tiles("layers", layers, one.shaped(recipe.shown, best),
+          f", iteration {recipe.shown}: the same samples refined at several layers")  # fmt: skip
+    denoised = one.shown("denoising")
+    order = ("real", "noisy", "denoised, unshaped", "denoised, shaped")
+    tiles("denoising", {name: denoised[name] for name in order}, one.pairs[last][1],
+          ": held-out images under faint generated ones, refined as images")  # fmt: skip
+
+    mine = [row for row in rows if row["seed"] == run.seeds[0]]
+    named = dict.fromkeys(row["name"] for row in mine if row["part"] == "table")
+    curves = {
+        n: {"x": recipe.checkpoints, "style": _style(n), **{k: pick(mine, k, part="table", name=n) for k in (DISTANCE, SCORE)}}
+        for n in named
+    }
+    plots.curves(outdir / "checkpoints.png", (DISTANCE, SCORE), curves, "iterations of the GAN")
+    curve = {key: pick(mine, key, part="shaping") for key in ("iterations", DISTANCE, SCORE)}
+    lines = {f"checkpoint {recipe.shown}": curve | {"x": curve["iterations"]}}
+    plots.curves(outdir / "shaping.png", (DISTANCE, SCORE), lines, "iterations of shaping")
+
+
+def _style(name: str) -> dict[str, str]:
+    """One colour for the two controls of a way, fixed steps dashed."""
+    colours = {"standard": "black", "DRS": "C0", "MH": "C1", "refine, unshaped": "C2", "refine, shaped": "C3"}
+    way = name.removesuffix(FIXED)
+    return {"color": colours.get(way, "C4"), "linestyle": "-" if way == name else "--"}

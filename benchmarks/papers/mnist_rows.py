@@ -2,71 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import mnist_networks, training
+from benchmarks.papers import image_networks, training
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.image_rows import SHOWN, ImageTable, Protocol, Row, Way
+from benchmarks.papers.image_rows import ImageTable, Way
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row
+from benchmarks.papers.table import SHOWN, Table
 from fastrefine.datasets import Images
-from fastrefine.demo import gan
-from fastrefine.demo.gan import Pair, Training
-from fastrefine.models import digits as networks
-from fastrefine.models.digits import classify
+from fastrefine.demo.gan import Pair, Trainer
+from fastrefine.demo.judge import accuracy
+from fastrefine.models import digits
 
 AT = "map7"  # the 7x7x128 map that [CS] refines
-PRIOR = fr.Uniform(mnist_networks.LATENT_DIM)
+PRIOR = fr.Uniform(image_networks.INFO_LATENT)
 FIXED = ", fixed steps"  # ends the names of the ways with fixed steps
 FAINT = 1_000_000  # ids from here on: the latents of the faint images, which no other row has
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What one run is made of; rate of shaping and step size were chosen on checkpoint 1000 of seed 0.
+class Mnist(Table):
+    """All rows of one training seed."""
 
-    momentum_steps: the published step size at each checkpoint, here of each sample's own gradient (the public code takes it
-    of the mean over its batch of 64). step_size: of backtracking, at first. shaping_stages: numbers of iterations after which
-    the shaped D is kept; each stage goes on from the last one, with fresh moments of Adam. shaping_steps: the most that a
-    batch is refined by for D. layers: where [CS] Figure 11 refines. width, hidden: of the networks. denoised: images.
-    real: training images, None for all.
-    """
-
-    checkpoints: tuple[int, ...] = (200, 1000, 4200)
-    momentum_steps: tuple[float, ...] = (0.5, 0.3, 0.1)
-    shown: int = 1000  # the checkpoint that shaping and layers are looked at
-    training: Training = mnist_networks.TRAINING
-    width: int = 64
-    hidden: int = 1024
-    classifier_steps: int = 2500
-    max_steps: int = 20
-    step_size: float = 5.0
-    fixed_samples: int = 5000
-    shaping_stages: tuple[int, ...] = (100, 250, 500)
-    shaping_batch: int = 64
-    shaping_rate: float = 1e-4
-    shaping_steps: int = 10
-    shaping_slots: int = 32
-    layers: tuple[str, ...] = ("input", "act1", AT, "act14", "output")
-    denoising_iterations: int = 150
-    denoised: int = 1000
-    real: int | None = None
-    protocol: Protocol = field(default_factory=lambda: Protocol(num_slots=64, precision="bfloat16"))
-
-
-class Mnist:
-    """All rows of one training seed, each kept in ``cells``."""
-
-    def __init__(self, cells: Cells, recipe: Recipe, data: Images, seed: int):
-        self.cells, self.recipe, self.data, self.seed = cells, recipe, data, seed
-        self.judge = training.trained_judge(cells, networks.mnist_classifier, data, seed=seed, steps=recipe.classifier_steps)
-        self.table = ImageTable(cells, recipe.protocol, self.judge, PRIOR, data.train, seed)
-        few = replace(recipe.protocol, samples=recipe.protocol.chains, chain_length=1)
-        self.small = ImageTable(cells, few, self.judge, PRIOR, data.train, seed)
+    def __init__(self, cells: Cells, recipe: Recipe, seed: int, data: Images):
+        super().__init__(cells, recipe, seed)
+        self.data = data
+        self.judge = training.trained_judge(cells, digits.mnist_classifier, data, seed=seed, steps=recipe.classifier_steps)
+        self.table = ImageTable(cells, recipe, seed, self.judge, PRIOR, data.train)
+        few = recipe.but(samples=self.table.chains, chain_length=1)
+        self.small = ImageTable(cells, few, seed, self.judge, PRIOR, data.train)
         self.pairs: dict[int, Pair] = training.checkpoints(cells, f"gan-{seed}", self._trainer, recipe.checkpoints)
 
     def rows(self) -> list[Row]:
@@ -109,7 +77,7 @@ class Mnist:
     def shaping(self, table: Sequence[Row]) -> Iterator[Row]:
         """[CS] Figure 10 at the checkpoint shown: D after fewer iterations, between the table's own rows of none and all."""
         g, d = self.pairs[self.recipe.shown]
-        number = self.small.protocol.samples
+        number = self.small.recipe.samples
         own, better = ({**row} for row in table if (row["checkpoint"], row["name"]) in
                        ((self.recipe.shown, "refine, unshaped"), (self.recipe.shown, "refine, shaped")))  # fmt: skip
         for row, iterations in ((own, 0), (better, max(self.recipe.shaping_stages))):
@@ -127,15 +95,14 @@ class Mnist:
         g, d = self.pairs[self.recipe.shown]
         shaped = self._shaper(self.recipe.shown, max(self.recipe.shaping_stages))
         for layer in self.recipe.layers:
-            facts = {"part": "layers", "checkpoint": self.recipe.shown, "layer": layer}
             way = replace(self._way("refine, shaped"), shaped=True, at=layer)
             if layer == "output":
                 way = replace(way, sampler=self._on_images())
-            yield from self.small.rows(facts, g, d, shaped, [way])
+            yield from self.small.rows(self.layer(layer), g, d, shaped, [way])
 
-    def shown(self, part: str, layer: str) -> Tensor:
-        """The first images of a row of ``layers``."""
-        return self.small.images({"part": part, "checkpoint": self.recipe.shown, "layer": layer}, "refine, shaped")
+    def layer(self, layer: str) -> Row:
+        """What tells the row of ``layers`` of a layer."""
+        return {"part": "layers", "checkpoint": self.recipe.shown, "layer": layer}
 
     def denoising(self) -> list[Row]:
         """[CS0] Figure 9 at the last checkpoint: held-out images under faint generated ones, refined in data space.
@@ -145,10 +112,6 @@ class Mnist:
         """
         return self.cells.row(self._key("denoising"), self._denoising)
 
-    def denoised(self) -> dict[str, Tensor]:
-        """The first images of the rows of ``denoising``, by name."""
-        return self.cells.tensors(self._key("denoising"), dict)
-
     def shaped(self, checkpoint: int, iterations: int) -> nn.Module:
         """D of a checkpoint shaped for refinement at the 7x7 map: one of the recipe's stages."""
         recipe = self.recipe
@@ -157,26 +120,19 @@ class Mnist:
         done = 0
         for stage, end in enumerate(sorted(recipe.shaping_stages)):
             if end <= iterations:
-                d = self._stage(f"shaped-{checkpoint}-{end}", refiner.with_discriminator(d), end - done, stage)
+                d = self._stage(f"D-shaped-{checkpoint}-{end}", refiner.with_discriminator(d), end - done, stage)
                 done = end
         return d
 
     def _stage(
-        self, name: str, refiner: fr.Refiner, iterations: int, stage: int = 0, latents: Tensor | None = None
+        self, key: str, refiner: fr.Refiner, iterations: int, stage: int = 0, latents: Tensor | None = None
     ) -> nn.Module:  # fmt: skip
         """D after ``iterations`` more: [CS] Alg. 2, samples leave at a uniformly drawn step."""
-        recipe = self.recipe
-        refiner.num_slots = recipe.shaping_slots  # fewer than the batch: most of it leaves early, and the rest moves up
-
-        def shape() -> nn.Module:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", fr.FastrefineWarning)  # of a D that is only becoming one
-                return fr.shape_discriminator(
-                    refiner, self.data.train, iterations, recipe.shaping_batch, recipe.shaping_rate, latents=latents,
-                    seed=self.seed + 1000 * (stage + 1), progress=None,
-                )  # fmt: skip
-
-        return self.cells.network(self._key(name), self._trainer().discriminator, shape)
+        refiner.num_slots = self.recipe.shaping_slots  # fewer than the batch: most of it leaves early, and the rest moves up
+        return self.trained(
+            key, self._trainer().discriminator, refiner, self.data.train, iterations=iterations, latents=latents,
+            seed=self.seed + 1000 * (stage + 1),
+        )  # fmt: skip
 
     def _shaper(self, checkpoint: int, iterations: int) -> Callable[[], nn.Module]:
         return lambda: self.shaped(checkpoint, iterations)
@@ -188,56 +144,36 @@ class Mnist:
         return fr.Collaborative(self.recipe.step_size, clamp=(-1.0, 1.0))
 
     def _denoising(self) -> list[Row]:
-        checkpoint = self.recipe.checkpoints[-1]
+        recipe, checkpoint = self.recipe, self.recipe.checkpoints[-1]
         g, d = self.pairs[checkpoint]
-        clean, labels = self.data.test[: self.recipe.denoised], self.data.test_labels[: self.recipe.denoised]
-        trained = self.data.train[: self.recipe.shaping_batch * self.recipe.denoising_iterations]
+        clean, labels = self.data.test[: recipe.denoised], self.data.test_labels[: recipe.denoised]
+        trained = self.data.train[: recipe.shaping_batch * recipe.denoising_iterations]
         raw = self.table.refiner(Way("faint", at="output"), g, d)
         faint = raw.sample(len(clean) + len(trained), first_id=FAINT, seed=self.seed).images
-        noisy = add_faint(clean, faint[: len(clean)])
+        noisy, latents = add_faint(clean, faint[: len(clean)]), add_faint(trained, faint[len(clean) :])
         way = replace(self._way("denoising"), sampler=self._on_images(), at="output")
         refiner = self.table.refiner(way, None, d)
-        few = self.table.refiner(replace(way, max_steps=self.recipe.shaping_steps), None, d)
-        latents = add_faint(trained, faint[len(clean) :])
-        shaped = self._stage(f"shaped-{checkpoint}-denoising", few, self.recipe.denoising_iterations, latents=latents)
-        images, told = {"real": clean, "noisy": noisy}, {"real": 0.0, "noisy": 0.0}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
-            for name, run in (("denoised, unshaped", refiner), ("denoised, shaped", refiner.with_discriminator(shaped))):
-                out = run.refine(noisy, seed=self.seed)
-                images[name], told[name] = out.images, float(out.steps.double().mean())
+        few = self.table.refiner(replace(way, max_steps=recipe.shaping_steps), None, d)
+        shaped = self._stage(f"D-shaped-{checkpoint}-denoising", few, recipe.denoising_iterations, latents=latents)
+        images, steps = {"real": clean, "noisy": noisy}, {"real": 0.0, "noisy": 0.0}
+        for name, by in (("denoised, unshaped", refiner), ("denoised, shaped", refiner.with_discriminator(shaped))):
+            out = by.refine(noisy, seed=self.seed)
+            images[name], steps[name] = out.images, float(out.steps.double().mean())
         self.cells.put(self._key("denoising"), {name: x[:SHOWN] for name, x in images.items()})
+        facts = {"seed": self.seed, "part": "denoising", "checkpoint": checkpoint}
         return [
             {
-                "seed": self.seed, "part": "denoising", "checkpoint": checkpoint, "name": name, "samples": len(x),
-                "mse": float((x - clean).square().mean()), "mean_steps": told[name],
-                "accuracy": float((classify(self.judge.classifier, x)[1].argmax(1) == labels).double().mean()),
+                **facts, "name": name, "samples": len(x), "mse": float((x - clean).square().mean()),
+                "mean_steps": steps[name], "accuracy": accuracy(self.judge.classifier, x, labels),
             }
             for name, x in images.items()
         ]  # fmt: skip
 
-    def _trainer(self) -> gan.Trainer:
+    def _trainer(self) -> Trainer:
         recipe = self.recipe
-        return mnist_networks.trainer(self.data.train, self.seed, recipe.training, recipe.width, recipe.hidden)
-
-    def _key(self, name: str) -> str:
-        return f"{self.seed}-{name}"
+        return image_networks.info_trainer(self.data.train, self.seed, recipe.training, recipe.width, recipe.hidden)
 
 
 def add_faint(images: Tensor, faint: Tensor) -> Tensor:
     """[CS0]'s noise: clip(.9 x + .3 x') on the scale -1 ... 1, as in the public code; x' a generated image."""
     return (0.9 * images + 0.3 * faint).clamp(-1, 1)
-
-
-def quick_images(data: Images) -> Images:
-    """scikit-learn's 8x8 digits as 28x28 images, for runs without MNIST."""
-
-    def larger(x: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(x, size=28, mode="bicubic", align_corners=False).clamp(-1, 1)
-
-    return data._replace(train=larger(data.train), test=larger(data.test))
-
-
-def fewer(data: Images, train: int | None, test: int) -> Images:
-    """The first images of each part."""
-    return Images(data.train[:train], data.test[:test], data.train_labels[:train], data.test_labels[:test])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from benchmarks.papers import averages
 from benchmarks.papers.averages import NONE, label, mean_sd, number
 from benchmarks.papers.catalogue import EXPERIMENTS
-from benchmarks.papers.page import Block, Code, Heading, Picture, Table, Text, markdown, page
 from fastrefine.errors import InputError
 
 Record = dict[str, Any]
@@ -18,31 +18,27 @@ TITLE = "fastrefine: the experiments"
 _TOLD = ("claim", "holds", "set", "quality", "control")  # keys of a claim that its text says
 
 
-def write(directory: Path) -> list[Path]:
-    """Makes directory/report.md and directory/report.html of all directory/NAME/result.json; returns both paths.
+def write(directory: Path) -> Path:
+    """Makes directory/report.md of all directory/NAME/result.json; returns its path.
 
     Raises InputError where a result.json is none, and where there is not one.
     """
     blocks = _blocks(directory, read(directory))
-    found = []
-    for name, text in (("report.md", markdown(blocks, directory)), ("report.html", page(blocks, TITLE))):
-        part = directory / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        found.append(part.replace(directory / name))
-    return found
+    part = directory / "report.md.part"
+    part.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    return part.replace(directory / "report.md")
 
 
 def summary(directory: Path) -> str:
-    """README's tables, in Markdown: the headline figures of every experiment, and how many of its claims hold."""
+    """Tables in Markdown: the headline figures of every experiment, and how many of its claims hold."""
     records = read(directory)
     header = ["experiment", "case", "metric", "published", "ours", "difference", "seeds", "reduced"]
     rows = [
         [name, *_compared(row)[:5], label(row.get("seeds")), label(record.get("reduced"))]
         for name, record in records.items() for row in record.get("comparison", []) if row.get("headline")
     ]  # fmt: skip
-    figures = Table(header, rows)
-    held = Table(("experiment", "claims", "commit"), [[n, _held(r), _commit(r)] for n, r in _all(records)])
-    return markdown([figures, held], directory)
+    held = _table(("experiment", "claims", "commit"), [[n, _held(r), _commit(r)] for n, r in _all(records)])
+    return f"{_table(header, rows)}\n\n{held}\n"
 
 
 def read(directory: Path) -> dict[str, Record]:
@@ -76,12 +72,12 @@ def _all(records: dict[str, Record]) -> Iterator[tuple[str, Record | None]]:
         yield name, records.get(name)
 
 
-def _blocks(directory: Path, records: dict[str, Record]) -> list[Block]:
+def _blocks(directory: Path, records: dict[str, Record]) -> Iterator[str]:
     header = ("experiment", "title", "source", "claims", "seeds", "reduced", "commit")
-    found: list[Block] = [Heading(TITLE, 1), Table(header, [_overview(name, record) for name, record in _all(records)])]
+    yield f"# {TITLE}"
+    yield _table(header, [_overview(name, record) for name, record in _all(records)])
     for name, record in records.items():
-        found += _section(directory, name, record)
-    return found
+        yield from _section(directory, name, record)
 
 
 def _overview(name: str, record: Record | None) -> list[str]:
@@ -90,37 +86,38 @@ def _overview(name: str, record: Record | None) -> list[str]:
     return [*about, _held(record), label(said.get("seeds")), label(said.get("reduced")), _commit(record)]
 
 
-def _section(directory: Path, name: str, record: Record) -> Iterator[Block]:
+def _section(directory: Path, name: str, record: Record) -> Iterator[str]:
     known = EXPERIMENTS.get(name)
-    yield Heading(f"{name}: {known.title}" if known else name)
+    yield f"## {_plain(f'{name}: {known.title}' if known else name)}"
     hardware = record.get("hardware") or {}
     facts = {
         "source": known.source if known else None, "seeds": record.get("seeds"), "reduced": record.get("reduced"),
         "commit": record.get("commit"), "cpu": hardware.get("cpu") or hardware.get("processor"), "cores": hardware.get("cores"),
         "seconds": record.get("seconds"),
     }  # fmt: skip
-    yield Text("; ".join(f"{key}: {label(value)}" for key, value in facts.items() if value is not None) + ".")
+    yield _plain("; ".join(f"{key}: {label(value)}" for key, value in facts.items() if value is not None) + ".")
     reductions = record.get("reductions")
     if reductions:
-        yield Text("Against the publication: " + ("; ".join(reductions) if isinstance(reductions, list) else label(reductions)))
+        said = "; ".join(reductions) if isinstance(reductions, list) else label(reductions)
+        yield _plain(f"Against the publication: {said}")
     if known:
-        yield Code(_command(name, record))
+        yield "    " + _command(name, record)
     if record.get("comparison"):
-        yield Heading("Published and ours", 3)
+        yield "### Published and ours"
         header = ("case", "metric", "published", "ours", "difference", "better", "seeds")
-        yield Table(
+        yield _table(
             header, [[*_compared(row), label(row.get("better")), label(row.get("seeds"))] for row in record["comparison"]]
         )
     if record.get("claims"):
-        yield Heading(f"Claims: {_held(record)}", 3)
-        yield Table(("", "claim", "figures"), [_claim(claim) for claim in record["claims"]])
+        yield f"### Claims: {_held(record)}"
+        yield _table(("", "claim", "figures"), [_claim(claim) for claim in record["claims"]])
     if record.get("rows"):
-        yield Heading("Rows", 3)
+        yield "### Rows"
         for columns, cells, notes in averages.tables(record["rows"]):
-            yield from [Text(" ".join(notes))] * bool(notes)
-            yield Table(columns, cells)
+            yield from [_plain(" ".join(notes))] * bool(notes)
+            yield _table(columns, cells)
     for path in sorted((directory / name).glob("*.png")):
-        yield Picture(path)
+        yield f"![{_plain(path.stem)}](<{path.relative_to(directory).as_posix()}>)"
 
 
 def _command(name: str, record: Record) -> str:
@@ -158,3 +155,14 @@ def _commit(record: Record | None) -> str:
     """Seven digits, and "+" where the tree differed from it."""
     commit = (record or {}).get("commit")
     return commit[:7] + "+" * commit.endswith("+") if isinstance(commit, str) else NONE
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[_plain(cell) for cell in row] for row in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text whose characters mean themselves in Markdown, on one line."""
+    return re.sub(r"([\\`*<|~])", r"\\\1", " ".join(text.split()))

@@ -37,12 +37,6 @@ def write(outdir: Path, experiment: str, *, cores: int = 1, **content: Any) -> d
     return record
 
 
-def tell(record: dict[str, Any]) -> None:
-    """Prints what the record claims, and whether it holds."""
-    for claim in record["claims"]:
-        print(f"{'holds' if claim['holds'] else 'FAILS'}: {claim['claim']}")
-
-
 def claim(text: str, holds: bool, **figures: Any) -> Row:
     """A claim with the figures that decide it."""
     return {"claim": text, "holds": bool(holds), **figures}
@@ -53,7 +47,8 @@ def against(
 ) -> Row:
     """A published figure beside ours: mean and standard deviation over seeds, and ours minus the published one.
 
-    better: "higher" | "lower" | "near". published: None where no paper has the figure. headline: goes into the summary.
+    better: "higher" | "lower" | "near". published: None where no paper has the figure. headline: goes into the summary. Without
+    values, of rows that were not run, "seeds" is 0: the record leaves it out.
     """
     mean, sd = spread(values)
     row = {"case": case, "metric": metric, "published": published, "ours": mean, "sd": sd, "seeds": len(values)}
@@ -61,9 +56,9 @@ def against(
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, standard deviation), the latter None of one value."""
+    """(mean, standard deviation), the latter None of one value; the mean of none is no number."""
     finite = all(math.isfinite(v) for v in values)
-    return statistics.fmean(values), statistics.stdev(values) if finite and len(values) > 1 else None
+    return (statistics.fmean(values) if values else math.nan), statistics.stdev(values) if finite and len(values) > 1 else None
 
 
 def pick(rows: Iterable[Row], key: str, **where: Any) -> list[float]:

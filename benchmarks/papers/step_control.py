@@ -7,24 +7,18 @@ the Swiss roll of [CS0] in data space; the demo's digits, and with data MNIST, a
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import fastrefine as fr
-from benchmarks.papers import cases, plane_plot, result_file, training
-from benchmarks.papers.cases import CONTROLS, QUICK_RING, QUICK_RUN, SHAPING, Case, Quality, Shaping, curve
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.plane import EARLY, RING, Plane, smaller
-from benchmarks.papers.result_file import against, claim, mean
-from fastrefine import settings
+from benchmarks.papers import cases, plots, training
+from benchmarks.papers.cases import CONTROLS, QUICK_RING, Case, Quality, curve
+from benchmarks.papers.plane import EARLY, RING
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim
+from benchmarks.papers.run import Run
+from benchmarks.papers.table import Made, Table
 from fastrefine.demo.recipes import DIGITS, MNIST
-from fastrefine.demo.recipes import Recipe as ImageRecipe
-
-Row = dict[str, Any]
 
 GOOD = Quality("good", "good samples", 0.05, higher=True)
 KL = Quality("kl", "KL (nats)", 0.05)
@@ -36,93 +30,65 @@ QUALITIES = {
     "ring": (GOOD, KL), "ring, latent": (GOOD, KL), "ring, shaped D": (GOOD, KL), "Swiss roll": (DISTANCE, GOOD),
     "digits": (FRECHET, SCORE), "MNIST": (FRECHET, SCORE),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What one run does; fixed before the claims were looked at.
-
-    points, images: samples a row. point_seeds, image_seeds: how many sampling seeds, from the training's on.
-    """
-
-    ring: Plane = RING
-    ring_steps: int = 3000
-    roll: Plane = EARLY
-    roll_steps: int = 3000
-    point_sizes: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    image_sizes: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    max_steps: int = 50
-    shaping: Shaping = SHAPING
-    points: int = 10_000
-    images: int = 2000
-    point_seeds: int = 3
-    image_seeds: int = 1
-    classifier_steps: int | None = None  # None: the image recipe's
-
-
-FULL = Recipe()
-QUICK = Recipe(
-    ring=QUICK_RING, ring_steps=250, roll=smaller(EARLY, 100), roll_steps=20, point_sizes=(30.0,), image_sizes=(30.0,),
-    max_steps=10, shaping=Shaping(3, 100, max_steps=4), points=200, images=50, point_seeds=1, classifier_steps=5,
+# Fixed before the claims were looked at. [CS] published 5,000 iterations of shaping, of batch 1,000. samples, images: of a row.
+# point_seeds, image_seeds: how many sampling seeds, from the training's on.
+FULL = Recipe(
+    step_size=1.0, max_steps=50, shaping_iterations=500, shaping_batch=500, shaping_rate=8e-3, shaping_steps=50, samples=10_000,
+    own=dict(
+        ring=RING, ring_steps=3000, roll=EARLY, roll_steps=3000, point_sizes=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        image_sizes=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), images=2000, point_seeds=3, image_seeds=1,
+    ),
 )  # fmt: skip
+QUICK = FULL.but(
+    ring=QUICK_RING, ring_steps=250, roll=EARLY.smaller(100), roll_steps=20, point_sizes=(30.0,), image_sizes=(30.0,),
+    max_steps=10, shaping_iterations=3, shaping_batch=100, shaping_steps=4, samples=200, images=50, point_seeds=1,
+    classifier_steps=5,
+)  # fmt: skip
+REDUCTIONS = ()
 
 
-def point_cases(cells: Cells, recipe: Recipe, seed: int) -> Iterator[Case]:
-    """The ring thrice and the roll once."""
-    ring = cases.ring(cells, recipe.ring, recipe.ring_steps, seed)
-    yield ring
-    yield replace(ring, name="ring, latent", at="input")
-    yield cases.shaped(
-        cells, f"ring-shaped-{seed}", "ring, shaped D", ring, lambda: cases.shape_points(ring, recipe.shaping, None, seed)
-    )
-    yield cases.swiss_roll(cells, recipe.roll, recipe.roll_steps, seed)
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """Of every case; seed: of the trainings, and the first of the sampling seeds. Without data MNIST is left out."""
+    recipe, table = run.recipe, Table(run.cells(), run.recipe, seed)
+    run.told["data"] = None if run.data is None else "mnist"
+    ring = cases.ring(table, recipe.ring, recipe.ring_steps)
+    yield from sweep(table, ring, recipe.point_sizes, recipe.samples, recipe.point_seeds)
+    for case in (
+        replace(ring, name="ring, latent", at="input"),
+        cases.shaped_points(table, "D-ring-shaped", "ring, shaped D", ring, None),
+        cases.swiss_roll(table, recipe.roll, recipe.roll_steps),
+    ):
+        yield from sweep(table, case, recipe.point_sizes, recipe.samples, recipe.point_seeds)
+    for images in (DIGITS, MNIST) if run.data is not None else (DIGITS,):
+        loaded, steps = images.load(run.data if images is MNIST else None), recipe.classifier_steps or images.classifier_steps
+        own = run.cells(recipe.but(name=images.name))  # each set has a classifier of its own
+        judge = training.trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
+        case = cases.images(images, loaded.train, judge)
+        yield from sweep(table, case, recipe.image_sizes, recipe.images, recipe.image_seeds)
 
 
-def image_case(cells: Cells, images: ImageRecipe, recipe: Recipe, data: Path | None, seed: int) -> Case:
-    """The digits or MNIST, judged by a classifier trained here."""
-    loaded, steps = images.load(data), recipe.classifier_steps or images.classifier_steps
-    own = Cells(cells.folder / images.name, recipe)  # each set has a classifier of its own
-    judge = training.trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
-    return cases.images(images, loaded.train, judge)
-
-
-def sweep(
-    cells: Cells, case: Case, recipe: Recipe, sizes: Sequence[float], samples: int, seed: int, seeds: int
-) -> Iterator[Row]:  # fmt: skip
+def sweep(table: Table, case: Case, sizes: Sequence[float], samples: int, seeds: int) -> Iterator[Row]:
     """Rows of a case: its proposals as they are, then every control and step size; sampling seeds seed, seed + 1, ..."""
     plans: list[tuple[str, float | None]] = [("none", None), *((c, size) for c in CONTROLS for size in sizes)]
     for control, size in plans:
-        moved = ("fixed", 1.0, 0) if size is None else (control, size, recipe.max_steps)
+        moved = ("fixed", 1.0, 0) if size is None else (control, size, table.recipe.max_steps)
         refiner = case.refiner(*moved, fr.stopping.MedianOfReal())
-        rows = [
-            cells.row(f"{seed}-{case.name}-{control}-{size}-{s}", lambda s=s, r=refiner, c=control, z=size: {  # type: ignore[misc]
-                "set": case.name, "at": case.at, "control": c, "step_size": z, "seed": seed, "sampling_seed": s,
-                "samples": samples, **_measured(case, r, samples, s),
-            })
-            for s in range(seed, seed + seeds)
-        ]  # fmt: skip
-        print(line(rows), file=sys.stderr, flush=True)
-        yield from rows
+        facts: Row = {"set": case.name, "at": case.at, "control": control, "step_size": size}
+        for seed in range(table.seed, table.seed + seeds):
+            yield table.kept(
+                {**facts, "sampling_seed": seed, "samples": samples},
+                lambda seed=seed, r=refiner: _measured(case, r, samples, seed),  # type: ignore[misc]
+            )
 
 
-def _measured(case: Case, refiner: fr.Refiner, samples: int, seed: int) -> Row:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fr.FastrefineWarning)  # what they say of a step size stands in the row
-        out = refiner.sample(samples, seed=seed)
+def _measured(case: Case, refiner: fr.Refiner, samples: int, seed: int) -> Made:
+    out = refiner.sample(samples, seed=seed)
     told = fr.diagnose_steps(out, refiner.sampler)
-    return {
+    return {}, {
         **case.measure(out.images), "mean_steps": float(out.steps.double().mean()), "falls": told.falls,
         "reached": told.reached, "nonfinite": told.nonfinite, "gain": told.gain, "stable": told.stable,
         "step_sizes_reached": told.step_sizes, "backend": out.report["backend"],
     }  # fmt: skip
-
-
-def line(rows: Sequence[Row]) -> str:
-    """Rows of one set, control and step size as text, means over seeds."""
-    first = rows[0]
-    size = "" if first["step_size"] is None else f"{first['step_size']:g}"
-    keys = [q.key for q in QUALITIES[first["set"]]] + ["mean_steps", "falls"]
-    return f"{first['set']:<15}{first['control']:<13}{size:<6}" + "".join(f"  {key} {mean(rows, key):.4g}" for key in keys)
 
 
 def claims(rows: Sequence[Row]) -> list[Row]:
@@ -168,36 +134,11 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment; writes result.json and step-control.png into ``outdir``, returns the former.
-
-    seeds: of the trainings, and of each the first of its sampling seeds. data: MNIST's folder, else MNIST is left out.
-    """
-    recipe = QUICK if quick else FULL
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    rows: list[Row] = []
-    with settings.threads_for(flops=0.0):  # these networks are small
-        for seed in seeds:
-            for case in point_cases(cells, recipe, seed):
-                rows += sweep(cells, case, recipe, recipe.point_sizes, recipe.points, seed, recipe.point_seeds)
-            for images, path in ((DIGITS, None), (MNIST, data)):
-                if images is DIGITS or path is not None:
-                    case = image_case(cells, images, recipe, path, seed)
-                    rows += sweep(cells, case, recipe, recipe.image_sizes, recipe.images, seed, recipe.image_seeds)
-    record = result_file.write(
-        outdir, "step_control", rows=rows, recipe=asdict(recipe), reduced=quick, seeds=list(seeds),
-        reductions=[QUICK_RUN] * quick,
-        data=None if data is None else "mnist", claims=claims(rows), comparison=comparison(rows),
-    )  # fmt: skip
-    draw(outdir / "step-control.png", record["rows"])
-    return record
-
-
-def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A PNG from rows, a result.json's too: a row of panels for each set, its figures of merit and mean steps by step size."""
+def draw(run: Run, rows: Sequence[Row]) -> None:
+    """A PNG: a row of panels for each set, its figures of merit and mean steps by step size."""
     names = list(dict.fromkeys(row["set"] for row in rows))
     height = 1.6 * len(names) + 0.6
-    figure, axes = plane_plot.subplots(len(names), 3, 8.5 / 3, height / len(names))
+    figure, axes = plots.subplots(len(names), 3, 8.5 / 3, height / len(names))
     for line_of_axes, name in zip(axes, names, strict=True):
         line_of_axes[0].set_ylabel(name, fontsize=10, fontweight="bold")
         for axis, q in zip(line_of_axes, (*QUALITIES[name], STEPS), strict=True):
@@ -219,4 +160,4 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         axis.set_xlabel("step size", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=10, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height), pad=0.5, h_pad=0.4)
-    plane_plot.save(figure, path)
+    plots.save(figure, run.outdir / "step-control.png")

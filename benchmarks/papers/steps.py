@@ -9,26 +9,24 @@ a uniformly drawn step, as in [CS], and by one shaped on samples left at the med
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastrefine as fr
-from benchmarks.papers import cases, result_file, steps_plot, training
-from benchmarks.papers.cases import CONTROLS, QUICK_RING, QUICK_RUN, SHAPING, Case, Quality, Shaping, curve
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.plane import RING, Plane
-from benchmarks.papers.result_file import against, claim, mean, pick
-from fastrefine import settings
+from benchmarks.papers import cases, plots, training
+from benchmarks.papers.cases import CONTROLS, QUICK_RING, Case, Quality, curve
+from benchmarks.papers.plane import RING
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim, mean, pick
+from benchmarks.papers.run import Run
+from benchmarks.papers.table import Table
+from fastrefine.demo.gan import build
 from fastrefine.demo.recipes import DIGITS
 from fastrefine.stopping import StopRule
 
-Row = dict[str, Any]
 JUDGE = 0  # seeds the one classifier that judges all digits, so that seeds differ by shaping and sampling alone
 
 GOOD = Quality("good", "good samples", 0.01, higher=True)
@@ -38,86 +36,73 @@ SCORE = Quality("classifier_score", "classifier score", 0.1, higher=True)
 QUALITIES = {"ring": (JS, GOOD), "digits": (FRECHET, SCORE)}  # the first is the one of the claims
 FIXED, MEDIAN, REFERENCE, HAZARD = "K steps", "median stop", "reference sample", "hazard"
 SHAPED_AT = ("a uniform step", "the median stop")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What one run does.
-
-    sets: of QUALITIES x SHAPED_AT. *_step: step sizes by control, chosen on seed 0: those that serve the median stop best (on
-    the ring in `step_control`, on digits of 1, 3, 10 and of .3, 3). ks: numbers of steps of all samples, the largest also the
-    last step of the other rules. hazards: stopping probabilities after a step. digits_iterations: of shaping, else the demo's.
-    """
-
-    ring: Plane = RING
-    ring_steps: int = 3000
-    shaping: Shaping = SHAPING
-    sets: tuple[tuple[str, str], ...] = tuple((base, at) for base in QUALITIES for at in SHAPED_AT)
-    point_step: Mapping[str, float] = field(default_factory=lambda: {"fixed": 1.0, "backtracking": 1.0})
-    image_step: Mapping[str, float] = field(default_factory=lambda: {"fixed": 10.0, "backtracking": 3.0})
-    ks: tuple[int, ...] = (0, 1, 2, 5, 10, 15, 20, 25, 30, 40, 50)
-    hazards: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
-    points: int = 10_000
-    images: int = 4000
-    digits_iterations: int | None = None
-    classifier_steps: int = DIGITS.classifier_steps
-
-
-FULL = Recipe()
-QUICK = Recipe(
-    QUICK_RING, sets=(("digits", SHAPED_AT[1]),), image_step={"fixed": 10.0, "backtracking": 6.0}, ks=(0, 8, 30),
+# sets: of QUALITIES x SHAPED_AT. *_step: step sizes by control, chosen on seed 0: those that serve the median stop best (on the
+# ring in `step_control`, on digits of 1, 3, 10 and of .3, 3). ks: numbers of steps of all samples, the largest also the last
+# step of the other rules. hazards: stopping probabilities after a step. digits_iterations: of shaping.
+FULL = Recipe(
+    step_size=1.0, shaping_iterations=500, shaping_batch=500, shaping_rate=8e-3, shaping_steps=50, samples=10_000,
+    classifier_steps=DIGITS.classifier_steps,
+    own=dict(
+        ring=RING, ring_steps=3000, sets=tuple((base, at) for base in QUALITIES for at in SHAPED_AT),
+        point_step={"fixed": 1.0, "backtracking": 1.0}, image_step={"fixed": 10.0, "backtracking": 3.0},
+        ks=(0, 1, 2, 5, 10, 15, 20, 25, 30, 40, 50), hazards=(0.02, 0.05, 0.1, 0.2, 0.5), images=4000,
+        digits_iterations=DIGITS.shaping_iterations,
+    ),
+)  # fmt: skip
+QUICK = FULL.but(
+    ring=QUICK_RING, sets=(("digits", SHAPED_AT[1]),), image_step={"fixed": 10.0, "backtracking": 6.0}, ks=(0, 8, 30),
     hazards=(0.2,), images=120, digits_iterations=12, classifier_steps=100,
 )  # fmt: skip
+REDUCTIONS = ()
 
 
-def trained_case(cells: Cells, recipe: Recipe, base: str, shaped_at: str, seed: int) -> Case:
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """Of every set; seed: of the ring's training, of shaping and of sampling. The digits' GAN is the embedded one."""
+    recipe, table = run.recipe, Table(run.cells(), run.recipe, seed)
+    for base, shaped_at in recipe.sets:
+        case = trained_case(table, base, shaped_at)
+        sizes, samples = (recipe.point_step, recipe.samples) if base == "ring" else (recipe.image_step, recipe.images)
+        yield from sweep(table, case, sizes, samples)
+
+
+def trained_case(table: Table, base: str, shaped_at: str) -> Case:
     """The ring, trained here, or the digits' embedded pair, with its discriminator shaped."""
-    name, key = f"{base}, D shaped at {shaped_at}", f"{base}-shaped-{SHAPED_AT.index(shaped_at)}-{seed}"
+    name, key, recipe = f"{base}, D shaped at {shaped_at}", f"D-{base}-{SHAPED_AT.index(shaped_at)}", table.recipe
     stop = None if shaped_at == SHAPED_AT[0] else fr.stopping.MedianOfReal()
     if base == "ring":
-        ring = cases.ring(cells, recipe.ring, recipe.ring_steps, seed)
-        return cases.shaped(cells, key, name, ring, lambda: cases.shape_points(ring, recipe.shaping, stop, seed))
+        return cases.shaped_points(table, key, name, cases.ring(table, recipe.ring, recipe.ring_steps), stop)
     data = DIGITS.load(None)
-    judge = training.trained_judge(cells, DIGITS.classifier, data, seed=JUDGE, steps=recipe.classifier_steps)
+    judge = training.trained_judge(table.cells, DIGITS.classifier, data, seed=JUDGE, steps=recipe.classifier_steps)
     digits = cases.images(DIGITS, data.train, judge)
+    shaped = table.trained(
+        key, build(DIGITS.discriminator, 0), digits.refiner("backtracking", DIGITS.step_size, DIGITS.max_steps, stop),
+        data.train, iterations=recipe.digits_iterations, batch=DIGITS.shaping_batch, rate=DIGITS.shaping_rate, stop=stop,
+        betas=(0.5, 0.9),
+    )  # fmt: skip
+    return replace(digits, name=name, discriminator=shaped)
 
-    def shape() -> nn.Module:
-        refiner = digits.refiner("backtracking", DIGITS.step_size, DIGITS.max_steps, stop)
-        iterations = recipe.digits_iterations or DIGITS.shaping_iterations
-        return cases.shape_images(refiner, DIGITS, data.train, iterations, stop, seed)
 
-    return cases.shaped(cells, key, name, digits, shape)
-
-
-def sweep(
-    cells: Cells, case: Case, recipe: Recipe, sizes: Mapping[str, float], samples: int, seed: int
-) -> Iterator[Row]:  # fmt: skip
+def sweep(table: Table, case: Case, sizes: Mapping[str, float], samples: int) -> Iterator[Row]:
     """Rows of a case: every control and stop rule; all see the same proposals."""
+    recipe, seed = table.recipe, table.seed
     rules: list[tuple[str, float | None, StopRule | None]] = [
         (FIXED, None, None), (MEDIAN, None, fr.stopping.MedianOfReal()), (REFERENCE, None, fr.stopping.ReferenceSample()),
         *((HAZARD, p, fr.stopping.Hazard(p)) for p in recipe.hazards),
     ]  # fmt: skip
     for control, size in sizes.items():
         for rule, p, stop in rules:
-            told = {"set": case.name, "rule": rule, "control": control}
-            ends = {"parameter": p, "seed": seed, "step_size": size, "samples": samples}
+            told = {"set": case.name, "rule": rule, "control": control, "parameter": p, "seed": seed, "step_size": size}
 
-            def make(c: str = control, z: float = size, s: StopRule | None = stop, told: Row = told | ends) -> list[Row]:
-                refiner = case.refiner(c, z, max(recipe.ks), s)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
-                    out = refiner.sample(samples, seed=seed, snapshots=recipe.ks if s is None else ())
+            def make(c: str = control, z: float = size, s: StopRule | None = stop, told: Row = told) -> list[Row]:
+                refiner, ks = case.refiner(c, z, max(recipe.ks), s), recipe.ks if s is None else ()
+                out, told = refiner.sample(samples, seed=seed, snapshots=ks), {**told, "samples": samples}
                 if s is not None:
                     return [{**told, **_figures(case, out.images, out.steps, max(recipe.ks))}]
                 return [
-                    {**told, "parameter": k, **_figures(case, out.snapshots[k].images, out.steps.clamp(max=k), k)}
-                    for k in recipe.ks
+                    {**told, "parameter": k, **_figures(case, out.snapshots[k].images, out.steps.clamp(max=k), k)} for k in ks
                 ]
 
-            rows = cells.row(f"{seed}-{case.name}-{control}-{rule}-{p}", make)
-            for row in rows:
-                print(line(row), file=sys.stderr, flush=True)
-            yield from rows
+            yield from table.cells.row(f"{seed}-{case.name}-{control}-{rule}-{p}", make)
 
 
 def _figures(case: Case, images: Tensor, steps: Tensor, last: int) -> Row:
@@ -131,16 +116,6 @@ def _figures(case: Case, images: Tensor, steps: Tensor, last: int) -> Row:
 def qualities(name: str) -> tuple[Quality, ...]:
     """Figures of merit of a set."""
     return QUALITIES[name.split(",")[0]]
-
-
-def line(row: Row) -> str:
-    """A row as text."""
-    parameter = "" if row["parameter"] is None else f"{row['parameter']:g}"
-    figures = "  ".join(f"{q.key} {row[q.key]:.4g}" for q in qualities(row["set"]))
-    return (
-        f"seed {row['seed']} {row['set']:<35}{row['control']:<13}{row['rule']:<17}{parameter:<5}"
-        f"steps {row['mean_steps']:5.2f}  {figures}"
-    )
 
 
 def interpolated(steps: float, fixed: Mapping[float, float]) -> float:
@@ -223,24 +198,41 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment; writes result.json and trade-off.png into ``outdir``, returns the former.
+COLOURS = {"fixed": "C1", "backtracking": "C0"}
+STYLES = {  # by rule: marker, line
+    FIXED: ("o", "-"), HAZARD: ("x", ":"), MEDIAN: ("*", ""), REFERENCE: ("D", ""),
+}  # fmt: skip
 
-    seeds: of the ring's training, of shaping and of sampling; the digits' GAN is the embedded one.
-    """
-    recipe = QUICK if quick else FULL
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    rows: list[Row] = []
-    with settings.threads_for(flops=0.0):  # these networks are small
-        for seed in seeds:
-            for base, shaped_at in recipe.sets:
-                case = trained_case(cells, recipe, base, shaped_at, seed)
-                sizes, samples = (recipe.point_step, recipe.points) if base == "ring" else (recipe.image_step, recipe.images)
-                rows += sweep(cells, case, recipe, sizes, samples, seed)
-    record = result_file.write(
-        outdir, "steps", rows=rows, recipe=asdict(recipe), reduced=quick, seeds=list(seeds),
-        reductions=[QUICK_RUN] * quick,
-        claims=claims(rows), comparison=comparison(rows),
-    )  # fmt: skip
-    steps_plot.draw(outdir / "trade-off.png", record["rows"], {f"{a}, D shaped at {b}": QUALITIES[a] for a, b in recipe.sets})
-    return record
+
+def draw(run: Run, rows: Sequence[Row]) -> None:
+    """The trade-off, quality against mean steps: a column of panels for each set, one for each of its figures of merit."""
+    names = list(dict.fromkeys(row["set"] for row in rows))
+    figure, axes = plots.subplots(max(len(qualities(name)) for name in names), len(names), 2.9, 2.6)
+    for column, name in enumerate(names):
+        for axis, q in zip(axes[:, column], qualities(name), strict=True):
+            _panel(axis, [row for row in rows if row["set"] == name and row.get(q.key) is not None], q)
+        axes[0, column].set_title(name.replace(", ", "\n"), fontsize=9, fontweight="bold")
+        axes[-1, column].set_xlabel("mean steps", fontsize=8)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
+    lines = 2 * len(STYLES) / len(names)  # of the legend
+    figure.tight_layout(pad=0.5, rect=(0, 0.05 * lines, 1, 1))
+    plots.save(figure, run.outdir / "trade-off.png")
+
+
+def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], q: Quality) -> None:
+    for control in CONTROLS:
+        for rule, (marker, line) in STYLES.items():
+            where = {"control": control, "rule": rule}
+            x, y = (list(curve(rows, "parameter", key, **where).values()) for key in ("mean_steps", q.key))
+            size = 11 if marker == "*" else 4.5
+            axis.plot(
+                x, y, label=f"{rule}, {control}", color=COLOURS[control], marker=marker, linestyle=line, markersize=size,
+                linewidth=1.3, markeredgecolor="0.2" if not line else None, markeredgewidth=0.6 if not line else 1.2,
+            )  # fmt: skip
+    plots.plain(axis, ylabel=f"{q.label}, {q.better} is better")
+    if q.relative:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:.3g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_minor_formatter("{x:.3g}" if high < 10 * low else "")

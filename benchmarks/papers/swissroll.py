@@ -6,28 +6,20 @@ The rate of shaping was chosen on seed 2 with 600 iterations: 3e-4 left samples 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from benchmarks.papers import shaping_rows
-from benchmarks.papers.plane import EARLY, draw_roll, measure_roll
-from benchmarks.papers.shaping_rows import Case, Recipe
+from benchmarks.papers.mixtures import draw_roll, measure_roll
+from benchmarks.papers.shaping_rows import Case
 
-FULL = Recipe(EARLY, early=3000, optimal=20_000, iterations=1000, rate=3e-4)
-QUICK = shaping_rows.small(FULL)
+FULL = replace(shaping_rows.FULL, checkpoints=(3000, 20_000), shaping_iterations=1000, shaping_rate=3e-4)
 ROLL = Case("swissroll", draw_roll, measure_roll)
 PUBLISHED = {  # [CS0] Table 1: distance, good
     "swissroll": {
         "early": (0.26, 0.97), "frozen": (0.41, 0.93), "tuned": (3.66, 0.83), "shaped": (0.17, 0.99), "optimal": (0.16, 0.99),
     },
 }  # fmt: skip
-GOAL = 0.99
-REDUCTIONS = ("1,000 iterations of shaping and tuning, published 5,000",)
-
-
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool, data: Path | None) -> dict[str, Any]:
-    """The experiment; writes result.json and swissroll.png into ``outdir``, returns the record."""
-    return shaping_rows.run(
-        outdir, "swissroll", (ROLL,), QUICK if quick else FULL, seeds, published=PUBLISHED, goal=GOAL, quick=quick,
-        reductions=(shaping_rows.QUICK,) if quick else REDUCTIONS,
-    )  # fmt: skip
+PAPER = shaping_rows.Shaping(
+    FULL, shaping_rows.quick(FULL), ("1,000 iterations of shaping and tuning, published 5,000",), (ROLL,), (ROLL,), PUBLISHED,
+    goal=0.99,
+)  # fmt: skip

@@ -6,11 +6,8 @@ map is known, every translated pixel has a true colour, and the domain a palette
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,76 +15,50 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
-from benchmarks.papers import picture_files, result_file, training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.image_rows import SHOWN, Row
-from benchmarks.papers.picture_networks import PictureClassifier
-from fastrefine import settings
+from benchmarks.papers import plots, result_file, training
+from benchmarks.papers.image_networks import PictureClassifier
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row, against, claim
+from benchmarks.papers.run import Run
+from benchmarks.papers.table import Made, Table, moved
 from fastrefine.datasets import Images, load_digits, load_mnist
-from fastrefine.demo import gan, picture
-from fastrefine.demo.gan import build, descend
+from fastrefine.demo.gan import Pair, Trainer, Training, build, descend, images_of
 from fastrefine.demo.judge import accuracy
 from fastrefine.models import CycleGANGenerator, patchgan_discriminator
 
 INK = 0.1  # pixels with more of it are the object
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """checkpoints: iterations of training after which the translation is refined; the first is far from done.
-
-    training.rates: of the generators and the discriminators. cycle: weight of the L1 cycle loss; identity: of the other.
-
-    at, step_size, max_steps: collaborative refinement by sgd with backtracking, stopped at the median logit of the target
-    domain. D as it is was trained on the least-squares loss and is followed on it; shaped, it is a logit.
-    """
-
-    size: int
-    training: gan.Training
-    checkpoints: tuple[int, ...]
-    generator: tuple[int, int]  # features, blocks
-    discriminator: tuple[int, int]  # features, layers
-    at: str
-    step_size: float
-    max_steps: int
-    shaping_iterations: int
-    shaping_batch: int
-    shaping_rate: float
-    samples: int
-    classifier_width: int
-    classifier_steps: int
-    cycle: float = 10.0
-    identity: float = 5.0
-    reference: int = 1000
-    num_slots: int = 100
-
-    def networks(self, seed: int) -> gan.Pair:
-        """([to the target, back], [of the source domain, of the target domain]), untrained."""
-        g, d = self.generator, self.discriminator
-        return (
-            build(lambda: nn.ModuleList(CycleGANGenerator(g[0], g[1], downsamplings=1) for _ in range(2)), seed),
-            build(lambda: nn.ModuleList(patchgan_discriminator(*d) for _ in range(2)), seed + 100),
-        )
-
-
-_ADAM = gan.Training(16, "adam", (2e-4, 2e-4), (0.5, 0.999))
+# The first checkpoint is far from done. training.rates: of the generators and the discriminators. generator: features, blocks.
+# discriminator: features, layers. cycle: weight of the L1 cycle loss; identity: of the other. Collaborative refinement is by
+# sgd with backtracking, stopped at the median logit of the target domain. D as it is was trained on the least-squares loss and
+# is followed on it; shaped, it is a logit.
 FULL = Recipe(
-    28, _ADAM, (300, 1500), (16, 2), (32, 2), at="decoder.2", step_size=1.0, max_steps=50, shaping_iterations=150,
-    shaping_batch=50, shaping_rate=2e-4, samples=2000, classifier_width=12, classifier_steps=600,
+    size=28, training=Training(16, "adam", (2e-4, 2e-4), (0.5, 0.999)), checkpoints=(300, 1500), at="decoder.2", step_size=1.0,
+    max_steps=50, shaping_iterations=150, shaping_batch=50, shaping_rate=2e-4, samples=2000, classifier_width=12,
+    classifier_steps=600, reference=1000, num_slots=100,
+    own=dict(generator=(16, 2), discriminator=(32, 2), cycle=10.0, identity=5.0),
 )  # fmt: skip
-QUICK = Recipe(
-    16, replace(_ADAM, batch_size=12, rates=(2e-3, 1e-3)), (40,), (4, 1), (8, 1), at="decoder.2", step_size=1.0, max_steps=6,
-    shaping_iterations=12, shaping_batch=16, shaping_rate=2e-3, samples=100, classifier_width=4, classifier_steps=40,
-    reference=100,
+QUICK = FULL.but(
+    size=16, training=replace(FULL.training, batch_size=12, rates=(2e-3, 1e-3)), checkpoints=(40,), generator=(4, 1),
+    discriminator=(8, 1), max_steps=6, shaping_iterations=12, shaping_batch=16, shaping_rate=2e-3, samples=100,
+    classifier_width=4, classifier_steps=40, reference=100,
 )  # fmt: skip
-REDUCED = ("two digit domains of 28x28 in place of photographs of 256x256; generators and discriminators to that measure",)
+REDUCTIONS = ("two digit domains of 28x28 in place of photographs of 256x256; networks to that measure",)
 
 
-class CycleTrainer(gan.Trainer):
+def networks_of(recipe: Recipe, seed: int) -> Pair:
+    """([to the target, back], [of the source domain, of the target domain]), untrained."""
+    g, d = recipe.generator, recipe.discriminator
+    return (
+        build(lambda: nn.ModuleList(CycleGANGenerator(g[0], g[1], downsamplings=1) for _ in range(2)), seed),
+        build(lambda: nn.ModuleList(patchgan_discriminator(*d) for _ in range(2)), seed + 100),
+    )
+
+
+class CycleTrainer(Trainer):
     """Both generators, then both discriminators, on least squares; ``real`` draws target images, ``latents`` source images."""
 
-    def __init__(self, pair: gan.Pair, source: Tensor, target: Tensor, recipe: Recipe, seed: int):
-        super().__init__(*pair, gan.images_of(target), gan.images_of(source), recipe.training, seed)
+    def __init__(self, pair: Pair, source: Tensor, target: Tensor, recipe: Recipe, seed: int):
+        super().__init__(*pair, images_of(target), images_of(source), recipe.training, seed)
         self.cycle, self.identity = recipe.cycle, recipe.identity
 
     def _update(self) -> None:
@@ -125,11 +96,13 @@ def domains(data: Images, size: int) -> tuple[Images, Images]:
     return source, target
 
 
-class Translation:
+class Translation(Table):
     """The trained networks of one seed and the figures of what they translate; ``source`` holds n held-out images."""
 
-    def __init__(self, cells: Cells, recipe: Recipe, data: Images, seed: int):
-        self.cells, self.recipe, self.seed = cells, recipe, seed
+    def __init__(self, run: Run, seed: int):
+        cells, recipe = run.cells(), run.recipe
+        super().__init__(cells, recipe, seed)
+        data = load_digits() if run.quick or run.data is None else load_mnist(run.data)
         self.domain, self.target = domains(data, recipe.size)
         self.source, self.labels = self.domain.test[: recipe.samples], self.domain.test_labels[: recipe.samples]
         self.judge = training.trained_judge(
@@ -138,10 +111,11 @@ class Translation:
         )  # fmt: skip
         found = training.checkpoints(cells, f"cyclegan-{seed}", self._trainer, recipe.checkpoints)
         # of each checkpoint: to the target domain, and the D of that domain
-        self.pairs: dict[int, gan.Pair] = {k: (g[0], d[1]) for k, (g, d) in found.items()}  # type: ignore[index]
+        self.pairs: dict[int, Pair] = {k: (g[0], d[1]) for k, (g, d) in found.items()}  # type: ignore[index]
 
-    def _trainer(self) -> gan.Trainer:
-        return CycleTrainer(self.recipe.networks(self.seed), self.domain.train, self.target.train, self.recipe, self.seed)
+    def _trainer(self) -> Trainer:
+        networks = networks_of(self.recipe, self.seed)
+        return CycleTrainer(networks, self.domain.train, self.target.train, self.recipe, self.seed)
 
     def refiner(
         self, generator: nn.Module, discriminator: nn.Module, *, at: str, loss: str = "nonsaturating",
@@ -157,52 +131,31 @@ class Translation:
 
     def shaped(self, checkpoint: int, at: str) -> nn.Module:
         """The target domain's D, shaped on source images of the training half."""
-        r, (g, d) = self.recipe, self.pairs[checkpoint]
+        (_, empty), refiner = networks_of(self.recipe, 0), self.refiner(*self.pairs[checkpoint], at=at)
+        return self.trained(f"{checkpoint}-D-{at}", empty[1], refiner, self.target.train, latents=self.domain.train)  # type: ignore[index]
 
-        def shape() -> nn.Module:
-            return fr.shape_discriminator(
-                self.refiner(g, d, at=at), self.target.train, r.shaping_iterations, r.shaping_batch, r.shaping_rate,
-                latents=self.domain.train, seed=self.seed, progress=None,
-            )  # fmt: skip
-
-        _, empty = r.networks(0)
-        return self.cells.network(f"shaped-{self.seed}-{checkpoint}-{at}", empty[1], shape)  # type: ignore[index]
-
-    def rows(self) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
         """At each checkpoint: translated, refined with D as it is, with the shaped one at a feature map and on the image."""
-        return [row for checkpoint in self.recipe.checkpoints for row in self._at(checkpoint)]
+        at = self.recipe.at
+        for k, (g, d) in self.pairs.items():
+            ways: dict[str, Callable[[], fr.Refiner]] = {
+                "translated": lambda: self.refiner(g, d, at=at, max_steps=0),  # noqa: B023
+                "refine, D as it is": lambda: self.refiner(g, d, at=at, loss="least_squares"),  # noqa: B023
+                "refine, shaped": lambda: self.refiner(g, self.shaped(k, at), at=at),  # noqa: B023
+                "refine, shaped, on the image": lambda: self.refiner(g, self.shaped(k, "output"), at="output"),  # noqa: B023
+            }
+            for name, refiner in ways.items():
+                yield self.kept({"checkpoint": k, "name": name}, lambda k=k, r=refiner: self._figures(k, r()))  # type: ignore[misc]
 
-    def images(self, checkpoint: int, name: str) -> Tensor:
-        """The first images of a row that was made."""
-        return self.cells.tensors(f"{self.seed}-{checkpoint}-{name}", dict)["images"]
-
-    def _at(self, k: int) -> list[Row]:
-        (g, d), at = self.pairs[k], self.recipe.at
-        return [
-            self._row(k, "translated", lambda: self.refiner(g, d, at=at, max_steps=0)),
-            self._row(k, "refine, D as it is", lambda: self.refiner(g, d, at=at, loss="least_squares")),
-            self._row(k, "refine, shaped", lambda: self.refiner(g, self.shaped(k, at), at=at)),
-            self._row(k, "refine, shaped, on the image", lambda: self.refiner(g, self.shaped(k, "output"), at="output")),
-        ]
-
-    def _row(self, checkpoint: int, name: str, make: Callable[[], fr.Refiner]) -> Row:
-        key, (g, d) = f"{self.seed}-{checkpoint}-{name}", self.pairs[checkpoint]
-
-        def row() -> Row:
-            out = make().refine(self.source, seed=self.seed)
-            self.cells.put(key, {"images": out.images[:SHOWN]})
-            with torch.no_grad():
-                translated = torch.cat([g(part) for part in self.source.split(100)])
-                score = torch.cat([d(part).flatten(1).mean(1) for part in out.images.split(100)])
-            return {
-                "seed": self.seed, "checkpoint": checkpoint, "name": name, "samples": len(out),
-                **figures(self.source, translated, out.images), "score": float(score.mean()),
-                "identity": accuracy(self.judge.classifier, out.images, self.labels), **self.judge(out.images),
-                "mean_steps": float(out.steps.double().mean()), "logit_before": float(out.initial_logits.mean()),
-                "logit_after": float(out.logits.mean()),
-            }  # fmt: skip
-
-        return self.cells.row(key, row)
+    def _figures(self, checkpoint: int, refiner: fr.Refiner) -> Made:
+        out, (g, d) = refiner.refine(self.source, seed=self.seed), self.pairs[checkpoint]
+        with torch.no_grad():
+            translated = torch.cat([g(part) for part in self.source.split(100)])
+            score = torch.cat([d(part).flatten(1).mean(1) for part in out.images.split(100)])
+        return {"images": out.images}, {
+            "samples": len(out), **figures(self.source, translated, out.images), "score": float(score.mean()),
+            "identity": accuracy(self.judge.classifier, out.images, self.labels), **self.judge(out.images), **moved(out),
+        }  # fmt: skip
 
 
 def figures(source: Tensor, translated: Tensor, images: Tensor) -> Row:
@@ -224,32 +177,19 @@ def figures(source: Tensor, translated: Tensor, images: Tensor) -> Row:
     }  # fmt: skip
 
 
-def run(outdir: Path, *, seeds: tuple[int, ...], quick: bool = False, data: Path | None = None) -> dict[str, Any]:
-    """The experiment on MNIST; quick: on scikit-learn's digits."""
-    started, recipe, rows, accuracies = time.perf_counter(), QUICK if quick else FULL, [], {}
-    cells = Cells(outdir / ("cells-quick" if quick else "cells"), recipe)
-    with settings.threads_for(flops=0.0), warnings.catch_warnings():
-        warnings.simplefilter("ignore", fr.FastrefineWarning)  # that a map is averaged; the rows show the rest
-        images = load_digits() if quick or data is None else load_mnist(data)
-        for seed in seeds:
-            translation = Translation(cells, recipe, images, seed)
-            accuracies[seed] = translation.judge.accuracy
-            rows += translation.rows()
-        for checkpoint in recipe.checkpoints:
-            draw(outdir / f"translation-{checkpoint}.png", translation, checkpoint)
-    return result_file.write(
-        outdir, "translation", rows=rows, seeds=list(seeds), recipe=asdict(recipe), reduced=True, reductions=REDUCED,
-        classifier_accuracy=accuracies, claims=claims(rows), comparison=comparison(rows),
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
+def rows(run: Run, seed: int) -> Iterator[Row]:
+    """On MNIST; quick: on scikit-learn's digits."""
+    translation = Translation(run, seed)
+    run.judged(str(seed), translation.judge.accuracy)
+    return translation.rows()
 
 
-def claims(rows: list[Row]) -> list[Row]:
+def claims(rows: Sequence[Row]) -> list[Row]:
     """[CS] shows pictures and no figures; what they should mean, on means over seeds."""
     return [each for checkpoint in _checkpoints(rows) for each in _claims(rows, checkpoint)]
 
 
-def _claims(rows: list[Row], checkpoint: int) -> list[Row]:
+def _claims(rows: Sequence[Row], checkpoint: int) -> list[Row]:
     def of(key: str, name: str) -> float:
         return result_file.mean(rows, key, name=name, checkpoint=checkpoint)
 
@@ -259,17 +199,17 @@ def _claims(rows: list[Row], checkpoint: int) -> list[Row]:
         for key, what in (("frechet_distance", "a lower Frechet distance"), ("colour_error", "colours nearer the true ones")):
             before, after = of(key, "translated"), of(key, name)
             text = f"{title}: {what} than the translated image's"
-            found.append(result_file.claim(text, after < before, before=before, after=after))
+            found.append(claim(text, after < before, before=before, after=after))
         background, inside = of("background_change", name), of("object_change", name)
         text = f"{title}: a background pixel changes less than half as much as one of the object"
-        found.append(result_file.claim(text, background < 0.5 * inside, background=background, object=inside))
+        found.append(claim(text, background < 0.5 * inside, background=background, object=inside))
         before, after = of("identity", "translated"), of("identity", name)
         text = f"{title}: the digit stays the one it was (classifier's accuracy within .01, or better)"
-        found.append(result_file.claim(text, after >= before - 0.01, before=before, after=after))
+        found.append(claim(text, after >= before - 0.01, before=before, after=after))
     return found
 
 
-def comparison(rows: list[Row]) -> list[Row]:
+def comparison(rows: Sequence[Row]) -> list[Row]:
     """Our figures; no paper has them."""
     found, lower = [], ("palette_error", "colour_error", "frechet_distance", "background_change")
     for checkpoint in _checkpoints(rows):
@@ -278,23 +218,22 @@ def comparison(rows: list[Row]) -> list[Row]:
                 headline = key == "frechet_distance" and name in ("translated", "refine, shaped")
                 ours = result_file.pick(rows, key, name=name, checkpoint=checkpoint)
                 case = f"{name}, {checkpoint} iterations"
-                found.append(result_file.against(case, key, None, ours, better, headline=headline))
+                found.append(against(case, key, None, ours, better, headline=headline))
     return found
 
 
-def _checkpoints(rows: list[Row]) -> list[int]:
+def _checkpoints(rows: Sequence[Row]) -> list[int]:
     return sorted({row["checkpoint"] for row in rows})
 
 
-def draw(path: Path, translation: Translation, checkpoint: int) -> None:
+def draw(run: Run, rows: Sequence[Row]) -> None:
     """Source, translated, refined (shaped D, at the feature map), thrice the difference; below, the refined one's score."""
-    before, after = (translation.images(checkpoint, name) for name in ("translated", "refine, shaped"))
-    difference = (3 * (after - before)).clamp(-1, 1)
-    shown = (("source", translation.source[:SHOWN]), ("translated", before), ("refined", after), ("3x difference", difference))
-    with torch.no_grad():
-        score = translation.pairs[checkpoint][1](after).flatten(1).mean(1)
-    picture.comparison(
-        path, [(label, picture.pixels(x)) for label, x in shown], [f"{float(v):.2f}" for v in score],
-        f"grey to glowing digits: CycleGAN, {checkpoint} iterations, refined with the shaped PatchGAN; grey: no difference", 48,
-    )  # fmt: skip
-    picture_files.shrink(path)
+    translation = Translation(run, run.seeds[0])
+    for checkpoint, (_, d) in translation.pairs.items():
+        before, after = (translation.shown(checkpoint, name)["images"] for name in ("translated", "refine, shaped"))
+        shown = {"source": translation.source[: len(after)], "translated": before, "refined": after}
+        shown["3x difference"] = (3 * (after - before)).clamp(-1, 1)
+        with torch.no_grad():
+            notes = [f"{float(v):.2f}" for v in d(after).flatten(1).mean(1)]
+        title = f"CycleGAN, {checkpoint} iterations, refined with the shaped PatchGAN; grey: no difference"
+        plots.tiles(run.outdir / f"translation-{checkpoint}.png", shown, notes, f"grey to glowing digits: {title}")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +11,21 @@ import fastrefine as fr
 from benchmarks.papers import training
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.mixtures import Mixture
-from benchmarks.papers.plane import LATENT_DIM, Fresh, Plane
-from fastrefine.demo import gan
-from fastrefine.result import Result
+from benchmarks.papers.plane import LATENT_DIM, RING
+from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.result_file import Row
+from benchmarks.papers.table import Fresh, Made, Table
+from fastrefine.demo.gan import Pair
 
-Row = dict[str, Any]
 Proposals = Callable[[], tuple[Tensor, Tensor]]  # samples (n, 2), logits (n,)
 REAL = 12345  # seeds the real samples that stop, score and calibrate: never those of a training
 PART = 100_000  # refined proposals in memory at once
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the table of one mixture is made of.
-
-    shaping_*: [CS] Alg. 2 with SGD, batches refined like the samples and left at a uniformly drawn step. step_size: of
-    "ladam", in data space. chain_length: proposals of a chain of Metropolis-Hastings; one chain for each sample.
-    """
-
-    plane: Plane
-    checkpoints: tuple[int, ...]
-    shaping_iterations: int
-    shaping_batch: int
-    shaping_rate: float
-    step_size: float
-    max_steps: int = 50
-    samples: int = 10_000
-    chain_length: int = 20
-    real: int = 10_000
-    num_slots: int = 1000
+# Of [CS] on the imbalanced ring. Shaping is by SGD, batches refined like the samples and left at a uniformly drawn step.
+# step_size: of "ladam", in data space. One chain of Metropolis-Hastings for each sample.
+PUBLISHED = Recipe(
+    plane=RING, checkpoints=(1000, 3000, 5000, 7000, 9000), shaping_iterations=5000, shaping_batch=1000, shaping_rate=8e-3,
+    step_size=0.1, max_steps=50, samples=10_000, chain_length=20, reference=10_000, num_slots=1000,
+)  # fmt: skip
 
 
 class Halves(nn.Module):
@@ -63,19 +45,17 @@ class Halves(nn.Module):
         return torch.where(y[:, None] > 0, self.first(doubled), self.second(doubled))
 
 
-class Table:
-    """The rows of one recipe, mixture and training seed, each kept in ``cells`` when it is done."""
+class MixtureTable(Table):
+    """The rows of one recipe, mixture and training seed."""
 
-    def __init__(self, cells: Cells, recipe: Recipe, mixture: Mixture, seed: int):
-        self.cells, self.recipe, self.mixture, self.seed = cells, recipe, mixture, seed
-        self.real = mixture.draw(recipe.real, torch.Generator().manual_seed(REAL))
+    def __init__(self, cells: Cells, recipe: Recipe, seed: int, mixture: Mixture):
+        super().__init__(cells, recipe, seed)
+        self.mixture, self.real = mixture, mixture.draw(recipe.reference, torch.Generator().manual_seed(REAL))
 
-    def pairs(self) -> dict[int, gan.Pair]:
+    def pairs(self) -> dict[int, Pair]:
         """The GAN after each checkpoint."""
-        return training.checkpoints(
-            self.cells, f"gan-{self.seed}", lambda: self.recipe.plane.trainer(self.mixture.draw, self.seed),
-            self.recipe.checkpoints,
-        )  # fmt: skip
+        plane, draw, seed = self.recipe.plane, self.mixture.draw, self.seed
+        return training.checkpoints(self.cells, f"gan-{seed}", lambda: plane.trainer(draw, seed), self.recipe.checkpoints)
 
     def rows(self) -> Iterator[Row]:
         """Checkpoint by checkpoint."""
@@ -87,12 +67,12 @@ class Table:
         pairs = self.pairs()
         (early, _), (late, d) = pairs[min(pairs)], pairs[checkpoint]
         g = Halves(early, late)
-        better = self.trained("shaped", checkpoint, g, d, ", covering")
+        better = self.discriminator("shaped", checkpoint, g, d, ", covering")
         yield from self._refined(checkpoint, self.refiner(g, better, "arg-max"), ", covering proposals")
 
     def points(self, checkpoint: int, name: str) -> Tensor:
         """The samples (n, 2) of a row that was made."""
-        return self.cells.tensors(self._key(checkpoint, name), dict)["samples"]
+        return self.shown(checkpoint, name)["samples"]
 
     def refiner(self, g: nn.Module, d: nn.Module, stop: str, max_steps: int | None = None) -> fr.Refiner:
         """stop: "arg-max", K steps for all and the best of them kept (the public code) | "median", the paper's own rule."""
@@ -103,38 +83,27 @@ class Table:
             stop=fr.stopping.MedianOfReal() if stop == "median" else None, keep="last" if stop == "median" else "best",
         )  # fmt: skip
 
-    def trained(self, how: str, checkpoint: int, g: nn.Module, d: nn.Module, suffix: str = "") -> nn.Module:
+    def discriminator(self, how: str, checkpoint: int, g: nn.Module, d: nn.Module, suffix: str = "") -> nn.Module:
         """D trained on: how = "shaped" on refined samples, "tuned" on raw ones; otherwise alike."""
-        recipe = self.recipe
-
-        def train() -> nn.Module:
-            # half a minute of compiling, won back over thousands of iterations
-            compiled = how == "shaped" and recipe.shaping_iterations > 1000
-            refiner = self.refiner(g, d, "arg-max").replaced(keep="last", compile=compiled)
-            update = fr.shape_discriminator if how == "shaped" else fr.tune_discriminator
-            fresh = Fresh(self.mixture.draw, recipe.shaping_batch, self.seed + 1)
-            return update(
-                refiner, fresh, recipe.shaping_iterations, recipe.shaping_batch, recipe.shaping_rate, optimizer="sgd",
-                seed=self.seed, progress=None,
-            )  # fmt: skip
-
-        _, empty = self.recipe.plane.networks(0)
-        return self.cells.network(f"{how}-{self.seed}-{checkpoint}{suffix}", empty, train)
+        # half a minute of compiling, won back over thousands of iterations
+        compiled = how == "shaped" and self.recipe.shaping_iterations > 1000
+        refiner = self.refiner(g, d, "arg-max").replaced(keep="last", compile=compiled)
+        fresh, (_, empty) = Fresh(self.mixture.draw, self.recipe.shaping_batch, self.seed + 1), self.recipe.plane.networks(0)
+        return self.trained(f"{checkpoint}-D-{how}{suffix}", empty, refiner, fresh, how, optimizer="sgd")
 
     def _of(self, checkpoint: int, g: nn.Module, d: nn.Module) -> Iterator[Row]:
         n = self.recipe.samples
         for how, suffix in (("", ""), ("tuned", ", tuned D")):
-            critic = self.trained(how, checkpoint, g, d) if how else d
-            raw = self.refiner(g, critic, "median", max_steps=0)
-            yield from self._selected(checkpoint, raw, suffix)
+            critic = self.discriminator(how, checkpoint, g, d) if how else d
+            yield from self._selected(checkpoint, self.refiner(g, critic, "median", max_steps=0), suffix)
         yield self._row(checkpoint, "refine, unshaped", lambda: _told(self.refiner(g, d, "arg-max").sample(n, seed=self.seed)))
-        better = self.trained("shaped", checkpoint, g, d)
+        better = self.discriminator("shaped", checkpoint, g, d)
         for stop, suffix in (("arg-max", ""), ("median", ", median stop")):
             yield from self._refined(checkpoint, self.refiner(g, better, stop), suffix)
 
     def _selected(self, checkpoint: int, raw: fr.Refiner, suffix: str) -> Iterator[Row]:
         n = self.recipe.samples
-        proposals = self._drawn(raw, n * self.recipe.chain_length)
+        proposals = self._drawn(raw)
         if not suffix:
             yield self._row(checkpoint, "standard", lambda: (proposals()[0][:n], {}))
         yield self._row(checkpoint, "DRS" + suffix, lambda: _rejected(*proposals(), n))
@@ -142,31 +111,22 @@ class Table:
         yield self._row(checkpoint, "MH, calibrated" + suffix, lambda: self._chains(proposals, raw, calibrated=True))
 
     def _refined(self, checkpoint: int, refiner: fr.Refiner, suffix: str) -> Iterator[Row]:
+        proposals, chains = self._drawn(refiner), self._chains
         n, name = self.recipe.samples, "collaborative"
-        proposals = self._drawn(refiner, n * self.recipe.chain_length)
         yield self._row(checkpoint, f"refine{suffix}", lambda: _told(refiner.sample(n, seed=self.seed)))
-        yield self._row(checkpoint, f"{name}{suffix}", lambda: self._chains(proposals, refiner))
-        yield self._row(
-            checkpoint, f"{name}, calibrated{suffix}", lambda: self._chains(proposals, refiner, calibrated=True)
-        )  # fmt: skip
+        yield self._row(checkpoint, f"{name}{suffix}", lambda: chains(proposals, refiner))
+        yield self._row(checkpoint, f"{name}, calibrated{suffix}", lambda: chains(proposals, refiner, calibrated=True))
 
     def _row(self, checkpoint: int, name: str, make: Callable[[], tuple[Tensor, Row]]) -> Row:
-        def row() -> Row:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
-                x, facts = make()
-            self.cells.put(self._key(checkpoint, name), {"samples": x})
-            measured = self.mixture.measure(x)
-            return {"seed": self.seed, "checkpoint": checkpoint, "name": name, "samples": len(x), **measured, **facts}
+        def row() -> Made:
+            x, facts = make()
+            return {"samples": x}, {"samples": len(x), **self.mixture.measure(x), **facts}
 
-        return self.cells.row(self._key(checkpoint, name), row)
+        return self.kept({"checkpoint": checkpoint, "name": name}, row, first=None)
 
-    def _key(self, checkpoint: int, name: str) -> str:
-        return f"{self.seed}-{checkpoint}-{name}"
-
-    def _drawn(self, refiner: fr.Refiner, n: int) -> Proposals:
-        """A function that gives (samples (n, 2), logits (n,)), drawn at the first call."""
-        found: list[tuple[Tensor, Tensor]] = []
+    def _drawn(self, refiner: fr.Refiner) -> Proposals:
+        """A function that gives (samples (n, 2), logits (n,)) for all chains, drawn at the first call."""
+        n, found = self.recipe.samples * self.recipe.chain_length, list[tuple[Tensor, Tensor]]()
 
         def draw() -> tuple[Tensor, Tensor]:
             if not found:
@@ -182,9 +142,8 @@ class Table:
         if calibrated:
             apply = fr.calibrate(real, logits[: len(real)])
             real, logits = apply(real), apply(logits)
-        chosen = fr.metropolis_hastings(
-            logits, self.recipe.chain_length, initial_logits=real, seed=self.seed, untrusted="allow"
-        )
+        length = self.recipe.chain_length
+        chosen = fr.metropolis_hastings(logits, length, initial_logits=real, seed=self.seed, untrusted="allow")
         return x[chosen.indices], {"acceptance": chosen.acceptance_rate, "moved": float(chosen.moved.double().mean())}
 
 
@@ -193,20 +152,5 @@ def _rejected(x: Tensor, logits: Tensor, n: int) -> tuple[Tensor, Row]:
     return x[kept[:n]], {"acceptance": len(kept) / len(x)}
 
 
-def _told(out: Result) -> tuple[Tensor, Row]:
+def _told(out: fr.Result) -> tuple[Tensor, Row]:
     return out.images, {"mean_steps": float(out.steps.double().mean()), "backend": out.report["backend"]}
-
-
-def show(row: Row) -> None:
-    """A row on stderr."""
-    figures = "  ".join(f"{key} {row[key]:.4f}" for key in ("good", "kl", "js"))
-    print(f"seed {row['seed']} {row['checkpoint']:>7}  {row['name']:<40}{figures}", file=sys.stderr, flush=True)
-
-
-def reductions(recipe: Recipe, full: Recipe) -> list[str]:
-    """In words: what of ``recipe`` is not the published ``full``."""
-    return [
-        f"{field.name.replace('_', ' ')}: {getattr(recipe, field.name)}, published {getattr(full, field.name)}"
-        for field in fields(Recipe)
-        if getattr(recipe, field.name) != getattr(full, field.name)
-    ]
