@@ -20,8 +20,8 @@ import torch
 import fastrefine as fr
 from benchmarks.gpu_machine import device_name, facts
 from benchmarks.measure import cpu_model
-from fastrefine.experiments.demo import Judge, embedded
-from fastrefine.experiments.recipes import DIGITS, MNIST, Recipe
+from fastrefine.demo.judge import Judge, trained_classifier
+from fastrefine.demo.recipes import DIGITS, MNIST, Recipe, embedded
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 def measure(recipe: Recipe, data: Path | None, device: str, seeds: int, n: int, precisions: list[str]) -> list[dict[str, Any]]:
     """A row for each discriminator and precision."""
     images = recipe.load(data)
-    judge = Judge(recipe, images, 0)
+    judge = Judge(trained_classifier(recipe.classifier, images, seed=0, steps=recipe.classifier_steps), images)
     generator, discriminator = (network.to(device) for network in embedded(recipe))
     options: dict[str, Any] = dict(
         sampler=fr.Collaborative(recipe.step_size), at=recipe.at, prior=fr.Normal(recipe.latent), max_steps=recipe.max_steps,

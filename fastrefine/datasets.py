@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastrefine.errors import InputError
-from fastrefine.production.images import SUFFIXES
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")  # of pictures
 
 NUM_DIGITS_TRAIN = 1400
 """Training images of `load_digits`; the other 397 of the 1,797 are held out."""

@@ -45,7 +45,7 @@ def quick_run(tmp_path_factory):
     shared.mkdir(exist_ok=True)
 
     def get(name):
-        from fastrefine.experiments.catalogue import EXPERIMENTS
+        from benchmarks.papers.catalogue import EXPERIMENTS
 
         made, kept = shared / name, shared / f"{name}.pickle"
         with (shared / f"{name}.lock").open("w") as lock:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastrefine.experiments import demo, recipes
+from fastrefine.demo import recipes
+from fastrefine.demo import run as demo
 
 
 def run(*arguments, code=0):

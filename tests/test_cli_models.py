@@ -10,11 +10,11 @@ from torch import nn
 import fastrefine as fr
 from fastrefine.cli import cli
 from fastrefine.errors import InputError, SplitError
-from fastrefine.experiments import networks
+from fastrefine.models import digits as networks
 from fastrefine.production import bench
 
 NORMAL = ("--prior", '{"name": "normal", "shape": [32]}')
-CODE = "fastrefine.experiments.networks"
+CODE = "fastrefine.models.digits"
 
 
 def run(*arguments):
@@ -151,7 +151,7 @@ def test_bench_measures_an_export(files):
     (("--precisions", "float32,fp8"), InputError, "precision is 'fp8'"),
 ])  # fmt: skip
 def test_bench_checks_everything_before_it_prints_or_measures(files, flags, error, told, monkeypatch, capsys):
-    monkeypatch.setattr(bench.Bench, "_b0", None)
+    monkeypatch.setattr(bench.Bench, "b0", None)
     done = CliRunner().invoke(cli, ["bench", "--pair", str(files / "pair"), *flags], standalone_mode=False)
     assert done.output == ""
     with pytest.raises(error, match=told):

@@ -62,5 +62,5 @@ def test_the_usual_loop_is_timed_in_float32(monkeypatch):
         return original(*given)
 
     monkeypatch.setattr(bench, "_loop", loop)
-    bench.Bench(refiner(pair()), 1, 0.01)._b0("input")
+    bench.Bench(refiner(pair()), 1, 0.01).b0("input")
     assert seen == {(False, "ieee")}

@@ -15,14 +15,14 @@ from click.testing import CliRunner
 import fastrefine as fr
 from fastrefine.cli import cli
 from fastrefine.errors import InputError
-from fastrefine.experiments import networks
+from fastrefine.models import digits as networks
 from fastrefine.production import formats, run_folder
 from fastrefine.production.configuration import Configuration, Network
 from fastrefine.production.run_folder import Folder
 from fastrefine.production.worker import Worker
 
 BASE = Configuration(pair="digits", seeds="0-9", shard_size=5, max_steps=1, num_slots=8)
-CODE = ("fastrefine.experiments.networks:digits_generator", "fastrefine.experiments.networks:digits_discriminator")
+CODE = ("fastrefine.models.digits:digits_generator", "fastrefine.models.digits:digits_discriminator")
 BATCH = formats.Batch(torch.zeros(2, 1, 4, 4), {"ids": np.arange(2)}, (-1.0, 1.0))
 OTHERS_NAME = "0123456789abcdef0123456789abcdef"
 

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 import fastrefine as fr
 from fastrefine.errors import InputError
-from fastrefine.experiments import networks
+from fastrefine.models import digits as networks
 from fastrefine.production import saved_pair
 from fastrefine.production.configuration import Configuration, Network
 from fastrefine.production.weights_file import digest, load_weights, read_weights
 
-CODE = ("fastrefine.experiments.networks:digits_generator", "fastrefine.experiments.networks:digits_discriminator")
+CODE = ("fastrefine.models.digits:digits_generator", "fastrefine.models.digits:digits_discriminator")
 
 
 def state():
@@ -215,7 +215,7 @@ def test_an_archive_of_one_batch_size_says_how_to_export_it(tmp_path):
 def test_a_pair_is_not_saved_with_a_layer_that_it_has_not(tmp_path):
     pair, code = (
         saved_pair.load_pair("digits"),
-        tuple(f"fastrefine.experiments.networks:digits_{n}" for n in ("generator", "discriminator")),
+        tuple(f"fastrefine.models.digits:digits_{n}" for n in ("generator", "discriminator")),
     )
     with pytest.raises(InputError, match="at is 'act9', no module of the generator; wanted one of act1, act2"):
         saved_pair.save_pair(tmp_path / "pair", pair.generator, pair.discriminator, code=code, prior=fr.Normal(32), at="act9")

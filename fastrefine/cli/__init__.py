@@ -41,7 +41,7 @@ def demo(
     Four rows with the same generator: its raw samples; refined with the discriminator as it is; with the discriminator
     shaped for refinement; the same, then Metropolis-Hastings selection.
     """
-    from fastrefine.experiments import demo as demonstration
+    from fastrefine.demo import run as demonstration
 
     demonstration.run(outdir, data=data, samples=samples, seed=seed, retrain=retrain, converged=converged, as_json=as_json)
 

@@ -119,7 +119,7 @@ def shape(
             shutil.copyfile(Path(c.pair) / name, outdir / name)
     elif c.pair:  # embedded
         assert isinstance(refiner.generator, torch.nn.Module)
-        networks = f"fastrefine.experiments.networks:{c.pair}"
+        networks = f"fastrefine.models.digits:{c.pair}"
         code = (f"{networks}_generator", f"{networks}_discriminator")
         saved_pair.save_pair(outdir, refiner.generator, shaped, code=code, prior=saved_pair.make_prior(c.prior), at=c.at)
     use = f"fastrefine refine --pair {outdir}"

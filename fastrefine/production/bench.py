@@ -74,7 +74,7 @@ class Bench:
     def _rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
         label = None if self.labels is None else 0
         for name in names:
-            base = self._b0(name)
+            base = self.b0(name)
             for precision in precisions:
                 ours = self._ours(name, precision)
                 ours.sample(ours.num_slots, labels=label)
@@ -90,7 +90,8 @@ class Bench:
                 }  # fmt: skip
 
     @torch_state.arithmetic("float32", False)
-    def _b0(self, name: str) -> float:
+    def b0(self, name: str) -> float:
+        """Images/s of the peers' loop at a layer, in float32, at the best of three batch sizes."""
         device = self.refiner.device
         g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
                 for net in (self.generator, self.discriminator))  # fmt: skip

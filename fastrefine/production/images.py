@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrefine.datasets import SUFFIXES, load_digits
 from fastrefine.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 FILES = (".npz", ".npy", ".safetensors")
 WANTED = f"wanted a folder of pictures, {', '.join(FILES[:-1])} or {FILES[-1]}"
 
@@ -31,8 +31,6 @@ def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = 
     signed: floats that all lie in 0 to 1 are an error too; for images that no generator's range is compared with.
     """
     if str(path) == "digits" and not Path(path).exists():
-        from fastrefine.datasets import load_digits
-
         digits = load_digits()
         at = some(len(digits.train), limit)
         return digits.train[at], digits.train_labels[at]

@@ -248,7 +248,7 @@ def _embedded(name: str) -> Pair:
     recipe = {"digits": ("digits", 32, "act2"), "mnist": ("mnist", 64, "act7")}[name]
     path = Path(str(files("fastrefine"))) / "weights" / f"{name}.safetensors"
     weights = read_weights(path)
-    g, d = (Network(f"fastrefine.experiments.networks:{recipe[0]}_{role}") for role in ROLES)
+    g, d = (Network(f"fastrefine.models.digits:{recipe[0]}_{role}") for role in ROLES)
     networks = []
     for spec, role in zip((g, d), ROLES, strict=True):
         module = _built(spec, role)

@@ -1,0 +1,167 @@
+"""The CIFAR-10 experiment: its trainings, its claims on known rows, PNG folders, and that the quick run shows the claim."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.papers.picture_networks import PictureClassifier
+from PIL import Image
+
+import fastrefine as fr
+from benchmarks.papers import cifar10, picture_files
+from benchmarks.papers.cells import Cells
+from fastrefine.datasets import PictureFolder
+from fastrefine.demo import gan, picture
+from fastrefine.demo.gan import build
+from fastrefine.demo.judge import train_classifier
+
+TINY = replace(
+    cifar10.QUICK, steps=2, classifier_steps=2, shaping_iterations=1, shaping_batch=8, max_steps=2,
+    protocol=replace(cifar10.QUICK.protocol, samples=40, reference=40, num_slots=20),
+    rows=(("own", ("standard", "refine")), ("shaped", ("refine",))),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick(quick_run):
+    return quick_run("cifar10")
+
+
+def row_of(record, name, discriminator):
+    (found,) = [row for row in record["rows"] if (row["name"], row.get("discriminator")) == (name, discriminator)]
+    return found
+
+
+# --- the whole
+
+
+def test_in_the_quick_run_shaped_refinement_beats_the_generator_drs_and_mh(quick):
+    ours = row_of(quick[1], "refine", "shaped")
+    for name in ("standard", "DRS", "MH"):
+        other = row_of(quick[1], name, "own")
+        assert ours["frechet_distance"] < 0.8 * other["frechet_distance"]
+        assert ours["classifier_score"] > other["classifier_score"]
+    assert [claim["holds"] for claim in quick[1]["claims"] if claim["claim"].startswith("refine (shaped)")] == [True] * 3
+
+
+def test_the_quick_run_leaves_its_record_a_colour_picture_and_the_networks_that_were_not_run(quick):
+    folder, record = quick
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
+    assert record["reduced"] and 0.8 < record["classifier_accuracy"]["0"] <= 1
+    left_out = [row for row in record["rows"] if row.get("status") == "not run"]
+    assert [row["name"] for row in left_out] == ["DCGAN", "SNGAN"]
+    pixels = np.asarray(Image.open(folder / "cifar10.png").convert("RGB")).astype(int)
+    assert (np.abs(pixels[..., 0] - pixels[..., 2]) > 12).mean() > 0.02
+    assert {row["case"] for row in record["comparison"]} >= {"[CS] DCGAN: refine (shaped)", "[CS] DCGAN: collaborative"}
+
+
+def test_a_run_again_reads_what_was_made_and_gives_the_same_rows(quick):
+    folder, record = quick
+    made = {path: path.stat().st_mtime_ns for path in (folder / "cells-quick").iterdir()}
+    again = cifar10.run(folder, seeds=(0,), quick=True)
+    assert again["rows"] == record["rows"]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "cells-quick").iterdir()} == made
+
+
+def test_samples_of_a_row_are_exported_as_png_of_the_same_pixels(tmp_path):
+    cifar10.run(tmp_path, seeds=(0,), recipe=TINY)
+    folder = cifar10.export(tmp_path, "refine", "own", 5, data=None, recipe=TINY)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert files == [f"000000/00000{i}.png" for i in range(5)]
+    table, *_ = cifar10.prepare(Cells(tmp_path / "cells-dcgan", TINY), TINY, cifar10.coloured_digits(), 0)
+    kept = picture.pixels(table.images({"discriminator": "own"}, "refine")[:5])
+    assert np.array_equal(np.stack([np.asarray(Image.open(folder / file)) for file in files]), kept)
+    with pytest.raises(fr.InputError, match="selects"):
+        cifar10.export(tmp_path, "MH", "own", 5, data=None, recipe=TINY)
+
+
+def test_the_sngan_recipe_trains_and_refines(tmp_path):
+    small = replace(TINY, network="sngan", latent=8, features=(8, 8), training=cifar10.SNGAN.training, at="blocks.0")
+    small = replace(small, rows=(*TINY.rows, ("tuned", ("DGflow",))), dgflow=(1.0, 0.0, 5))  # without noise
+    record = cifar10.run(tmp_path, seeds=(0,), recipe=small)
+    flow = row_of(record, "DGflow", "tuned")
+    assert flow["mean_steps"] == 5 and flow["logit_after"] > flow["logit_before"]
+    assert [row["name"] for row in record["rows"] if row.get("status") == "not run"] == ["DCGAN", "SNGAN"]
+
+
+@pytest.mark.parametrize("recipe", [cifar10.FULL, cifar10.DCGAN], ids=["reduced", "published"])
+def test_the_layer_of_the_recipe_is_the_generators_first_feature_map(recipe):
+    g, _ = recipe.networks(0)
+    found = {layer.name: layer for layer in fr.layers(g, recipe.prior().sample(torch.arange(2), 0))}
+    assert found[recipe.at].shape[-2:] == (4, 4)
+
+
+# --- claims
+
+
+def test_a_claim_fails_where_either_figure_is_worse():
+    def rows(distance, score):
+        made = [("standard", "own", 40.0, 5.0), ("DRS", "own", 41.0, 4.9), ("refine", "shaped", distance, score),
+                ("collaborative", "shaped", distance, score)]  # fmt: skip
+        return [
+            {
+                "seed": 0,
+                "name": n,
+                "discriminator": d,
+                "frechet_distance": x,
+                "classifier_score": s,
+                "frechet_distance_9": x + 1,
+            }
+            for n, d, x, s in made
+        ]
+
+    def verdicts(*figures):
+        return [claim["holds"] for claim in cifar10.claims(rows(*figures))]
+
+    assert verdicts(30.0, 6.0) == [True, True, True]
+    assert verdicts(30.0, 4.95) == [False, True, True]
+    assert verdicts(40.5, 6.0) == [False, True, False]
+    ratios = {row["case"]: row["ours"] for row in cifar10.comparison(rows(30.0, 6.0)) if row["metric"].startswith("distance")}
+    assert ratios["[CS] DCGAN: refine (shaped)"] == pytest.approx(30 / 40)
+    assert ratios["[CS] DCGAN: collaborative"] == pytest.approx(30 / 41)  # against as many raw samples
+
+
+# --- networks and files
+
+
+def test_the_classifier_trains_in_bfloat16_and_judges_in_float32():
+    x = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).sign() * 0.5
+    y = (x[:, 0, 0, 0] > 0).long()
+    x[:, 0] += y[:, None, None]
+    net = build(lambda: PictureClassifier(16, 4, 8, 2), 0)
+    seen = []
+    net.features[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    train_classifier(net, x, y, steps=30, batch_size=32, noise=0.0)
+    assert set(seen) == {torch.bfloat16}
+    assert float((net(x).argmax(1) == y).float().mean()) > 0.9 and seen[-1] == torch.float32
+
+
+def test_bfloat16_training_stays_near_float32_training_and_leaves_float32_weights():
+    recipe, trained = replace(cifar10.QUICK, size=16), []  # large enough that there are layers between the outer ones
+    real = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for bfloat16 in (False, True):
+        training = replace(recipe.training, bfloat16=bfloat16, rates=(2e-4, 2e-4))
+        trainer = gan.Trainer(*recipe.networks(0), gan.images_of(real), gan.uniform(16), training, 0)
+        assert list(trainer.advance(3)) == [1, 2, 3]
+        trained.append(trainer.discriminator[0].weight.detach())
+    start = recipe.networks(0)[1][0].weight.detach()
+    assert trained[1].dtype == torch.float32
+    assert not torch.equal(*trained)
+    assert (trained[0] - trained[1]).norm() < 0.5 * (trained[0] - start).norm()
+
+
+def test_colours_keep_their_channels_and_are_rounded_like_everywhere():
+    x = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)
+    assert picture.pixels(x).tolist() == [[[[0, 128, 255]]]]
+    assert picture.pixels(torch.ones(2, 1, 4, 4)).shape == (2, 4, 4, 3)
+
+
+def test_a_written_folder_is_read_back(tmp_path):
+    x = torch.linspace(-1, 1, 3 * 3 * 8 * 8).view(3, 3, 8, 8)
+    assert picture_files.write_folder(tmp_path, [x[:2], x[2:]]) == 3
+    back = PictureFolder(tmp_path / "000000", 8)
+    order = [int(path.stem) for path in back.paths]
+    assert sorted(order) == [0, 1, 2]
+    assert (back.images(range(3)) - x[order]).abs().max() < 1 / 127

@@ -1,0 +1,180 @@
+"""[CS0]'s experiments: what their rows are made of and measured by, their claims on known rows, and that they run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import fastrefine as fr
+from benchmarks.papers import gaussians8, shaping_rows, swissroll
+from benchmarks.papers.cells import Cells
+
+pytest.importorskip("matplotlib")
+TINY = replace(
+    swissroll.QUICK, plane=replace(swissroll.QUICK.plane, hidden=(16,)), early=2, optimal=4, iterations=2, max_steps=3,
+    samples=100, real=100, references=50,
+)  # fmt: skip
+GOOD = {"early": 0.3, "frozen": 0.4, "frozen, adaptive": 0.4, "tuned": 0.5, "shaped": 0.9, "optimal": 0.8}
+
+
+def table(tmp_path, recipe=TINY, case=swissroll.ROLL, rules=tuple(shaping_rows.RULES)):
+    return shaping_rows.Table(Cells(tmp_path, recipe), recipe, case, 0, rules)
+
+
+def rows_of(good, second_seed=None):
+    """Rows of two seeds, the second one's with other shares where given; the distance is one less the share of good ones."""
+    return [
+        {"seed": seed, "data": "roll", "name": name, "good": share, "distance": 1 - share, "good_few": share - 0.1}
+        for seed, shares in ((0, good), (1, {**good, **(second_seed or {})}))
+        for name, share in shares.items()
+    ]
+
+
+def failing(rows, goals=None):
+    """Of good, for every seed, on the mean, trained on; then the goal: which of them fail."""
+    verdicts = [claim["holds"] for claim in shaping_rows.claims(rows, goals or {})]
+    return {index - 3 for index, holds in enumerate(verdicts) if not holds and index >= 3}
+
+
+# --- measures
+
+
+def test_good_on_eight_gaussians_means_near_a_real_sample_and_strictly_near_a_centre():
+    centre = torch.tensor(gaussians8.GAUSSIANS8.centres[2])
+    real = (centre + torch.tensor([0.0, 0.1]))[None]
+    x = centre + torch.tensor([[0.0, 0.24], [0.0, 0.26], [0.1, 0.0], [0.0, 0.11]])  # .14, .16, .141, .01 from the real one
+    found = gaussians8.CASES[0].measure(x, real)
+    assert found["good"] == 0.75
+    assert found["good_3_sigma"] == 0.25  # 3 sigma are .106
+
+
+def test_both_sets_of_eight_gaussians_have_their_own_shares():
+    equal, unequal = (case.draw(800, torch.Generator().manual_seed(0)) for case in gaussians8.CASES)
+    first_two = torch.tensor(gaussians8.GAUSSIANS8.centres[:2])
+    shares = [float((torch.cdist(x, first_two).min(1).values < 1).double().mean()) for x in (equal, unequal)]
+    assert shares == pytest.approx([0.25, 0.8], abs=0.005)
+
+
+def test_every_published_row_is_one_of_ours():
+    assert all(tuple(rows) == shaping_rows.NAMES for e in (gaussians8, swissroll) for rows in e.PUBLISHED.values())
+
+
+# --- rows
+
+
+def test_tuned_and_shaped_start_from_the_early_discriminator_and_keep_its_generator(tmp_path):
+    pairs = table(tmp_path, replace(TINY, iterations=0)).pairs()
+    for name in ("frozen", "tuned", "shaped"):
+        for ours, early in zip(pairs[name], pairs["early"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), early.parameters(), strict=True))
+    assert not torch.equal(pairs["optimal"][0][0].weight, pairs["early"][0][0].weight)
+
+
+def test_shaping_sees_refined_samples_and_tuning_raw_ones(tmp_path):
+    pairs = table(tmp_path).pairs()
+    early, tuned, shaped = (pairs[name][1][0].weight for name in ("early", "tuned", "shaped"))
+    assert not torch.equal(early, tuned) and not torch.equal(early, shaped) and not torch.equal(tuned, shaped)
+
+
+def test_only_the_rows_between_early_and_optimal_are_refined(tmp_path):
+    recipe = replace(TINY, early=150, optimal=151)
+    steps = {row["name"]: row["mean_steps"] for row in table(tmp_path, recipe).rows()}
+    assert steps.pop("early") == steps.pop("optimal") == 0
+    assert {"frozen, adaptive", "tuned, ladam", "shaped, stopped"} < set(steps)
+    stopped = {name for name, mean in steps.items() if mean < TINY.max_steps}
+    assert stopped == {name for name in steps if name.endswith("stopped")}
+
+
+def test_a_row_is_measured_against_many_real_samples_and_against_a_batch(tmp_path):
+    row = next(iter(table(tmp_path, replace(TINY, real=500, few=5)).rows()))
+    assert row["distance"] < row["distance_few"]
+
+
+def test_missed_is_what_the_real_samples_lack(tmp_path):
+    row = next(iter(table(tmp_path, replace(TINY, samples=1000, real=1000)).rows()))
+    again = table(tmp_path, replace(TINY, samples=1000, real=1000))
+    distances = torch.cdist(again.real, again.points("early")).min(1).values
+    assert row["missed"] == pytest.approx(float(distances.mean()), rel=1e-4)
+
+
+def test_a_run_that_is_taken_up_again_makes_nothing_twice(tmp_path, monkeypatch):
+    first = list(table(tmp_path, rules=()).rows())
+
+    def refuse(*_, **__):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(fr, "shape_discriminator", refuse)
+    monkeypatch.setattr(fr, "tune_discriminator", refuse)
+    monkeypatch.setattr(fr.Refiner, "sample", refuse)
+    assert list(table(tmp_path, rules=()).rows()) == first
+
+
+# --- claims
+
+
+def test_all_claims_hold_where_shaped_is_best():
+    assert all(claim["holds"] for claim in shaping_rows.claims(rows_of(GOOD), {"roll": 0.9}))
+
+
+@pytest.mark.parametrize(
+    ("change", "second_seed", "wrong"),
+    [
+        ({}, {"tuned": 0.95}, {0}),  # one seed
+        ({"frozen, adaptive": 0.95}, {}, {1}),  # another step rule
+        ({"early": 0.95}, {}, {1}),  # refinement harms
+        ({"optimal": 0.95}, {}, {2}),
+        ({"shaped": 0.85}, {}, {3}),  # the goal
+        ({"frozen": 0.95}, {}, {0, 1}),
+    ],
+)
+def test_a_claim_that_does_not_hold_says_so(change, second_seed, wrong):
+    assert failing(rows_of(GOOD | change, second_seed), {"roll": 0.9}) == wrong
+
+
+def test_a_lower_distance_is_the_better_one():
+    rows = rows_of(GOOD)
+    for row in rows:
+        row["distance"] = row["good"]
+    assert [claim["holds"] for claim in shaping_rows.claims(rows, {})] == [False] * 3 + [True] * 3
+
+
+def test_published_figures_stand_beside_the_mean_over_seeds_of_either_measure():
+    rows = [{**row, "distance_few": 0.4} for row in rows_of(GOOD, {"shaped": 0.7})]
+    found = shaping_rows.comparison(rows, {"roll": {"shaped": (0.16, 0.66)}})
+    ours = {row["metric"]: (row["published"], row["ours"], row["headline"]) for row in found}
+    assert ours["good, 10,000 real samples"] == (0.66, pytest.approx(0.8), False)
+    assert ours["good, one batch of real samples"] == (0.66, pytest.approx(0.7), True)
+    assert ours["distance, one batch of real samples"] == (0.16, pytest.approx(0.4), True)
+
+
+# --- pictures
+
+
+class Slope(nn.Module):
+    """d(x) = 9 x_1: high above the middle."""
+
+    def forward(self, x):
+        return 9 * x[:, 1]
+
+
+def test_a_landscape_is_bright_where_the_discriminator_is_high():
+    height = shaping_rows.landscape(Slope(), 2.0)
+    assert height.shape == (shaping_rows.GRID,) * 2
+    assert (height[0] < 1e-6).all() and (height[-1] > 1 - 1e-6).all()  # rows go along y, from below
+    assert torch.equal(height[:, 0], height[:, -1])
+
+
+# --- the whole
+
+
+@pytest.mark.parametrize(("experiment", "picture"), [(swissroll, "swissroll.png"), (gaussians8, "unequal8.png")])
+def test_in_a_quick_run_shaped_beats_frozen_and_tuned(experiment, picture, quick_run):
+    folder, record = quick_run(experiment.__name__.rpartition(".")[2])
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
+    assert [row["name"] for row in record["rows"] if "," not in row["name"]] == list(shaping_rows.NAMES)
+    ahead = [claim for claim in record["claims"] if "every seed" in claim["claim"]]
+    assert len(ahead) == 2 and all(claim["holds"] for claim in ahead)
+    assert record["reduced"] and record["reductions"] and not record["comparison"]
+    assert 5_000 < (folder / picture).stat().st_size < 150_000
