@@ -376,7 +376,7 @@ def test_real_images_in_another_range_than_the_generators_are_refused_before_any
     nn.init.normal_(g[0].weight, std=3.0)
     real = torch.rand(200, 1, 4, 4) * (1 - low) + low
     one = refiner((g, d), max_steps=1)
-    monkeypatch.setattr(fr.shaping._Trainer, "update", None)
+    monkeypatch.setattr("fastrefine.training.shape.Trainer.update", None)
     for call in (
         lambda: fr.shape_discriminator(one, real, 3, 16, 0.01),
         lambda: fr.tune_discriminator(one, real, 3, 16, 0.01),

@@ -68,7 +68,7 @@ class Source:
 
 
 class Proposals:
-    """Blocks of a source. The place of a sample in its block is id % size, so that the prefix gives it equal bits in any run."""
+    """Blocks of a source. A sample has place id % size in its block, so that the prefix gives it equal bits in any run."""
 
     def __init__(
         self, source: Source, generator: PreparedGenerator, stop: StopRule, real: RealLogits | None,
@@ -88,7 +88,7 @@ class Proposals:
         return None if source.labels is None else source.labels[(ids - source.first).clamp(0, source.count - 1)]
 
     def _draws(self, index: int) -> tuple[Tensor, ...]:
-        """(threshold, last step, reference logit) of a block. Many blocks are drawn at once, because a draw is many small ops."""
+        """(threshold, last step, reference logit) of a block. Many blocks are drawn at once: a draw is many small ops."""
         group = index - (index - self.indices.start) % DRAWN_TOGETHER
         if group != self._drawn_from or self._drawn is None:
             ids = torch.arange(group * self.size, min(group + DRAWN_TOGETHER, self.indices.stop) * self.size)
