@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastrefine.stopping import StopRule
 Callback = Callable[[dict[str, int]], None]
 OutputKey = str | int | Callable[[Any], Tensor] | None
 
+MOST_SLOTS = 256  # where the caller names no number
 SCALES = ("logit", "probability", "critic")
 DRIVERS = ("auto", "host", "graph", "loop")
 DTYPES = {
@@ -41,10 +42,12 @@ class Options:
     real: Tensor | None = None
     real_labels: Tensor | None = None
     discriminator_output: str = "logit"
-    num_slots: int = 256
+    num_slots: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "float32"
     keep: str = "last"
+    generate: Callable[..., Any] | None = None
+    discriminate: Callable[..., Any] | None = None
     generator_kwargs: dict[str, Any] | None = None
     discriminator_kwargs: dict[str, Any] | None = None
     output_key: OutputKey = None
@@ -78,12 +81,13 @@ class Options:
                 raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
         if self.output_key is not None and not isinstance(self.output_key, str | int) and not callable(self.output_key):
             raise InputError(f"output_key is {self.output_key!r}; wanted a key, an index, a callable or None")
-        if self.callback is not None and not callable(self.callback):
-            raise InputError(f"callback is {self.callback!r}; wanted a callable or None")
+        for name in ("callback", "generate", "discriminate"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise InputError(f"{name} is {getattr(self, name)!r}; wanted a callable or None")
         self._become(
             stop=stopping.as_rule(self.stop),
             max_steps=checks.count("max_steps", self.max_steps, 0, 2**31 - 1),
-            num_slots=checks.count("num_slots", self.num_slots, 1, 2**31 - 1),
+            num_slots=None if self.num_slots is None else checks.count("num_slots", self.num_slots, 1, 2**31 - 1),
             device=checks.device("device", self.device),
             output_device=checks.device("output_device", self.output_device),
             generator_kwargs=self.generator_kwargs or {},
@@ -111,6 +115,10 @@ class Options:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def slots_for(self, n: int) -> int:
+        """The number of slots for n samples: as given, or the power of two that holds them, at most 256."""
+        return self.num_slots or min(MOST_SLOTS, 1 << max(n - 1, 0).bit_length())
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the refined state."""
@@ -125,6 +133,23 @@ class Options:
     def needs_real(self) -> bool:
         """Whether the stop rule or the sampler reads logits of real images."""
         return self.stop.needs_real or self.sampler.traits.needs_real
+
+    def own_inputs(self, labels: Any, conditions: Any, n: int) -> dict[str, Tensor]:
+        """Labels and conditions of n samples by name, on the CPU; InputError where they do not fit."""
+        y = self.own_labels(labels, n)
+        found = {} if y is None else {"labels": y}
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise InputError(f"conditions is a {type(conditions).__name__}; wanted a dict of tensors (N, ...) by name")
+        for name, value in (conditions or {}).items():
+            if not isinstance(name, str) or not name.isidentifier() or name == "labels":
+                raise InputError(f"conditions: {name!r} is no name of an argument of generate or discriminate")
+            if self.generate is None and self.discriminate is None:
+                raise InputError("conditions were given, but neither generate= nor discriminate= says which network reads them")
+            x = torch.as_tensor(value).detach().cpu()
+            if x.dim() == 0 or len(x) != n:
+                raise InputError(f"conditions[{name!r}] has shape {tuple(x.shape)}; wanted one row for each of {n} samples")
+            found[name] = checks.tensor(f"conditions[{name!r}]", x, self.dtype).to(self.dtype) if x.is_floating_point() else x
+        return found
 
     def own_labels(self, labels: Any, n: int) -> Tensor | None:
         """Labels of n samples on the CPU, vectors in the dtype of the state."""

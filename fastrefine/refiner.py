@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -44,7 +44,14 @@ class Refiner:
         scored under the current discriminator; stop rules, adaptive and ladam read these logits, per class if labelled.
     discriminator_output: "logit" | "probability" (its final sigmoid is cut) | "critic". output_key: key, index or
         callable that picks the logit where D returns a tuple, dict or object.
-    num_slots: samples advanced together; equal num_slots give equal bits on one machine. device: the generator's by default.
+    generate: generate(generator, z, **inputs) -> images (N, ...). None: generator(z) or generator(z, labels), with
+        generator_kwargs; of a tuple, list, dict or dataclass the first tensor.
+    discriminate: discriminate(discriminator, x, **inputs) -> (N,) or (N, 1), the logit; (N, 1, ...), a map; or a list of
+        these, its heads. None: discriminator(x) or discriminator(x, labels), with discriminator_kwargs and output_key. The
+        loss is the mean over heads of the mean over a head's entries of L(entry); the logit is the same mean of the entries.
+        inputs of both: ``labels``, where they are given, and every condition by its name.
+    num_slots: samples advanced together; equal num_slots give equal bits on one machine. None: min(256, the power of two
+        that holds n). device: the generator's by default.
     precision: "float64" | "float32" | "tf32" | "bfloat16" | "float16" of the networks; the refined state is float32
         (float64 under "float64"), and the first and last pass of G run in it.
     keep: "last" | "best" (the iterate with the highest logit).
@@ -81,7 +88,9 @@ class Refiner:
         real: Tensor | None = None,
         real_labels: Tensor | None = None,
         discriminator_output: str = "logit",
-        num_slots: int = 256,
+        generate: Callable[..., Any] | None = None,
+        discriminate: Callable[..., Any] | None = None,
+        num_slots: int | None = None,
         device: torch.device | str | None = None,
         precision: str = "float32",
         keep: str = "last",
@@ -160,44 +169,51 @@ class Refiner:
         networks = Networks(self.generator, self.discriminator, self.options)
         return {**vars(self), "_networks": networks, "_idle": IdleMachines()}
 
-    def sample(self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None, snapshots: Sequence[int] = ()) -> Result:
+    def sample(
+        self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None,
+        conditions: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (),
+    ) -> Result:  # fmt: skip
         """Refine ``n`` samples with latents drawn from the prior by (seed, id), ids first_id ... first_id + n - 1.
 
-        labels: (n,) classes or (n, C) vectors, or one class for all. snapshots: numbers of steps after which the samples
+        labels: (n,) classes or (n, C) vectors, or one class for all. conditions: further inputs of the networks by name, each
+        (n, ...); every sample keeps its own, like its label. snapshots: numbers of steps after which the samples
         are recorded as they stand, in ``Result.snapshots``: several max_steps from one run. Raises InputError without a
         prior.
         """
         chunk = max(checks.count("n", n, 0), 1)
-        parts = self.stream(n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, snapshots=snapshots)
+        parts = self.stream(
+            n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, conditions=conditions, snapshots=snapshots
+        )
         return Result.concatenate(list(parts))
 
     def refine(
-        self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0, snapshots: Sequence[int] = ()
-    ) -> Result:
+        self, latents: Tensor, *, labels: Any = None, conditions: Mapping[str, Tensor] | None = None, first_id: int = 0,
+        seed: int = 0, snapshots: Sequence[int] = (),
+    ) -> Result:  # fmt: skip
         """Refine given latents (N, ...), or given images with at="output" and generator=None; otherwise as ``sample``."""
         z = checks.tensor("latents" if self.generator is not None else "images", latents, self.options.dtype)
         self._check_latents(z)
-        source = self._source(len(z), first_id, seed, z, labels)
+        source = self._source(len(z), first_id, seed, z, labels, conditions)
         return Result.concatenate(list(self._parts(source, max(len(z), 1), snapshots)))
 
     def stream(
         self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None,
-        snapshots: Sequence[int] = (),
+        conditions: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (),
     ) -> Iterator[Result]:  # fmt: skip
         """As ``sample``, in consecutive parts of ``chunk`` samples with bounded memory, in order of sample id."""
         if self.options.prior is None:
             raise InputError("no prior to draw latents from: pass prior=, e.g. fastrefine.Normal(64), or use refine(latents)")
         checks.count("chunk", chunk, 1)
-        return self._parts(self._source(checks.count("n", n, 0), first_id, seed, None, labels), chunk, snapshots)
+        return self._parts(self._source(checks.count("n", n, 0), first_id, seed, None, labels, conditions), chunk, snapshots)
 
     def dataset(self, n: int, seed: int = 0, *, first_id: int = 0, labels: Any = None, chunk: int = 1000) -> RefinedDataset:
         """The samples of ``sample`` as a torch IterableDataset for a DataLoader; see ``RefinedDataset``."""
         return RefinedDataset(self, n, seed=seed, first_id=first_id, labels=labels, chunk=chunk)
 
-    def score(self, images: Tensor, labels: Any = None) -> Tensor:
+    def score(self, images: Tensor, labels: Any = None, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
         x = checks.tensor("images", images, self.options.dtype)
-        return self._networks.score(x, self.options.own_labels(labels, len(x))).to(self.options.output_device)
+        return self._networks.score(x, self.options.own_inputs(labels, conditions, len(x))).to(self.options.output_device)
 
     def real_logits(self, why: str) -> Tensor:
         """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""
@@ -213,11 +229,13 @@ class Refiner:
         steps = tuple(sorted({checks.count("snapshots", step, 0, self.options.max_steps) for step in snapshots}))
         return SampleStream(self._networks, self.options, source, steps, self._idle).parts(chunk)
 
-    def _source(self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any) -> Source:
+    def _source(
+        self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any, conditions: Mapping[str, Tensor] | None
+    ) -> Source:
         first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
         if first_id + n > 2**32:
             raise InputError(f"sample ids end at {first_id + n}; noise is defined for ids below 2**32")
-        return Source(first_id, n, seed, self.options.prior, latents, self.options.own_labels(labels, n))
+        return Source(first_id, n, seed, self.options.prior, latents, self.options.own_inputs(labels, conditions, n))
 
     def _check_latents(self, latents: Tensor) -> None:
         """InputError where given latents (N, ...) are not of the prior that the sampler targets."""

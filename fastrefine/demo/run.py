@@ -109,7 +109,7 @@ def _rows(
 
 
 def _sample(refiner: fr.Refiner, n: int, seed: int) -> Result:
-    refiner.sample(refiner.num_slots, seed=seed + 1)  # warm-up, as the baseline has one: traces the step
+    refiner.sample(256, seed=seed + 1)  # warm-up, as the baseline has one: traces the step
     return refiner.sample(n, seed=seed)
 
 

@@ -42,7 +42,7 @@ class Delivery:
         shaped = a.view(len(a), *generator.shape)
         images = generator.render(shaped, block.context)[asked]
         ids = send(torch.arange(block.start, block.stop), self.output_device)
-        latents = shaped if generator.cut.at == "input" else block.latents
+        latents = shaped if generator.at == "input" else block.latents
         reported = self._reported(rows)
         result = Result(
             # copies: the next block takes these rows while the images are still under way

@@ -50,7 +50,7 @@ class IdleMachines:
 
 def key_of(rule: Rule, backend: str, block: Block) -> tuple[Any, ...]:
     """Equal for runs that the same captured step can serve, if its windows are large enough."""
-    kinds = tuple((t.dtype, tuple(t.shape[1:])) for t in (*block.context, *([] if block.labels is None else [block.labels])))
+    kinds = tuple((t.dtype, tuple(t.shape[1:])) for t in (*block.context, *block.inputs.values()))
     return ops.baked(rule, backend), backend, kinds
 
 

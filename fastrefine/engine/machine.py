@@ -97,8 +97,6 @@ class Machine:
             ops.copy_context(self.slots, self.context, self.pool_context, backend=self.backend)
 
     def _step_context(self, block: Block) -> tuple[torch.Tensor, ...]:
-        """The tail's context, then the labels where the discriminator takes them."""
-        if not self.target.discriminator.takes_labels:
-            return block.context
-        assert block.labels is not None
-        return (*block.context, block.labels)
+        """What the target needs of a sample besides its activation, as far as it does not depend on the activation."""
+        given = *block.context, *self.target.discriminator.call.values(block.inputs)
+        return self.target.carried(block.activation, given, self.slots.view is not None)

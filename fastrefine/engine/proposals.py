@@ -25,12 +25,16 @@ class Block:
     stop: int
     whole: bool  # every id enters the pool, so that lock-step groups are complete
     latents: Tensor
-    labels: Tensor | None
+    inputs: dict[str, Tensor]  # labels and conditions
     activation: Tensor | None  # (size, F); None once every row is in the pool
     context: tuple[Tensor, ...]
     threshold: Tensor
     last_step: Tensor
     reference_logit: Tensor
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.inputs.get("labels")
 
     @property
     def base(self) -> int:
@@ -50,21 +54,25 @@ class Block:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the latents and labels of ids [first, first + count) come from."""
+    """Where the latents, labels and conditions of ids [first, first + count) come from."""
 
     first: int
     count: int
     seed: int
     prior: Prior | None
     latents: Tensor | None
-    labels: Tensor | None
+    inputs: dict[str, Tensor]
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.inputs.get("labels")
 
     def after(self, first: int) -> Source:
         """The rest of the source from id ``first`` on."""
         skip = first - self.first
         latents = None if self.latents is None else self.latents[skip:]
-        labels = None if self.labels is None else self.labels[skip:]
-        return Source(first, self.count - skip, self.seed, self.prior, latents, labels)
+        inputs = {name: value[skip:] for name, value in self.inputs.items()}
+        return Source(first, self.count - skip, self.seed, self.prior, latents, inputs)
 
 
 class Proposals:
@@ -82,17 +90,17 @@ class Proposals:
         self._drawn_from = -1  # first block of the group below
         self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _labels(self, ids: Tensor) -> Tensor | None:
-        """Labels of ids; outside the source those of the nearest id."""
-        source = self.source
-        return None if source.labels is None else source.labels[(ids - source.first).clamp(0, source.count - 1)]
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """Labels and conditions of ids; outside the source those of the nearest id."""
+        rows = (ids - self.source.first).clamp(0, self.source.count - 1)
+        return {name: value[rows] for name, value in self.source.inputs.items()}
 
     def _draws(self, index: int) -> tuple[Tensor, ...]:
         """(threshold, last step, reference logit) of a block. Many blocks are drawn at once: a draw is many small ops."""
         group = index - (index - self.indices.start) % DRAWN_TOGETHER
         if group != self._drawn_from or self._drawn is None:
             ids = torch.arange(group * self.size, min(group + DRAWN_TOGETHER, self.indices.stop) * self.size)
-            labels, seed = self._labels(ids), self.source.seed
+            labels, seed = self._inputs(ids).get("labels"), self.source.seed
             classes = labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
             threshold, last_step = self.stop.draw(ids, seed, self.max_steps, classes)
             unknown = torch.full((len(ids),), torch.nan)
@@ -105,7 +113,7 @@ class Proposals:
         """Run the prefix for one block. Rows outside the source are padding: they repeat the nearest sample."""
         source, base = self.source, index * self.size
         ids = torch.arange(base, base + self.size)
-        labels = self._labels(ids)
+        inputs = self._inputs(ids)
         if source.latents is None:
             assert source.prior is not None
             latents = source.prior.sample(ids, source.seed, self.dtype)
@@ -114,9 +122,9 @@ class Proposals:
             latents = source.latents[send(rows, source.latents.device)].to(self.dtype)
         threshold, last_step, reference = self._draws(index)
         latents = send(latents, self.device)
-        labels = None if labels is None else send(labels, self.device)
-        a, context = self.generator.prefix(latents, labels)
+        inputs = {name: send(value, self.device) for name, value in inputs.items()}
+        a, context = self.generator.prefix(latents, inputs)
         start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
         drawn = (send(t, self.device) for t in (threshold.to(self.dtype), last_step, reference.to(self.dtype)))
         flat = a.reshape(self.size, -1)
-        return Block(index, self.size, start, stop, self.whole, latents, labels, flat, context, *drawn)
+        return Block(index, self.size, start, stop, self.whole, latents, inputs, flat, context, *drawn)

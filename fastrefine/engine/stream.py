@@ -56,13 +56,14 @@ class SampleStream:
 
     def _blocks(self) -> Iterator[Result]:
         """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
-        options, size, source = self.options, self.options.num_slots, self.source
+        options, source = self.options, self.source
+        size = options.slots_for(source.count)
         watch = Watch(options, source.latents is None)
         with tqdm(total=source.count, unit="image", disable=not options.progress) as bar:
             while True:
                 try:
                     with self._modes(None, size):
-                        target = self.networks.prepare(source.latents, source.labels, source.seed)
+                        target = self.networks.prepare(source.latents, source.inputs, source.seed, size)
                         target.resize(size)
                     known = copy.deepcopy(self.networks.real)  # the caller's own
                     real: dict[str, Any] = {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
@@ -99,7 +100,7 @@ class SampleStream:
             reason = f" ({fixed} never changes it by itself)" if fixed else ""
             raise FastrefineError(f"out of memory with {size} slots; pass a smaller num_slots{reason}") from error
         size //= 2
-        level = logging.INFO if size < options.num_slots // 2 else logging.WARNING
+        level = logging.INFO if size < options.slots_for(self.source.count) // 2 else logging.WARNING
         log.log(level, "out of memory: going on with %d slots, which changes the bits of what follows", size)
         return size
 
@@ -127,8 +128,9 @@ class SampleStream:
         driver = drivers.choose(options.driver, options.device)
         progress.facts = {
             "backend": backend, "driver": driver.name, "precision": options.precision, "threads": 0,
-            "num_slots": target.num_slots, "route": target.route, "split": target.generator.cut.route,
-            "fold": target.fold, "channels_last": target.channels_last,
+            "num_slots": target.num_slots, "route": target.route,
+            "fold": target.fold, "channels_last": target.channels_last, "ladder": target.ladder.entries,
+            "repeatable": target.repeatable,
         }  # fmt: skip
         lockstep = options.coupling == "lockstep"
         real = self.networks.real if options.needs_real else None

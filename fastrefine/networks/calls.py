@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -14,10 +15,57 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
-from fastrefine.errors import CouplingError, InputError
+from fastrefine.errors import CouplingError, InputError, SplitError
 from fastrefine.networks.copies import unwrap
 from fastrefine.networks.split import Split
 from fastrefine.options import OutputKey
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """``call(network, x, *values)``: one network as the caller wants it called, with the values of the inputs ``names``."""
+
+    names: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None  # function(network, x, **inputs); None: network(x[, labels], **kwargs)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    constants: tuple[Any, ...] = ()  # further positional arguments
+
+    def __call__(self, network: nn.Module, x: Tensor, *values: Tensor) -> Any:
+        if self.function is not None:
+            return self.function(network, x, **dict(zip(self.names, values, strict=True)))
+        return network(x, *values, *self.constants, **self.kwargs)
+
+    def values(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Those of the inputs that the network is given, in order."""
+        return tuple(inputs[name] for name in self.names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NetworkCall:
+        return self
+
+
+def call_of(
+    what: str, network: nn.Module, inputs: Mapping[str, Tensor], function: Callable[..., Any] | None, kwargs: Mapping[str, Any]
+) -> NetworkCall:
+    """How to call a network with these inputs; InputError where it needs labels and there are none.
+
+    A network made for labels of width 0 (``c_dim`` = 0) gets None in their place.
+    """
+    if function is not None:
+        return NetworkCall(tuple(inputs), function)
+    takes, required = takes_labels(network, kwargs)
+    if takes and "labels" in inputs:
+        return NetworkCall(("labels",), None, kwargs)
+    if required and any(getattr(network, name, None) == 0 for name in _WIDTHS):
+        return NetworkCall((), None, kwargs, (None,))
+    if required:
+        raise InputError(
+            f"the {what} needs labels: pass labels=(N,) to sample, refine or stream; if its second argument is something else, "
+            f"say how to call it: {'generate=lambda G, z' if what == 'generator' else 'discriminate=lambda D, x'}: ..."
+        )
+    return NetworkCall((), None, kwargs)
+
+
+_WIDTHS = ("c_dim", "label_dim", "y_dim", "num_classes", "n_classes")  # attributes that say how wide labels are
 
 # of an optional second parameter, which may also be noise, a truncation, a step
 _LABELS = re.compile("label|class|cond|target|categor|attr|one_?hot|domain|context|^(y|c|cls|emb|embedding)$", re.IGNORECASE)
@@ -65,23 +113,47 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
-    """Run a network of the caller's; its exception becomes ours, with what it was given."""
+    """Run a network of the caller's; its exception becomes ours, with its type, the module it came from, and the shapes."""
     try:
         return call()
-    except (InputError, CouplingError):
+    except (InputError, CouplingError, SplitError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        hint = "; are these its latents (see prior), and is it the generator?" if what == "generator" else ""
-        raise InputError(f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {error}{hint}") from error
+        text = " ".join(str(error).split()) or "no message"
+        hint = ""
+        if what == "generator" and isinstance(error, RuntimeError) and re.search("shape|size|channel|dimension", text):
+            hint = "; are these its latents (see prior), and is it the generator?"
+        raise InputError(
+            f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {type(error).__name__}: {text}"
+            f"{_module_of(error)}{hint}"
+        ) from error
 
 
-def label_classes(modules: list[nn.Module], call: Callable[[Tensor], Any], labels: Tensor) -> int | None:
+def _module_of(error: BaseException) -> str:
+    """The innermost module that was running when the exception was raised, with the shapes of its tensors."""
+    modules = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        own = frame.f_locals.get("self")
+        if isinstance(own, nn.Module) and frame.f_code.co_name == "forward":
+            shapes = [tuple(v.shape) for k, v in frame.f_locals.items() if isinstance(v, Tensor) and k != "self"]
+            modules.append((own, shapes[:3]))
+    if len(modules) < 2:
+        return ""
+    (outer, _), (inner, shapes) = modules[0], modules[-1]
+    name = next((name for name, module in outer.named_modules() if module is inner), "")
+    return f", in module {name!r} ({type(inner).__name__}) on shapes {', '.join(map(str, shapes))}"
+
+
+def label_classes(
+    modules: list[nn.Module], run: Callable[..., Any], x: Tensor, call: NetworkCall, inputs: Mapping[str, Tensor]
+) -> int | None:
     """How many classes the embeddings know that read the labels, found by a call with label 0; None without any.
 
     Raises InputError for labels that these do not know, before they get to a device.
     """
+    labels = inputs["labels"]
     if labels.is_floating_point():
         return None
     zeros, sizes = torch.zeros_like(labels), []
@@ -94,7 +166,7 @@ def label_classes(modules: list[nn.Module], call: Callable[[Tensor], Any], label
     embeddings = [child for module in modules for child in module.modules() if isinstance(child, nn.Embedding)]
     handles = [child.register_forward_pre_hook(record) for child in embeddings]
     with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails again on the probe batch, and is told
-        call(zeros)
+        run(x.clone(), *call.values({**inputs, "labels": zeros}))
     for handle in handles:
         handle.remove()
     classes = min(sizes, default=None)
@@ -110,8 +182,17 @@ class Readout:
     invert_sigmoid: bool = False
 
     def __call__(self, raw: Any, n: int, dtype: torch.dtype) -> Tensor:
-        """(n, P) logits of ``dtype``; InputError when there is not one value, or one map, per sample."""
-        out = self.pick(raw)
+        """(n, P) logits of ``dtype``, those of several heads side by side."""
+        heads = self.heads(raw, n, dtype)
+        return heads[0] if len(heads) == 1 else torch.cat(heads, 1)
+
+    def heads(self, raw: Any, n: int, dtype: torch.dtype) -> list[Tensor]:
+        """(n, P) logits of each head; InputError when there is not one value, or one map, per sample."""
+        if self.key is None and isinstance(raw, list) and raw and all(isinstance(head, Tensor) for head in raw):
+            return [self._head(head, n, dtype) for head in raw]
+        return [self._head(self.pick(raw), n, dtype)]
+
+    def _head(self, out: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         if out.dim() == 0 and n == 1:  # squeeze() of a batch of one; what is a batch mean was found on the probe batch
             out = out.reshape(1)
         if out.dim() == 0 or out.shape[0] != n:
@@ -121,8 +202,8 @@ class Readout:
             )
         if out.dim() > 1 and out.shape[1] != 1:
             raise InputError(
-                f"the discriminator returned shape {_shape(out)}; wanted (N,), (N, 1) or a map (N, 1, h, w). Pass "
-                "output_key=callable to reduce it to one value per sample"
+                f"the discriminator returned shape {_shape(out)}; wanted (N,), (N, 1) or a map (N, 1, h, w). Say "
+                "what the logit is, e.g. discriminate=lambda D, x: D(x).mean(1), or output_key=callable"
             )
         logits = out.to(dtype).flatten(1) if out.dim() > 1 else out.to(dtype)[:, None]
         return torch.logit(logits, eps=1e-7) if self.invert_sigmoid else logits

@@ -100,24 +100,41 @@ def _bake(module: nn.Module) -> None:
             child.register_parameter(hook.name, nn.Parameter(weight, requires_grad=False))
 
 
-def fold_batch_norm(module: nn.Module) -> nn.Module:
+def plain_copy(module: nn.Module, keep: str | None = None) -> nn.Module:
+    """A copy in which nothing is folded."""
+    return copy.deepcopy(module)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, kept: nn.Module | None):
+        super().__init__()
+        self.kept = kept
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m is self.kept or super().is_leaf_module(m, module_qualified_name)
+
+
+def fold_batch_norm(module: nn.Module, keep: str | None = None) -> nn.Module:
     """A copy of an eval-mode module with each BatchNorm folded into the convolution or linear layer before it.
 
-    By an fx trace where the module allows one, else between neighbours of each nn.Sequential. The caller compares the
+    keep: a module that stays as it is, and whose output does. By an fx trace where the module allows one, else between
+    neighbours of each nn.Sequential. The caller compares the
     result with the original on a probe batch: a trace loses custom backward formulas and data-dependent control flow.
     """
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(module))
+        twin = copy.deepcopy(module)
+        tracer = _Tracer(None if keep is None else twin.get_submodule(keep))
+        traced = fx.GraphModule(twin, tracer.trace(twin))
     except Exception:  # tracing runs the user's code on proxies: it may fail in any way
-        return fold_in_sequentials(module)
+        return fold_in_sequentials(module, keep)
     shared = _shared_parameters(traced)
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or calls[node.target] != 1 or len(node.args) != 1:
+        if node.op != "call_module" or calls[node.target] != 1 or len(node.args) != 1 or node.target == keep:
             continue
         before = node.args[0]
         is_layer = isinstance(before, fx.Node) and before.op == "call_module" and calls[before.target] == 1
-        if not is_layer or len(before.users) != 1:
+        if not is_layer or len(before.users) != 1 or before.target == keep:
             continue
         fused = _fuse(traced.get_submodule(before.target), traced.get_submodule(node.target), shared)
         if fused is not None:
@@ -129,14 +146,15 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     return traced
 
 
-def fold_in_sequentials(module: nn.Module) -> nn.Module:
+def fold_in_sequentials(module: nn.Module, keep: str | None = None) -> nn.Module:
     """As fold_batch_norm, without tracing: only neighbours within an nn.Sequential."""
     twin = copy.deepcopy(module)
-    shared = _shared_parameters(twin)
+    shared, kept = _shared_parameters(twin), None if keep is None else twin.get_submodule(keep)
     for sequential in [child for child in twin.modules() if isinstance(child, nn.Sequential)]:
         names = list(sequential._modules)
         for first, second in zip(names, names[1:], strict=False):
-            fused = _fuse(sequential._modules[first], sequential._modules[second], shared)
+            pair = sequential._modules[first], sequential._modules[second]
+            fused = None if kept is not None and kept in pair else _fuse(*pair, shared)
             if fused is not None:
                 sequential._modules[first], sequential._modules[second] = fused, nn.Identity()
     return twin

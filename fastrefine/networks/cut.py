@@ -1,11 +1,14 @@
-"""Cutting a generator into a prefix, run once per sample, and a tail, run at every refinement step.
+"""The place in a generator that is refined: a hook reads the output of one module, or puts the activation in its place.
 
-Routes, in this order: the fx graph of the whole generator; the same with every module left whole that does not contain
-the cut; the graph of torch.export. Each is compared with a forward hook that replaces the module's output, in values
-and in gradients (fx and export silently lose the backward of an autograd.Function), before it is believed.
+This works for every generator that runs: nothing is traced. The whole generator is evaluated each time; what does not
+depend on the activation is taken out of the step where the step is recorded, see ``recording``.
 """
 
+from __future__ import annotations
+
 import contextlib
+import copy
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,37 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
-from fastrefine.errors import FastrefineError, InputError, SplitError
+from fastrefine.errors import InputError, SplitError
+from fastrefine.networks.calls import NetworkCall, attempt, describe
 from fastrefine.networks.copies import unwrap
-from fastrefine.networks.cut_check import HookedGenerator, check_gradient, difference
-from fastrefine.networks.graph import cut_graph
-from fastrefine.networks.split import (
-    ADVICE,
-    FirstAsActivation,
-    GeneratorCall,
-    WithoutContext,
-    bind,
-    unchanging,
-)
-from fastrefine.networks.torch_state import seed_torch
-from fastrefine.networks.tracing import Traced, trace_with_export, trace_with_fx
 
 _PROBE_SIZES = (3, 5)  # odd and different: a dimension that follows both is the batch
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A generator in two halves. The halves may share submodules with each other and with the generator.
-
-    ``prefix(z)`` or ``prefix(z, labels)`` -> ``(a, context)``, context a tuple of per-sample tensors (N, ...), possibly
-    of integers. ``tail(a, *context)`` -> images; unless the route is "given" it leaves its arguments unchanged, and its
-    batch need not be the prefix's. At "input" the prefix returns the latents and labels themselves, not copies.
-    """
-
-    prefix: nn.Module
-    tail: nn.Module
-    at: str
-    route: str  # "input" | "output" | "fx" | "export" | "given"
 
 
 @dataclass(frozen=True)
@@ -61,48 +38,153 @@ class Layer:
         return self.name
 
 
-def split(
-    generator: nn.Module,
-    at: str,
-    latents: Tensor,
-    labels: Tensor | None = None,
-    kwargs: dict[str, Any] | None = None,
-) -> Cut:
-    """Cut ``generator`` (in eval mode, unwrapped) at "input", "output" or the output of the module named ``at``.
+def first_tensor(output: Any) -> Tensor | None:
+    """The first floating tensor of what a module returned: a tensor, or one in a tuple, list, dict or dataclass."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    return next((found for _, value in _entries(output) if (found := first_tensor(value)) is not None), None)
 
-    ``name#k`` is the k-th call, from 0, of a module that runs more than once. ``latents`` and ``labels`` (N, ...) are
-    examples on which the cut is verified; ``kwargs`` are constant further arguments of the generator. Neither the generator
-    nor the global random state is changed.
 
-    Raises SplitError: no such module, not executed, executed more than once, output not one per-sample tensor, no
-    route; GradientError: no gradient passes from the image to the cut.
+def image_of(output: Any) -> Tensor:
+    """The images among what a generator returned: its first floating tensor."""
+    found = first_tensor(output)
+    if found is None:
+        raise InputError(f"the generator must return images (N, ...), got {describe(output)}")
+    return found
+
+
+def with_first_tensor(output: Any, value: Tensor) -> Any:
+    """What a module returned, with ``value`` in place of its first floating tensor."""
+    if isinstance(output, Tensor):
+        return value
+    for key, entry in _entries(output):
+        if first_tensor(entry) is None:
+            continue
+        new = with_first_tensor(entry, value)
+        if isinstance(output, dict):
+            changed: Any = copy.copy(output)
+            changed[key] = new
+            return changed
+        if dataclasses.is_dataclass(output):
+            changed = copy.copy(output)  # type: ignore[type-var]
+            object.__setattr__(changed, key, new)
+            return changed
+        entries = [new if index == key else old for index, old in enumerate(output)]
+        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+    raise AssertionError("no tensor to replace")
+
+
+def _entries(output: Any) -> list[tuple[Any, Any]]:
+    if isinstance(output, dict):
+        return list(output.items())
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
+    return []
+
+
+class Tail(nn.Module):
+    """``tail(a, *inputs)``: images of activations. at: "input", or a module's name, whose output the activation replaces.
+
+    inputs: those of the generator; its latents are among them unless they are the activation. index: of the module's call.
     """
-    call = bind(generator, labels is not None, kwargs or {})
-    inputs: tuple[Tensor, ...] = (latents,) if labels is None else (latents, labels)
-    with _plain_state(latents.device):
-        inputs = tuple(value.detach().clone()[:8] for value in inputs)  # clones are no inference tensors
-        if at == "input":
-            check_gradient(HookedGenerator(call, None), inputs, at)
-            return Cut(FirstAsActivation(), unchanging(call, inputs), at, "input")
-        if at == "output":
-            return Cut(WithoutContext(call), nn.Identity(), at, "output")
-        return _inner_cut(call, at, inputs)
+
+    def __init__(self, generator: nn.Module, call: NetworkCall, at: str = "input", index: int = 0):
+        super().__init__()
+        self.generator, self.call, self.at, self.index = generator, call, at, index
+        self.training = False
+
+    def forward(self, a: Tensor, *inputs: Tensor) -> Tensor:
+        if self.at == "input":
+            return image_of(self.call(self.generator, a, *inputs))
+        with self._hook(lambda output: with_first_tensor(output, a)) as calls:
+            image = image_of(self.call(self.generator, *inputs))
+        if calls[0] <= self.index:
+            raise SplitError(f"module {self.at!r} is not executed between latent and image")
+        return image
+
+    def activation(self, *inputs: Tensor) -> Tensor:
+        """What the module gives for these latents and further inputs."""
+        if self.at == "input":
+            return inputs[0]
+        found: list[Tensor] = []
+
+        def keep(output: Any) -> None:
+            found.append(first_tensor(output).clone())  # type: ignore[union-attr]
+
+        with self._hook(keep):
+            self.call(self.generator, *inputs)
+        return found[0]
+
+    @contextlib.contextmanager
+    def _hook(self, action: Callable[[Any], Any]) -> Iterator[list[int]]:
+        calls = [0]
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            calls[0] += 1
+            return action(output) if calls[0] == self.index + 1 else None
+
+        handle = self.generator.get_submodule(self.at).register_forward_hook(hook)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+    def with_generator(self, generator: nn.Module) -> Tail:
+        """The same place in another form of the generator."""
+        return Tail(generator, self.call, self.at, self.index)
+
+
+def find(generator: nn.Module, call: NetworkCall, at: str, inputs: tuple[Tensor, ...]) -> Tail:
+    """The tail at ``at``, the name of a module or "name#k" for its k-th call, from 0.
+
+    Raises SplitError: no such module, not executed, executed more than once, no floating output with the batch first.
+    """
+    name, _, number = at.partition("#")
+    modules = dict(generator.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        close = difflib.get_close_matches(name, [*modules, "input", "output"], n=4, cutoff=0.5)
+        hint = f"; closest: {', '.join(map(repr, close))}" if close else ""
+        raise SplitError(
+            f"the generator has no module named {name!r}{hint}. `fastrefine layers` or fastrefine.layers lists them"
+        )
+    if number and not number.isdecimal():
+        raise SplitError(f"in {at!r} the call after '#' must be a number from 0, got {number!r}")
+    outputs: list[Any] = []
+    handle = modules[name].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            attempt("generator", lambda: call(generator, *(value.clone() for value in inputs)), inputs[0])
+    finally:
+        handle.remove()
+    if not outputs:
+        raise SplitError(f"module {name!r} is not executed between latent and image")
+    if len(outputs) > 1 and not number:
+        names = f'"{name}#0" to "{name}#{len(outputs) - 1}"'
+        raise SplitError(f"module {name!r} is executed {len(outputs)} times: say which call is meant, {names}")
+    index = int(number or 0)
+    if index >= len(outputs):
+        raise SplitError(f"{at!r}: module {name!r} is executed {len(outputs)} times, calls count from 0")
+    found, batch = first_tensor(outputs[index]), len(inputs[0])
+    if found is None:
+        raise SplitError(f"the output of module {name!r} holds no floating tensor: it is {describe(outputs[index])}")
+    if found.dim() == 0 or len(found) != batch:
+        raise SplitError(f"the output of module {name!r} has shape {tuple(found.shape)}: not the batch ({batch}) first")
+    return Tail(generator, call, name, index)
 
 
 def layers(
-    generator: nn.Module,
-    sample_latent: Tensor,
-    labels: Any = None,
-    kwargs: dict[str, Any] | None = None,
-) -> list[Layer]:
+    generator: nn.Module, sample_latent: Tensor, labels: Any = None, kwargs: dict[str, Any] | None = None,
+    generate: Callable[..., Any] | None = None,
+) -> list[Layer]:  # fmt: skip
     """The places where ``generator`` can be cut, in order of execution, from "input" to "output".
 
-    Listed are the modules that run exactly once and give one floating tensor with the batch first; whether the rest of
-    the graph can be cut there is found out by ``split``. FLOPs count convolutions and products of matrices, forward
-    only. The generator is evaluated in eval mode and comes back as it was. A module of torch.export is one graph: of it
-    there are "input" and "output".
+    Listed are the modules that run exactly once and give a floating tensor with the batch first, by itself or as the first
+    of a tuple, list, dict or dataclass. FLOPs count convolutions and products of matrices, forward only. The generator is
+    evaluated in eval mode and comes back as it was. generate: how it is called, as for ``Refiner``.
 
-    Raises InputError where ``generator`` is no module or ``sample_latent`` no tensor (N, ...).
+    Raises InputError where ``generator`` is no module, ``sample_latent`` no tensor (N, ...), or the generator fails on it.
     """
     generator = unwrap(generator)
     if not isinstance(generator, nn.Module):
@@ -111,17 +193,17 @@ def layers(
         got = f"shape {tuple(sample_latent.shape)}" if isinstance(sample_latent, Tensor) else type(sample_latent).__name__
         raise InputError(f"latents: wanted a tensor (N, ...), got {got}; e.g. fastrefine.Normal(64).sample(torch.arange(8), 0)")
     labels = checks.labels(labels, len(sample_latent))
-    call = bind(generator, labels is not None, kwargs or {})
+    call = NetworkCall(("labels",) if labels is not None else (), generate, kwargs or {})
     names = {module: name for name, module in generator.named_modules() if name}
-    seen: dict[str, list[tuple[tuple[int, ...] | None, int]]] = {}  # per call: shape, FLOPs so far
+    seen: dict[str, list[tuple[tuple[int, ...] | None, int]]] = {}  # for each call: shape, FLOPs so far
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
     counter = FlopCounterMode(display=False)
     inputs: tuple[Tensor, ...] = (sample_latent,) if labels is None else (sample_latent, labels)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        one_tensor = isinstance(output, Tensor) and output.is_floating_point()
-        shape = tuple(output.shape) if one_tensor else None
+        found = first_tensor(output)
+        shape = None if found is None else tuple(found.shape)
         seen.setdefault(names[module], []).append((shape, counter.get_total_flops()))
 
     modes = {module: module.training for module in generator.modules()}
@@ -132,12 +214,13 @@ def layers(
             with contextlib.suppress(NotImplementedError):  # of torch.export, whose modules have one mode
                 generator.eval()
             handles += [module.register_forward_hook(record) for module in names]
+            detached = _Called(generator, call)
             with counter:  # on detached weights: torch 2.13's counter fails on views of parameters under no_grad
-                weights = {name: value.detach() for name, value in call.named_parameters()}
-                image = torch.func.functional_call(call, weights, few)
+                weights = {name: value.detach() for name, value in detached.named_parameters()}
+                image = attempt("generator", lambda: torch.func.functional_call(detached, weights, few), few[0])
             total = counter.get_total_flops()
             first, seen = seen, {}
-            call(*many)
+            attempt("generator", lambda: call(generator, *many), many[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -157,6 +240,15 @@ def layers(
     return [*found, layer("output", tuple(image.shape[1:]), 0)]
 
 
+class _Called(nn.Module):
+    def __init__(self, generator: nn.Module, call: NetworkCall):
+        super().__init__()
+        self.generator, self.call = generator, call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return image_of(self.call(self.generator, *inputs))
+
+
 @contextlib.contextmanager
 def _plain_state(device: torch.device) -> Iterator[None]:
     """Neither inference mode nor autocast, whatever the caller is in; the random state is put back."""
@@ -173,71 +265,3 @@ def _plain_state(device: torch.device) -> Iterator[None]:
 def _resized(value: Tensor, samples: int) -> Tensor:
     """``value`` cut or repeated to ``samples`` rows."""
     return value[torch.arange(samples, device=value.device) % value.shape[0]].detach()
-
-
-def _inner_cut(call: GeneratorCall, at: str, inputs: tuple[Tensor, ...]) -> Cut:
-    module, index = _find_module(call, at, inputs)
-    oracle = HookedGenerator(call, module, index)
-    other_size = 5 if inputs[0].shape[0] != 5 else 7
-    probes = [inputs, tuple(_resized(value[:2], other_size) for value in inputs)]
-    check_gradient(oracle, inputs, at)
-    samples = tuple(tuple(_resized(value, n) for value in inputs) for n in _PROBE_SIZES)
-    routes: list[tuple[str, str, Callable[[], Traced]]] = [
-        ("fx", "fx", lambda: trace_with_fx(call, module, index, coarse=False)),
-        ("fx", "fx, other modules whole", lambda: trace_with_fx(call, module, index, coarse=True)),
-        ("export", "torch.export", lambda: trace_with_export(call, module, index, samples[1])),
-    ]
-    reasons = []
-    for route, description, trace in routes:
-        seed_torch(inputs[0].device, seed=0)  # unlike the check's: noise baked in by a trace must not pass it
-        try:
-            prefix, tail = cut_graph(trace(), samples)  # type: ignore[arg-type]
-            with torch.no_grad():
-                activation, context = prefix(*inputs)
-            tail = unchanging(tail, (activation, *context))
-            problem = next(filter(None, (difference(oracle, prefix, tail, probe) for probe in probes)), None)
-        except Exception as error:  # tracing runs foreign code: whatever it raises is a reason to try the next route
-            problem = f"{type(error).__name__}: {error}" if not isinstance(error, FastrefineError) else str(error)
-        if problem is None:
-            return Cut(prefix, tail, at, route)
-        reasons.append(f"  {description}: {' '.join(problem.split())[:240]}")
-    raise SplitError(f"the generator cannot be cut at {at!r}:\n" + "\n".join(reasons) + f"\n{ADVICE}")
-
-
-def _find_module(call: GeneratorCall, at: str, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, int]:
-    """The module named ``at`` and which of its calls is meant."""
-    name, _, number = at.partition("#")
-    modules = dict(call.generator.named_modules(remove_duplicate=False))
-    if not name or name not in modules:
-        close = difflib.get_close_matches(name, [*modules, "input", "output"], n=4, cutoff=0.5)
-        hint = f"; closest: {', '.join(map(repr, close))}" if close else ""
-        raise SplitError(
-            f"the generator has no module named {name!r}{hint}. `fastrefine layers` or fastrefine.layers lists them"
-        )
-    if number and not number.isdecimal():
-        raise SplitError(f"in {at!r} the call after '#' must be a number from 0, got {number!r}")
-    module, outputs = modules[name], []
-    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-    try:
-        with torch.no_grad():
-            image = call(*inputs)
-    finally:
-        handle.remove()
-    if not isinstance(image, Tensor):
-        raise SplitError(f"the generator must return one tensor, got {type(image).__name__}; {ADVICE}")
-    if not outputs:
-        raise SplitError(f"module {name!r} is not executed between latent and image")
-    if len(outputs) > 1 and not number:
-        names = f'"{name}#0" to "{name}#{len(outputs) - 1}"'
-        raise SplitError(f"module {name!r} is executed {len(outputs)} times: say which call is meant, {names}")
-    index = int(number or 0)
-    if index >= len(outputs):
-        raise SplitError(f"{at!r}: module {name!r} is executed {len(outputs)} times, calls count from 0")
-    output, batch = outputs[index], inputs[0].shape[0]
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-        raise SplitError(f"the output of module {name!r} is not a single floating tensor but {kind}")
-    if output.dim() == 0 or output.shape[0] != batch:
-        shape = tuple(output.shape)
-        raise SplitError(f"the output of module {name!r} has shape {shape}: not the batch ({batch}) first")
-    return module, index

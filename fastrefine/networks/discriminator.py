@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks import probe
-from fastrefine.networks.calls import Readout, attempt, label_classes, takes_labels
+from fastrefine.networks.calls import Readout, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
 from fastrefine.options import Options
 
@@ -23,55 +23,72 @@ Cut = Callable[[nn.Module], nn.Module]
 class PreparedDiscriminator:
     """The discriminator as images -> logits (n, P), in evaluation mode and in the dtype of the state."""
 
-    def __init__(self, discriminator: nn.Module, options: Options, images: Tensor, labels: Tensor | None):
-        self.kwargs = kwargs = options.discriminator_kwargs or {}
-        self.scale, self.num_classes = options.discriminator_output, None
+    def __init__(self, discriminator: nn.Module, options: Options, images: Tensor, inputs: Mapping[str, Tensor]):
         own = own_copy(discriminator, images)
-        self.takes_labels, required = takes_labels(own, kwargs)
-        self.takes_labels = self.takes_labels and labels is not None
-        if labels is None and required:
-            raise InputError("the discriminator needs labels: pass labels=(N,) to sample, refine or stream")
-        if labels is not None and self.takes_labels:
-            self.num_classes = label_classes([own], lambda y: own(images.clone(), y, **kwargs), labels)
-        given = (labels,) if self.takes_labels else ()
-        self._like = images[:0]
+        self.scale, self.num_classes, self._like = options.discriminator_output, None, images[:0]
+        call = self.call = call_of(
+            "discriminator", own, inputs, options.discriminate, options.discriminator_kwargs or {}
+        )  # fmt: skip
+        if self.takes_labels:
+            self.num_classes = label_classes([own], lambda *given: call(own, *given), images, call, inputs)
 
-        def call(module: nn.Module) -> Any:
-            return attempt("discriminator", lambda: module(images.clone(), *given, **kwargs), images)
+        def run(module: nn.Module) -> Any:
+            return attempt("discriminator", lambda: call(module, images.clone(), *call.values(inputs)), images)
 
-        self._cut, self.readout = _output_form(own, options, call, len(images))
+        self._cut, self.readout = _output_form(own, options, run, images)
         self.module = self._cut(own)
-        y = None if labels is None else labels[:1]
-        probe.check(
-            {"discriminator": self.module},
-            lambda x: self.logits(self.module, x, probe.repeated(y, x)),
-            images,
-            options.coupling,
-        )
+        self._sizes = [head.shape[1] for head in self.readout.heads(run(self.module), len(images), torch.float64)]
+        first = {name: value[:1] for name, value in inputs.items()}
+
+        def logits(x: Tensor) -> Tensor:
+            return self.logits(self.module, x, probe.repeated(first, x))
+
+        probe.check({"discriminator": self.module}, logits, images, options.coupling)
+
+    @property
+    def takes_labels(self) -> bool:
+        return "labels" in self.call.names
 
     def updated(self, discriminator: nn.Module) -> PreparedDiscriminator:
-        """The same side with other weights; nothing is probed again."""
+        """The same with other weights; nothing is probed again."""
         twin = copy.copy(self)
         twin.module = self._cut(own_copy(discriminator, self._like))
         return twin
 
-    def logits(self, module: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        """(n, P) logits by ``module``: the exact copy, or a folded form of it."""
-        given = (images, labels) if self.takes_labels else (images,)
-        raw = module(*given, **self.kwargs)
+    def logits(self, module: nn.Module, images: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(n, P) logits by ``module``: the exact copy, or a folded form of it. P: the entries of all heads."""
+        raw = self.call(module, images, *self.call.values(inputs))
         return self.readout(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
 
+    def score(self, images: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(n,) logits by the exact copy."""
+        return attempt("discriminator", lambda: self.mean(self.logits(self.module, images, inputs)), images)
 
-def _output_form(discriminator: nn.Module, options: Options, call: Callable[[nn.Module], Any], n: int) -> tuple[Cut, Readout]:
+    def mean(self, values: Tensor) -> Tensor:
+        """(n,): the mean over the heads of the mean over each head's entries, of values (n, P)."""
+        if len(self._sizes) == 1:
+            return values.mean(1)
+        return torch.stack([head.mean(1) for head in values.split(self._sizes, 1)]).mean(0)
+
+
+def _output_form(
+    discriminator: nn.Module, options: Options, call: Callable[[nn.Module], Any], images: Tensor
+) -> tuple[Cut, Readout]:
     """How to cut a declared final sigmoid from our copy of D, and how to read it; checks the declaration on a probe batch.
 
-    call: runs a module on the probe batch of ``n`` images. With "probability" the final Sigmoid is cut, so that a logit
+    call: runs a module on the probe batch ``images``. With "probability" the final Sigmoid is cut, so that a logit
     of 60 stays 60. InputError when declaration and network disagree.
     """
     scale, key = options.discriminator_output, options.output_key
-    readout = Readout(key)
+    readout, n = Readout(key), len(images)
     with torch.no_grad():
-        values = readout(call(discriminator), n, torch.float64)
+        raw = call(discriminator)
+        if options.discriminate is None and images.dim() > 2 and isinstance(raw, Tensor) and raw.shape == images.shape:
+            raise InputError(
+                "the discriminator returned tensors of the images' own shape, as an autoencoder does; write its energy, e.g. "
+                "discriminate=lambda D, x: -(D(x) - x).abs().flatten(1).mean(1)"
+            )
+        values = readout(raw, n, torch.float64)
     if values.shape[1] > 1:
         warnings.warn(
             f"the discriminator returns a map of {values.shape[1]} patches; their mean is the sample's logit",

@@ -6,25 +6,20 @@ import contextlib
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastrefine.errors import InputError, SplitError
+from fastrefine.errors import FastrefineWarning, InputError, SplitError
 from fastrefine.networks import probe
-from fastrefine.networks.calls import attempt, describe, label_classes, takes_labels
+from fastrefine.networks.calls import NetworkCall, attempt, call_of, describe, label_classes, takes_labels
 from fastrefine.networks.copies import own_copy
-from fastrefine.networks.cut import Cut, split
+from fastrefine.networks.cut import Tail, find, image_of
 from fastrefine.networks.split import Split
 from fastrefine.options import Options
-
-
-class Identity(nn.Module):
-    """The prefix where images or latents are given, and the tail at "output"."""
-
-    def forward(self, a: Tensor) -> Tensor:
-        return a
 
 
 class PreparedGenerator:
@@ -34,73 +29,89 @@ class PreparedGenerator:
     SplitError or CouplingError.
     """
 
-    def __init__(self, generator: nn.Module | Split | None, options: Options, latents: Tensor, labels: Tensor | None):
-        kwargs, coupling = options.generator_kwargs or {}, options.coupling
-        self.takes_labels, self.num_classes = False, None
+    def __init__(self, generator: nn.Module | Split | None, options: Options, latents: Tensor, inputs: Mapping[str, Tensor]):
+        self.at, self.num_classes, self.call = options.at, None, NetworkCall()
+        self.tail: nn.Module = nn.Identity()
+        self._prefix: Any = lambda z: (z, ())
         self._borrowed: list[nn.Module] = []
-        if generator is None:
-            identity = Identity()
-            self.cut = Cut(_Prefix(identity), identity, "output", "output")
-        elif isinstance(generator, Split):
-            self.cut = self._given(generator, latents)
-            self.takes_labels = takes_labels(generator.prefix, {})[0]
-            if labels is not None and self.takes_labels:
-                prefix = self.cut.prefix
+        self._given = isinstance(generator, Split)
+        if isinstance(generator, Split):
+            self._prefix, self.tail = (self._own_part(part, latents) for part in (generator.prefix, generator.tail))
+            self.call = NetworkCall(("labels",) if takes_labels(generator)[0] and "labels" in inputs else ())
+            if self.takes_labels:
                 with self.evaluation_mode():
-                    self.num_classes = label_classes([prefix], lambda y: prefix(latents.clone(), y), labels)
-        else:
-            own = own_copy(generator, latents)
-            self.takes_labels, required = takes_labels(own, kwargs)
-            if labels is None and required:
-                raise InputError("the generator needs labels: pass labels=(N,) to sample, refine or stream")
-            if labels is not None and self.takes_labels:
-                self.num_classes = label_classes([own], lambda y: own(latents.clone(), y, **kwargs), labels)
-            given = (labels,) if self.takes_labels and labels is not None else ()
-            images = attempt("generator", lambda: own(latents.clone(), *given, **kwargs), latents)
-            if not isinstance(images, Tensor) or images.shape[:1] != latents.shape[:1]:
-                raise InputError(
-                    f"the generator must return images (N, ...), got {describe(images)} for {len(latents)} latents"
-                )
-            first = [y[:1] for y in given]
-            probe.check(
-                {"generator": own}, lambda z: own(z, *(probe.repeated(y, z) for y in first), **kwargs), latents, coupling
+                    self.num_classes = label_classes([self._prefix], self._prefix, latents, self.call, inputs)
+        elif generator is not None:
+            self._prepare(own_copy(generator, latents), options, latents, inputs)
+        self._probe(latents, inputs, options.coupling)
+
+    @property
+    def takes_labels(self) -> bool:
+        return "labels" in self.call.names
+
+    def _prepare(self, own: nn.Module, options: Options, latents: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        call = self.call = call_of("generator", own, inputs, options.generate, options.generator_kwargs or {})
+        if self.takes_labels:
+            self.num_classes = label_classes([own], lambda *given: call(own, *given), latents, call, inputs)
+        raw = attempt("generator", lambda: call(own, latents.clone(), *call.values(inputs)), latents)
+        images = image_of(raw)
+        if images.shape[:1] != latents.shape[:1]:
+            raise InputError(f"the generator must return images (N, ...), got {describe(images)} for {len(latents)} latents")
+        if images is not raw:
+            warnings.warn(
+                f"the generator returns {describe(raw)}; its first tensor, of shape {tuple(images.shape)}, is the image",
+                FastrefineWarning,
+                stacklevel=2,
             )
-            self.cut = split(own, options.at, latents, labels if self.takes_labels else None, kwargs or None)
-        self._probe(latents, labels, coupling)
+        first = {name: value[:1] for name, value in inputs.items()}
 
-    def _given(self, pair: Split, like: Tensor) -> Cut:
-        """A pair of the caller's: modules, also those of methods, are copied; what plain functions read is borrowed."""
-        parts: list[nn.Module] = []
-        for part in (pair.prefix, pair.tail):
-            owner = getattr(part, "__self__", None)
-            if isinstance(part, nn.Module):
-                parts.append(own_copy(part, like))
-            elif isinstance(owner, nn.Module) and isinstance(part, types.MethodType):
-                own = own_copy(owner, like)
-                parts.append(_Function(types.MethodType(part.__func__, own), own))
-            else:
-                self._borrowed += _closed_over(part)
-                parts.append(_Function(part))
-        return Cut(parts[0], parts[1], "given", "given")
+        def image(z: Tensor) -> Tensor:
+            return image_of(call(own, z, *call.values(probe.repeated(first, z))))
 
-    def _probe(self, latents: Tensor, labels: Tensor | None, coupling: str) -> None:
-        """Shapes, and for halves that were given the checks of a whole generator."""
+        probe.check({"generator": own}, image, latents, options.coupling)
+        if options.at == "output":
+            self._prefix = lambda *given: (image_of(call(own, *given)), ())
+            return
+        tail = Tail(own, call)
+        if options.at != "input":
+            tail = find(own, call, options.at, (latents, *call.values(inputs)))
+        self.tail, kept = tail, 1 if options.at == "input" else 0  # at the input the latents are the activation itself
+        self._prefix = lambda *given: (tail.activation(*given), given[kept:])
+
+    def _own_part(self, part: Callable[..., Any], like: Tensor) -> nn.Module:
+        """A part of a Split: modules, also those of methods, are copied; what plain functions read is borrowed."""
+        owner = getattr(part, "__self__", None)
+        if isinstance(part, nn.Module):
+            return own_copy(part, like)
+        if isinstance(owner, nn.Module) and isinstance(part, types.MethodType):
+            own = own_copy(owner, like)
+            return _Function(types.MethodType(part.__func__, own), own)
+        self._borrowed += _closed_over(part)
+        return _Function(part)
+
+    def _probe(self, latents: Tensor, inputs: Mapping[str, Tensor], coupling: str) -> None:
+        """Shapes, whether the place matters, and for a Split the checks of a whole generator."""
         with self.evaluation_mode():
-            a, context = self.prefix(latents, labels)
-            self.shape = tuple(a.shape[1:])
+            a, context = self.prefix(latents, inputs)
+            self.shape, self.num_context = tuple(a.shape[1:]), len(context)
             # what a waiting sample keeps besides its activation
-            self.row_bytes = sum(t[0].numel() * t.element_size() for t in (latents, *context))
+            self.row_bytes = sum(t[0].numel() * t.element_size() for t in (latents, *inputs.values()))
             images = self.render(a, context)
-            self.image_shape = tuple(images.shape[1:])
-            if self.cut.route == "given":
+            if self._given:
                 found = {"activation": a, **{f"context {i}": c for i, c in enumerate(context)}, "image": images}
                 for name, value in found.items():
                     if not isinstance(value, Tensor) or value.shape[:1] != latents.shape[:1]:
                         wanted = f"a tensor with the batch ({len(latents)}) first"
                         raise SplitError(f"Split: the {name} must be {wanted}, got {describe(value)}")
-                roots = {"generator prefix": self.cut.prefix, "generator tail": self.cut.tail}
-                y = None if labels is None else labels[:1]
-                probe.check(roots, lambda z: self.render(*self.prefix(z, probe.repeated(y, z))), latents, coupling)
+                first = {name: value[:1] for name, value in inputs.items()}
+
+                def image(z: Tensor) -> Tensor:
+                    return self.render(*self.prefix(z, probe.repeated(first, z)))
+
+                probe.check({"generator prefix": self._prefix, "generator tail": self.tail}, image, latents, coupling)
+            self.image_shape = tuple(images.shape[1:])
+            if self.at not in ("input", "output") and torch.equal(images, self.render(1.5 * a + a.abs().mean() + 0.1, context)):
+                raise SplitError(f"the generator's output does not depend on the cut {self.at!r}")
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -114,11 +125,10 @@ class PreparedGenerator:
             for module, training in modes:
                 module.training = training
 
-    def prefix(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(activation (n, ...), context tensors (n, ...)) of latents (n, ...)."""
-        own = latents.clone()  # layers may work in place, and at the input it is the activation
-        given = (own, labels) if self.takes_labels and labels is not None else (own,)
-        found = attempt("generator's prefix", lambda: self.cut.prefix(*given), latents)
+    def prefix(self, latents: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(activation (n, ...), context tensors (n, ...)) of latents (n, ...) and the further inputs of the sample."""
+        # a copy, for layers may work in place, and at the input it is the activation
+        found = attempt("generator's prefix", lambda: self._prefix(latents.clone(), *self.call.values(inputs)), latents)
         a, context = found if isinstance(found, tuple | list) and len(found) == 2 else (found, ())
         context = (context,) if isinstance(context, Tensor) else context
         if not isinstance(a, Tensor) or not isinstance(context, tuple | list):
@@ -127,17 +137,7 @@ class PreparedGenerator:
 
     def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Images (n, ...) of activations (n, ...): the generator's own arithmetic, nothing folded."""
-        tail = self.cut.tail
-        return attempt("generator's tail", lambda: tail(a.clone(), *(c.clone() for c in context)), a)
-
-
-class _Prefix(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.module(z), ()
+        return attempt("generator's tail", lambda: self.tail(a.clone(), *(c.clone() for c in context)), a)
 
 
 class _Function(nn.Module):

@@ -12,20 +12,27 @@ from torch import Tensor, nn
 from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.networks import torch_state
-from fastrefine.networks.calls import attempt
 from fastrefine.networks.copies import Weights
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.networks.split import Split
 from fastrefine.networks.target import Target
 from fastrefine.noise import Stream
-from fastrefine.options import Options
+from fastrefine.options import MOST_SLOTS, Options
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Latent, Sampler
 from fastrefine.stopping import RealLogits, StopRule
 
 PROBE = 4  # samples of a probe batch
-_OF_THE_GENERATOR = ("at", "prior", "precision", "device", "coupling", "generator_kwargs")  # options its preparation reads
+_OF_THE_GENERATOR = (
+    "at",
+    "prior",
+    "precision",
+    "device",
+    "coupling",
+    "generate",
+    "generator_kwargs",
+)  # options its preparation reads
 
 
 class Networks:
@@ -37,7 +44,7 @@ class Networks:
     def __init__(self, generator: nn.Module | Split | None, discriminator: nn.Module, options: Options):
         self.generator, self.discriminator, self.options = generator, discriminator, options
         self._seen = Weights(None), Weights(None)
-        self._probe_batch: tuple[Tensor, Tensor | None] | None = None
+        self._probe_batch: tuple[Tensor, dict[str, Tensor]] | None = None
         self._forget()
 
     def twin(self, discriminator: nn.Module, options: Options) -> Networks:
@@ -61,8 +68,8 @@ class Networks:
         self.bound: tuple[Sampler, StopRule] | None = None
         self._kind: Any = None
 
-    def prepare(self, latents: Tensor | None, labels: Tensor | None, seed: int) -> Target:
-        """The target for latents (N, ...) like these, or like the prior's, with labels (N, ...) or None.
+    def prepare(self, latents: Tensor | None, inputs: dict[str, Tensor], seed: int, num_slots: int) -> Target:
+        """The target for latents (N, ...) like these, or like the prior's, with inputs (N, ...) like these, in num_slots slots.
 
         Networks are copied, cut, probed, folded and recorded once for each kind of input, and then kept. Raises InputError,
         SplitError, CouplingError or GradientError where the networks do not fit.
@@ -70,23 +77,24 @@ class Networks:
         self._notice_updates()
         options, prior = self.options, self.options.prior
         shape = tuple(latents.shape[1:] if latents is not None else prior.shape)  # type: ignore[union-attr]
-        kind = shape, None if labels is None else (labels.is_floating_point(), tuple(labels.shape[1:]))
+        kind = shape, tuple((name, value.dtype, tuple(value.shape[1:])) for name, value in inputs.items())
         if self.target is not None and self._kind == kind:
-            self.check_labels(labels)
+            self.check_labels(inputs.get("labels"))
+            self.target.resize(num_slots)
             return self.target
         if self._generator_kind != kind:
             self._forget()
-        z, y = self._probe_batch = self._drawn_probe_batch(latents, shape, labels, seed)
+        z, given = self._probe_batch = self._drawn_probe_batch(latents, shape, inputs, seed)
         if self.prepared_generator is None:
-            self.prepared_generator = PreparedGenerator(self.generator, options, z, y)
+            self.prepared_generator = PreparedGenerator(self.generator, options, z, given)
         g = self.prepared_generator
         with g.evaluation_mode():
-            a, context = g.prefix(z, y)
+            a, context = g.prefix(z, given)
             images = g.render(a, context)
             if self.prepared_discriminator is None:
-                self.prepared_discriminator = PreparedDiscriminator(self.discriminator, options, images, y)
+                self.prepared_discriminator = PreparedDiscriminator(self.discriminator, options, images, given)
             d = self.prepared_discriminator
-            if y is not None and not (g.takes_labels or d.takes_labels):
+            if "labels" in given and not (g.takes_labels or d.takes_labels):
                 raise InputError(
                     "labels were given, but neither the generator nor the discriminator takes them; wanted a second argument, "
                     "named e.g. labels or y where it is optional"
@@ -94,9 +102,9 @@ class Networks:
             if options.real is not None:
                 checks.real_images(options.real, g.image_shape, images)
             sampler, stop = self._bind(d)
-            self.check_labels(labels)
-            target = Target(g, d, sampler, options)
-            target.prepare(a, (*context, y) if d.takes_labels and y is not None else context)
+            self.check_labels(inputs.get("labels"))
+            target = Target(g, d, sampler, options, num_slots)
+            target.prepare(a, (*context, *d.call.values(given)))
             self.bound = sampler.with_loss_error(self._loss_error(target)), stop
         self.target, self._kind, self._generator_kind = target, kind, kind
         return target
@@ -134,9 +142,9 @@ class Networks:
                 checks.classes(labels, network.num_classes)
 
     def _drawn_probe_batch(
-        self, latents: Tensor | None, shape: tuple[int, ...], labels: Tensor | None, seed: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """A few distinct latents like those to come, and their labels."""
+        self, latents: Tensor | None, shape: tuple[int, ...], inputs: dict[str, Tensor], seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A few distinct latents like those to come, and their labels and conditions."""
         dtype, device = self.options.dtype, self.options.device
         if latents is None:
             assert self.options.prior is not None
@@ -145,10 +153,8 @@ class Networks:
             given = latents[:PROBE].to(dtype)
             given = given if len(given) else torch.zeros(1, *shape, dtype=dtype)
             z = _several(given)
-        if labels is None:
-            return z.to(device), None
-        y = labels if len(labels) else labels.new_zeros(1, *labels.shape[1:])
-        return z.to(device), y[torch.arange(PROBE) % len(y)].to(device)
+        few = {name: value if len(value) else value.new_zeros(1, *value.shape[1:]) for name, value in inputs.items()}
+        return z.to(device), {name: value[torch.arange(PROBE) % len(value)].to(device) for name, value in few.items()}
 
     def _bind(self, discriminator: PreparedDiscriminator) -> tuple[Sampler, StopRule]:
         """Score the real images; the sampler and the stop rule with what they read of the networks filled in."""
@@ -156,7 +162,7 @@ class Networks:
         if options.real is not None:
             if discriminator.takes_labels and options.real_labels is None:
                 raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
-            logits = self._score(discriminator, options.real, options.real_labels).double().cpu()
+            logits = self._score(discriminator, options.real, self._real_inputs()).double().cpu()
             bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
             if bad:
                 raise InputError(f"the discriminator gives real images non-finite logits, first at {bad}")
@@ -164,36 +170,39 @@ class Networks:
             self.real = RealLogits(logits, labels.argmax(1) if labels is not None and labels.dim() > 1 else labels)
         return options.sampler.bind(self), options.stop.bind(self.real)
 
-    def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def _real_inputs(self) -> dict[str, Tensor]:
+        return {} if self.options.real_labels is None else {"labels": self.options.real_labels}
+
+    def score(self, images: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (N,) of images (N, ...), in blocks of num_slots, where the networks are."""
         self._notice_updates()
         options = self.options
         if len(images) == 0:
             return torch.zeros(0, dtype=options.dtype, device=options.device)
         with torch_state.quiet_torch(options.device), torch_state.arithmetic(options.precision, options.deterministic):
-            return self._score(self._discriminator_for(images, labels), images, labels)
+            return self._score(self._discriminator_for(images, inputs), images, inputs)
 
-    def _discriminator_for(self, images: Tensor, labels: Tensor | None) -> PreparedDiscriminator:
-        """The prepared discriminator, or one prepared on these images where that one is labelled otherwise."""
+    def _discriminator_for(self, images: Tensor, inputs: dict[str, Tensor]) -> PreparedDiscriminator:
+        """The prepared discriminator, or one prepared on these images where that one is given other inputs."""
         for known in (self.prepared_discriminator, self._scorer):
-            if known is not None and known.takes_labels == (labels is not None):
+            if known is not None and known.takes_labels == ("labels" in inputs) and set(known.call.names) <= set(inputs):
                 return known
         probe = _several(images[:PROBE].to(self.options.device, self.options.dtype))
-        y = None if labels is None else labels[torch.arange(PROBE) % len(labels)].to(self.options.device)
-        self._scorer = PreparedDiscriminator(self.discriminator, self.options, probe, y)
-        if labels is not None and not self._scorer.takes_labels:
+        few = {name: value[torch.arange(PROBE) % len(value)].to(self.options.device) for name, value in inputs.items()}
+        self._scorer = PreparedDiscriminator(self.discriminator, self.options, probe, few)
+        if "labels" in inputs and not self._scorer.takes_labels:
             raise InputError("labels were given, but the discriminator takes none")
         return self._scorer
 
-    def _score(self, discriminator: PreparedDiscriminator, images: Tensor, labels: Tensor | None) -> Tensor:
-        if discriminator.takes_labels and labels is not None:
-            checks.classes(labels, discriminator.num_classes)
+    def _score(self, discriminator: PreparedDiscriminator, images: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        if discriminator.takes_labels:
+            checks.classes(inputs["labels"], discriminator.num_classes)
         device, dtype, parts = self.options.device, self.options.dtype, []
-        for rows in torch.arange(len(images)).split(self.options.num_slots):
-            # a copy, for layers may work in place
-            x = images[rows[0] : rows[-1] + 1].to(device, dtype, copy=True)
-            y = None if labels is None else labels[rows[0] : rows[-1] + 1].to(device)
-            parts.append(attempt("discriminator", lambda: discriminator.logits(discriminator.module, x, y).mean(1), x))  # noqa: B023
+        for rows in torch.arange(len(images)).split(self.options.num_slots or MOST_SLOTS):
+            at = slice(int(rows[0]), int(rows[-1]) + 1)
+            x = images[at].to(device, dtype, copy=True)  # a copy, for layers may work in place
+            given = {name: value[at].to(device) for name, value in inputs.items()}
+            parts.append(discriminator.score(x, given))
         return torch.cat(parts)
 
     # What a sampler is bound to: see ``samplers.base``.
@@ -208,7 +217,7 @@ class Networks:
         if self.options.real is None:
             raise InputError(f"{why} needs real images: pass real= to the Refiner")
         if self.real is None:
-            return self.score(self.options.real, self.options.real_labels).double().cpu()
+            return self.score(self.options.real, self._real_inputs()).double().cpu()
         return self.real.logits
 
     def latent(self, required: bool = True) -> Latent | None:
@@ -253,23 +262,28 @@ class Networks:
         """Activations, contexts as a step has them, and logits, in blocks of at most num_slots but no fewer than PROBE."""
         g, d, options = self.prepared_generator, self.prepared_discriminator, self.options
         assert g is not None and d is not None and options.prior is not None
-        for ids in torch.arange(PROBE, PROBE + n).split(max(options.num_slots, PROBE)):
-            z, y = options.prior.sample(ids, 0, options.dtype, Stream.PROBE).to(options.device), self._classes(ids // 2)
-            a, context = g.prefix(z, y)
-            logits = d.logits(d.module, g.render(a, context), y).mean(1)
-            yield a, (*context, y) if d.takes_labels and y is not None else context, logits
+        for ids in torch.arange(PROBE, PROBE + n).split(max(options.num_slots or MOST_SLOTS, PROBE)):
+            z, inputs = (
+                options.prior.sample(ids, 0, options.dtype, Stream.PROBE).to(options.device),
+                self._known_inputs(ids // 2),
+            )
+            a, context = g.prefix(z, inputs)
+            logits = d.score(g.render(a, context), inputs)
+            yield a, (*context, *d.call.values(inputs)), logits
 
-    def _classes(self, which: Tensor) -> Tensor | None:
-        """Classes in turn, as far as they are known; of the kind that the networks were given."""
+    def _known_inputs(self, which: Tensor) -> dict[str, Tensor]:
+        """Classes in turn, as far as they are known, of the kind that the networks were given; the probe batch's conditions."""
         assert self._probe_batch is not None
-        like = self._probe_batch[1]
-        if like is None:
-            return None
+        inputs = {name: value[(which % len(value)).to(value.device)] for name, value in self._probe_batch[1].items()}
+        if (like := self._probe_batch[1].get("labels")) is None:
+            return inputs
         if like.is_floating_point():
-            return F.one_hot(which % like.shape[1], like.shape[1]).to(like)
-        both = (self.prepared_generator, self.prepared_discriminator)
-        known = [network.num_classes for network in both if network is not None and network.num_classes is not None]
-        return (which % min(known, default=1)).to(like)
+            inputs["labels"] = F.one_hot(which % like.shape[1], like.shape[1]).to(like)
+        else:
+            both = (self.prepared_generator, self.prepared_discriminator)
+            known = [network.num_classes for network in both if network is not None and network.num_classes is not None]
+            inputs["labels"] = (which % min(known, default=1)).to(like)
+        return inputs
 
     def probe_images(self) -> Tensor:
         """The images of the probe batch, as the generator makes them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,9 +88,9 @@ def check(roots: dict[str, nn.Module], forward: Forward, x: Tensor, coupling: st
         check_independent(roots, lambda given: forward(given.clone()), x)
 
 
-def repeated(label: Tensor | None, x: Tensor) -> Tensor | None:
-    """One label (1, ...) for every row of x."""
-    return None if label is None else label.expand(len(x), *label.shape[1:])
+def repeated(inputs: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Inputs (1, ...) of one sample for every row of x."""
+    return {name: value.expand(len(x), *value.shape[1:]) for name, value in inputs.items()}
 
 
 def last_leaf(module: nn.Module, forward: Callable[[], Any]) -> str | None:

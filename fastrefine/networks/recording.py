@@ -7,15 +7,15 @@ in depends on its neighbours, so both are replaced by forms that give every row 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
@@ -38,19 +38,11 @@ _UNTAGGED = {
 }  # fmt: skip
 
 
-def trace(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
+def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
     """``function(*args)`` as a graph of aten operations for these shapes; it may call torch.autograd.grad inside.
 
     modules: those whose weights may be updated in place, so that nothing that depends on them is computed in advance.
     """
-    graph = record(function, args, modules)
-    if args[0].device.type == "cpu":
-        make_rows_equal(graph, args[0].dtype)
-    return graph
-
-
-def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
-    """As ``trace``, with the operations as they were called: what a FLOP counter knows."""
     rules: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = _convolution_on_cpu
@@ -194,19 +186,6 @@ def make_rows_equal(graph: fx.GraphModule, state: torch.dtype) -> None:
     graph.recompile()
 
 
-class EqualRows(TorchDispatchMode):
-    """The same for a step that could not be recorded: replaces the operations as they are dispatched."""
-
-    def __init__(self, state: torch.dtype):
-        super().__init__()
-        self.state = state
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        function, given = _equal_form(func, args, kwargs, self.state)
-        return function(*given, **kwargs)
-
-
 def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
     # oneDNN has no float64; a product per row is slow but serves verification
     product = _row_products if state == torch.float64 else _onednn_product
@@ -224,6 +203,8 @@ def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stat
 
 def _onednn_product(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
     """bias + x @ weight: oneDNN accumulates every row alike, wherever it stands. Many CPUs lack its half precisions."""
+    if bias is not None and (bias.dim() != 1 or len(bias) != weight.shape[1]):  # oneDNN knows one value for each column only
+        return _onednn_product(None, x, weight) + bias
     if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         wide = _onednn_product(None if bias is None else bias.float(), x.float(), weight.float())
         return wide.to(x.dtype)
@@ -239,6 +220,8 @@ def _row_products(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
 def _aligned(function: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
     """A pointwise function with its tensors padded to whole vectors where they end in a part of one."""
     tensors = [a for a in args if isinstance(a, Tensor) and a.dim()]
+    if not tensors:
+        return function(*args, **kwargs)
     first = tensors[0]
     whole = VECTOR * max(1, torch.get_num_threads())
     if first.numel() % whole == 0 or any(t.shape != first.shape for t in tensors):
@@ -269,3 +252,158 @@ def has_derived_constants(graph: fx.GraphModule, modules: Modules) -> bool:
     names = [n.target for n in graph.graph.nodes if n.op == "get_attr" and not n.target.startswith(_FOLDED)]
     constants = {name: operator.attrgetter(name)(graph) for name in names}
     return any(n.startswith(_DERIVED) or (c.numel() > 1 and not _storages([c]) <= own) for n, c in constants.items())
+
+
+class Recording(NamedTuple):
+    """A recorded step: prefix(*context) -> carried, step(state..., *carried) -> (logit, loss, gradient), forward the same
+    without the gradient. Without a prefix the context itself is carried."""
+
+    prefix: fx.GraphModule | None
+    step: fx.GraphModule
+    forward: fx.GraphModule
+
+    def with_equal_rows(self, state: torch.dtype) -> Recording:
+        """Copies in which a row has the same bits at every place in the batch."""
+        made = [None if graph is None else fx.GraphModule(graph, copy.deepcopy(graph.graph)) for graph in self]
+        for graph in made:
+            if graph is not None:
+                make_rows_equal(graph, state)
+        return Recording(*made)  # type: ignore[arg-type]
+
+
+def first_outputs(graph: fx.GraphModule, count: int) -> fx.GraphModule:
+    """A graph with the first outputs of ``graph`` alone, and what they need."""
+    nodes = list(graph.graph.nodes)
+    wanted = nodes[-1].args[0][:count]
+    return _part(graph, [n for n in nodes if n.op == "placeholder"], wanted, _effects(nodes))
+
+
+def without_prefix(graph: fx.GraphModule, state: int, rows: int) -> Recording:
+    """The recorded step with all that does not depend on its first ``state`` arguments taken out, as far as that pays.
+
+    What crosses from the prefix into the step is carried with each sample, so it must have the sample axis first. Which
+    values cross is a minimum cut over bytes per sample plus a price for each kernel that the step would run again: of a
+    StyleGAN2 the styles cross, not the much larger weights per sample that follow from them.
+    """
+    nodes = list(graph.graph.nodes)
+    effects = _effects(nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    moving, varying = set(inputs[:state]), set(inputs[state:])
+    for node in nodes:
+        sources = _sources(node, effects)
+        if sources & moving:
+            moving.add(node)
+        elif sources & varying:
+            varying.add(node)
+    outputs = nodes[-1].args[0]
+    alive = _needed(outputs, effects, set())
+    crossing = [n for n in nodes if n in _cheapest(moving & alive, varying & alive, effects, rows)]
+    prefix = _part(graph, inputs[state:], crossing, effects)
+    step = _part(graph, [*inputs[:state], *crossing], outputs, effects)
+    return Recording(prefix, step, _part(graph, [*inputs[:state], *crossing], outputs[:2], effects))
+
+
+def _effects(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """For each node the earlier nodes that wrote in place to memory that it may read: they come before it, though no edge
+    of the graph says so."""
+    memory: dict[fx.Node, set[fx.Node]] = {}  # node -> the nodes that share its memory, one set for all of them
+    writers: dict[int, set[fx.Node]] = {}  # id of such a set -> who wrote to it
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes:
+        found[node] = set().union(*(writers.get(id(memory[i]), set()) for i in node.all_input_nodes if i in memory))
+        memory[node] = {node}
+        if node.op != "call_function":
+            continue
+        schema = getattr(node.target, "_schema", None)
+        shared = node.target is operator.getitem or (
+            schema is not None and any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+        )
+        if not shared:
+            continue
+        for other in node.all_input_nodes:
+            joined = memory[node] | memory[other]
+            wrote = writers.pop(id(memory[node]), set()) | writers.pop(id(memory[other]), set())
+            for member in joined:
+                memory[member] = joined
+            if wrote:
+                writers[id(joined)] = wrote
+        if schema is not None and schema.is_mutable:
+            writers.setdefault(id(memory[node]), set()).add(node)
+    return found
+
+
+def _sources(node: fx.Node, effects: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
+    return {*node.all_input_nodes, *effects[node]}
+
+
+def _needed(ends: Iterable[fx.Node], effects: dict[fx.Node, set[fx.Node]], given: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that ``ends`` depend on, themselves included, as far back as the ``given`` ones."""
+    found: set[fx.Node] = set()
+    pending = list(ends)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            if node not in given:
+                pending.extend(_sources(node, effects))
+    return found
+
+
+def _part(
+    graph: fx.GraphModule, given: list[fx.Node], outputs: Iterable[fx.Node], effects: dict[fx.Node, set[fx.Node]]
+) -> fx.GraphModule:
+    """The part of ``graph`` that computes ``outputs`` from ``given``."""
+    outputs, part = tuple(outputs), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(given):
+        copies[node] = part.placeholder(f"given{index}")
+        copies[node].meta = dict(node.meta)
+    needed = _needed(outputs, effects, set(given))
+    for node in graph.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
+    return fx.GraphModule(graph, part)
+
+
+# Bytes per sample that one more kernel in each step is worth. A product of matrices costs much more.
+_KERNEL_PRICE, _PRODUCT_PRICE = 1 << 12, 1 << 20
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "_linear_pointwise"}
+
+
+def _cheapest(moving: set[fx.Node], varying: set[fx.Node], effects: dict[fx.Node, set[fx.Node]], rows: int) -> set[fx.Node]:
+    """The values to carry: a minimum cut between the context and what depends on the activation.
+
+    Each node is an edge in -> out whose capacity is its bytes per sample; a value without the sample axis, or whose memory
+    is written to, cannot be carried. A node on the step's side is computed by the step, which costs the edge source -> in.
+    """
+    import networkx as nx  # type: ignore[import-untyped]
+
+    needed = {i for node in moving for i in _sources(node, effects) if i in varying}
+    if not needed:
+        return set()
+    network = nx.DiGraph()
+
+    def edge(start: Any, end: Any, capacity: float | None = None) -> None:
+        network.add_edge(start, end, **({} if capacity is None else {"capacity": capacity}))  # without one it is never cut
+
+    written = {node for others in effects.values() for node in others}
+    for node in varying:
+        value = node.meta.get("val")
+        size = None
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows and node not in written:
+            size = value.numel() * value.element_size() / rows + 1e-6
+        edge((node, "in"), (node, "out"), size)
+        for i in _sources(node, effects):
+            if i in varying:
+                edge((i, "out"), (node, "in"))
+        name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+        is_view = node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
+        if node.op == "placeholder":
+            edge("source", (node, "in"))
+        elif not is_view:
+            edge("source", (node, "in"), float(_PRODUCT_PRICE if name in _PRODUCTS else _KERNEL_PRICE))
+    for node in needed:
+        edge((node, "out"), "sink")
+    _, (prefix_side, _) = nx.minimum_cut(network, "source", "sink")
+    return {n for n in varying if (n, "in") in prefix_side and (n, "out") not in prefix_side}

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from fastrefine.errors import InputError
 from fastrefine.networks import copies, probe, recording, torch_state
+from fastrefine.networks.calls import is_out_of_memory
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
+from fastrefine.networks.ladder import Form, Ladder
+from fastrefine.networks.recording import Recording
 from fastrefine.options import DTYPES, Options
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
-
-log = logging.getLogger("fastrefine")
 
 # Largest tolerated difference of the fast form from plain autograd on the probe batch, relative to the largest value.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -43,15 +42,19 @@ class Target:
     """
 
     def __init__(
-        self, generator: PreparedGenerator, discriminator: PreparedDiscriminator, sampler: Sampler, options: Options
+        self, generator: PreparedGenerator, discriminator: PreparedDiscriminator, sampler: Sampler, options: Options,
+        num_slots: int,
     ):  # fmt: skip
         self.generator, self.discriminator = generator, discriminator
         self.coupled, self.compiled = options.coupling == "lockstep", options.compile
-        self.num_slots, self.precision = options.num_slots, options.precision
+        self.num_slots, self.precision = num_slots, options.precision
+        self.form: Form
+        self.ladder = Ladder()
+        self.repeatable = "to rounding"  # or "bitwise": whether a sample has the same bits in every slot
         self.fold = "none"  # how BatchNorms were folded: "graph" | "neighbours" (in a Sequential) | "none"
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
-        self._graphs: dict[tuple[bool, bool], fx.GraphModule]  # by (with gradient, reads a view)
-        self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # the same, compiled where that was asked for
+        self._recordings: dict[bool, Recording]  # by whether the step reads a view
+        self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # by (with gradient, on a view); compiled where asked for
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
@@ -65,20 +68,51 @@ class Target:
             self._prepare(a, context)
 
     def _prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
-        exact_tail, exact_d = self.generator.cut.tail, self.discriminator.module
-        flat_a = a.reshape(len(a), -1)
-        self.tail, self.d, self.channels_last, self.compute = exact_tail, exact_d, False, a.dtype
-        reference = self._probe_gradient(flat_a, context)
-        self._reference = (flat_a, context)
-        for self.fold, fold in (
-            ("graph", copies.fold_batch_norm), ("neighbours", copies.fold_in_sequentials), ("none", copy.deepcopy),
-        ):  # fmt: skip
-            self._fold = fold
-            self.tail, self.d = fold(exact_tail), fold(exact_d)
-            if self._agrees(reference, a.dtype):
+        a = a.reshape(len(a), -1)
+        self._reference = a, context
+        self.form = exact = Form(self.generator.tail, self.discriminator.module, a.dtype)
+        reference = self._probe_gradient(a, context)
+        folds = ("graph", copies.fold_batch_norm), ("neighbours", copies.fold_in_sequentials), ("none", copies.plain_copy)
+        for self.fold, self._fold in folds:
+            made = self._climb(
+                f"batch norm folded: {self.fold}", lambda: exact.folded(self._fold), reference, _TOLERANCE[a.dtype]
+            )
+            if made is not None:
+                self.form = made
                 break
-        self._convert()
-        self._trace_if_faithful()
+        self.form = self.form.converted(DTYPES[self.precision])
+        try:
+            reference = self._autograd(a, *context)
+        except Exception as error:
+            if is_out_of_memory(error) or self.form.compute == a.dtype:
+                raise
+            text = " ".join(str(error).split())
+            raise InputError(
+                f"the networks do not run in precision={self.precision!r}: {type(error).__name__}: {text}; use 'float32'"
+            ) from error
+        if self.form.is_spatial and self.form.compute is not torch.float64:
+            made = self._climb("channels_last", lambda: self.form.laid_out(True), reference, _TOLERANCE[self.form.compute])
+            self.form = made or self.form.laid_out(False)
+        self.forget()
+        self._record_a_few(reference)
+
+    def _climb(self, rung: str, change: Callable[[], Form], reference: Evaluation, tolerance: float) -> Form | None:
+        """A form of the networks, if plain autograd through it gives the reference on the probe batch."""
+        before, (a, context) = self.form, self._reference
+
+        def error(form: Form) -> float:
+            self.form = form
+            found = self._autograd(a, *context)
+            return max(_relative_error(found.logit, reference.logit), _relative_error(found.grad, reference.grad))
+
+        try:
+            return self.ladder.climb(rung, change, error, tolerance)
+        finally:
+            self.form = before
+
+    @property
+    def channels_last(self) -> bool:
+        return self.form.channels_last
 
     @property
     def is_exact(self) -> bool:
@@ -93,25 +127,19 @@ class Target:
             a, context = self._reference
         a = a.flatten(1)
         rounded = self._values(a, *context)[1]
-        frozen = self.tail, self.d, self.channels_last, self.compute
-        self.tail, self.d, self.channels_last, self.compute = (
-            self.generator.cut.tail,
-            self.discriminator.module,
-            False,
-            a.dtype,
-        )
+        form, self.form = self.form, Form(self.generator.tail, self.discriminator.module, a.dtype)
         try:
             with torch_state.arithmetic("float32", False):
                 exact = self._values(a, *context)[1]
         finally:
-            self.tail, self.d, self.channels_last, self.compute = frozen
+            self.form = form
         error = (rounded - exact).double()
         error = error[error.isfinite()]
         return float(error.square().mean().sqrt()) if len(error) else 0.0
 
     def _probe_gradient(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Plain autograd on the exact networks: the oracle, and the place where a broken gradient is found."""
-        roots = {"generator": self.tail, "discriminator": self.d}
+        roots = {"generator": self.form.tail, "discriminator": self.form.d}
         try:
             reference = self._autograd(a, *context)
         except RuntimeError as error:
@@ -125,52 +153,33 @@ class Target:
     def _loss_of(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         return self._loss(self._patches(a, context, None)).sum()
 
-    def _agrees(self, reference: Evaluation, dtype: torch.dtype) -> bool:
-        flat_a, context = self._reference
-        try:
-            found = self._autograd(flat_a, *context)
-        except Exception as error:  # a folded form that does not even run is simply not used
-            log.debug("folded form failed: %s", error)
-            return False
-        tolerance = _TOLERANCE[dtype]
-        return (
-            _relative_error(found.logit, reference.logit) <= tolerance
-            and _relative_error(found.grad, reference.grad) <= tolerance
-        )
-
-    def _convert(self) -> None:
-        """Dtype and memory format of the frozen pair; the state keeps its own dtype."""
-        self.compute = DTYPES[self.precision]
-        spatial = copies.has_spatial_weights(self.tail) or copies.has_spatial_weights(self.d)
-        self.channels_last = spatial and self.compute is not torch.float64
-        for module in (self.tail, self.d):
-            module.to(dtype=self.compute)
-            if self.channels_last:
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def _trace_if_faithful(self) -> None:
-        """Use the flat graph where a small one equals plain autograd; its route is "flat", else "autograd"."""
+    def _record_a_few(self, plain: Evaluation) -> None:
+        """Record the step of the probe batch. The route is "flat" where it equals plain autograd, else "autograd"."""
         a, context = self._reference
-        self.forget()
         self.route = "autograd"
-        plain = self._autograd(a, *context)
-        try:
-            small = recording.record(self._step, (a, *context), (self.tail, self.d))
+
+        def record() -> fx.GraphModule:
+            graph = recording.record(self._step, (a, *context), self._modules)
             from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
             with FlopCounterMode(display=False) as counter:
-                small(a, *context)
+                graph(a, *context)
             self.flops = counter.get_total_flops() / len(a)
-            if a.device.type == "cpu":
-                recording.make_rows_equal(small, a.dtype)
-            logit, _, grad = small(a.flip(0), *(c.flip(0) for c in context))
-        except Exception as error:  # make_fx runs the user's code: it may fail in any way
-            log.info("flat step not possible, using plain autograd: %s", error)
-            return
-        tolerance = _TOLERANCE[self.compute]
-        if max(_relative_error(logit.flip(0), plain.logit), _relative_error(grad.flip(0), plain.grad)) <= tolerance:
+            return graph
+
+        def error(graph: fx.GraphModule) -> float:
+            logit, _, grad = graph(a, *context)
+            return max(_relative_error(logit, plain.logit), _relative_error(grad, plain.grad))
+
+        small = self.ladder.climb("step recorded", record, error, _TOLERANCE[self.form.compute])
+        if small is not None:
             self.route, self._small = "flat", small
             self._choose_block()
+
+    @property
+    def _modules(self) -> tuple[nn.Module, nn.Module]:
+        """Those whose weights may be updated in place."""
+        return self.form.tail, self.form.d
 
     def _choose_block(self) -> None:
         """Networks that mix the samples of a batch must see all slots at once."""
@@ -192,28 +201,24 @@ class Target:
     def view_of(self, state: torch.dtype) -> dict[str, Any]:
         """Arguments ``view`` and ``view_channels`` of ``slots.allocate`` that spare the step all conversions of ``a``."""
         channels = self.generator.shape[0] if self.channels_last and len(self.generator.shape) == 3 else 0
-        if self.route != "flat" or (self.compute == state and not channels):
+        if self.route != "flat" or (self.form.compute == state and not channels):
             return {}
-        return {"view": self.compute, "view_channels": channels}
+        return {"view": self.form.compute, "view_channels": channels}
 
     def _patches(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None) -> Tensor:
         """(n, P) logits of flattened activations, or of their view; the clone shields the slots from in-place layers."""
-        own, labels = self._divide(context)
         shape = self.generator.shape
         if view is None:
-            x = a.view(len(a), *shape).to(self.compute)
+            x = a.view(len(a), *shape).to(self.form.compute)
             x = x.clone(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x.clone()
         elif self.channels_last and len(shape) == 3:
             x = view.view(len(a), *shape[1:], shape[0]).permute(0, 3, 1, 2).clone()
         else:
             x = view.view(len(a), *shape).clone()
-        images = self.tail(x, *(c.to(self.compute, copy=True) if c.is_floating_point() else c for c in own))
-        if labels is not None and labels.is_floating_point():
-            labels = labels.to(self.compute)
-        return self.discriminator.logits(self.d, images, labels).to(a.dtype)
-
-    def _divide(self, context: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        return (context[:-1], context[-1]) if self.discriminator.takes_labels else (context, None)
+        given = [c.to(self.form.compute, copy=True) if c.is_floating_point() else c for c in context]
+        own, rest = given[: self.generator.num_context], given[self.generator.num_context :]
+        inputs = dict(zip(self.discriminator.call.names, rest, strict=True))
+        return self.discriminator.logits(self.form.d, self.form.tail(x, *own), inputs).to(a.dtype)
 
     def _autograd(self, a: Tensor, *context: Tensor) -> Evaluation:
         with torch.enable_grad():
@@ -222,11 +227,23 @@ class Target:
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         return Evaluation(logit.detach(), loss.detach(), grad.detach())
 
-    def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
-        """Logit, loss and gradient at ``a`` (S, F); with a view of it, the gradient is in the form of the view."""
+    def carried(self, a: Tensor | None, context: tuple[Tensor, ...], on_view: bool) -> tuple[Tensor, ...]:
+        """What the step reads of each sample besides its activation, (S, ...): computed once from its context.
+
+        a: (S, F), activations of these samples, on which a step that is recorded now is verified.
+        """
         if self.route == "autograd":
-            with recording.EqualRows(a.dtype) if a.device.type == "cpu" else contextlib.nullcontext():
-                return self._autograd(a, *context)
+            return context
+        if on_view not in self._recordings:
+            assert a is not None
+            self._recordings[on_view] = self._record(a, context, on_view)
+        prefix = self._recordings[on_view].prefix
+        return context if prefix is None else self._by_blocks(prefix, context)
+
+    def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
+        """Logit, loss and gradient at ``a`` (S, F), context as ``carried`` gave it; on a view, the gradient is in its form."""
+        if self.route == "autograd":
+            return self._autograd(a, *context)
         return Evaluation(*self._call(True, a, context, view))
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
@@ -236,21 +253,52 @@ class Target:
         return Evaluation(*self._call(False, a, context, view), None)  # type: ignore[call-arg]
 
     def _call(self, with_grad: bool, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None) -> tuple[Tensor, ...]:
-        given = (a, *context) if view is None else (view, a, *context)
         kind = with_grad, view is not None
         if kind not in self.calls:
-            functions: dict[tuple[bool, bool], Callable[..., Any]] = {
-                (True, False): self._step, (True, True): self._step_on_view,
-                (False, False): self._values, (False, True): lambda v, *rest: self._values(*rest, view=v),
-            }  # fmt: skip
-            record = recording.record if self.compiled else recording.trace  # a compiler rounds as it likes
-            graph = self._graphs[kind] = record(functions[kind], tuple(t[: self._block] for t in given), (self.tail, self.d))
+            known = self._recordings[kind[1]]
+            graph = known.step if with_grad else known.forward
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
             self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
-        return self._by_blocks(self.calls[kind], given)
+        return self._by_blocks(self.calls[kind], (a, *context) if view is None else (view, a, *context))
+
+    def _record(self, a: Tensor, context: tuple[Tensor, ...], on_view: bool) -> Recording:
+        """The step at the slots' shape. What does not depend on the activation is taken out, and the rows are made equal."""
+        state = (self._as_view(a), a) if on_view else (a,)
+        given, count = tuple(t[: self._block] for t in (*state, *context)), len(state)
+        graph = recording.record(self._step_on_view if on_view else self._step, given, self._modules)
+        wanted, tolerance = graph(*given), _TOLERANCE[self.form.compute]
+        order = torch.arange(len(given[0]) - 1, -1, -1, device=a.device)
+
+        def run(made: Recording, order: Tensor) -> tuple[Tensor, ...]:
+            """The results for the same samples in other slots, put back into their order."""
+            carried = given[count:] if made.prefix is None else made.prefix(*given[count:])
+            found = made.step(*(t[order] for t in (*given[:count], *carried)))
+            return tuple(value[torch.argsort(order)] for value in found)
+
+        def error(made: Recording) -> float:
+            return max(_relative_error(f, w) for f, w in zip(run(made, order), wanted, strict=True))
+
+        made = Recording(None, graph, recording.first_outputs(graph, 2))
+        if context and not self.coupled:
+            apart = self.ladder.climb(
+                "prefix cached", lambda: recording.without_prefix(graph, count, len(given[0])), error, tolerance
+            )
+            made = apart or made
+        if a.device.type == "cpu" and not self.compiled:  # a compiler rounds as it likes
+            made = self.ladder.climb("equal rows", lambda: made.with_equal_rows(a.dtype), error, tolerance) or made
+        if not self.compiled and not self.coupled:
+            found, shifted = run(made, order), run(made, order.flip(0).roll(1))
+            same = [torch.equal(torch.nan_to_num(f), torch.nan_to_num(s)) for f, s in zip(found, shifted, strict=True)]
+            self.repeatable = "bitwise" if all(same) else "to rounding"
+        return made
+
+    def _as_view(self, a: Tensor) -> Tensor:
+        """The activation in the dtype and element order of the view."""
+        channels = self.generator.shape[0] if self.channels_last and len(self.generator.shape) == 3 else 0
+        return (a.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1) if channels else a).to(self.form.compute)
 
     def _by_blocks(self, graph: Callable[..., Any], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The results of ``graph``, which was traced for a block of rows, for all rows."""
+        """The results of ``graph``, which was recorded for a block of rows, for all rows."""
         if self._block == len(given[0]):
             return graph(*given)
         parts = [graph(*block) for block in zip(*(t.split(self._block) for t in given), strict=True)]
@@ -263,11 +311,11 @@ class Target:
         """
         patches = self._patches(a, context, view)
         loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches)
-        return torch.where(a.isfinite().all(1), patches.mean(1), torch.nan), loss.mean(1)
+        return torch.where(a.isfinite().all(1), self.discriminator.mean(patches), torch.nan), self.discriminator.mean(loss)
 
     def forget(self) -> None:
         """Drop what was traced, compiled or captured."""
-        self._graphs, self.calls = {}, {}
+        self._recordings, self.calls = {}, {}
         self.era = object()  # what was captured before is of another one
         self.refused: dict[str, str] = {}  # driver -> why it cannot repeat the step
 
@@ -281,8 +329,8 @@ class Target:
 
     def refresh(self, discriminator: PreparedDiscriminator) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""
-        fresh = self._fold(discriminator.module).to(dtype=self.compute)
-        copies.copy_weights(fresh, self.d)
+        fresh = self._fold(discriminator.module).to(dtype=self.form.compute)
+        copies.copy_weights(fresh, self.form.d)
         self.discriminator = discriminator
-        if any(recording.has_derived_constants(g, (self.tail, self.d)) for g in self._graphs.values()):
+        if any(recording.has_derived_constants(g.step, self._modules) for g in self._recordings.values()):
             self.forget()

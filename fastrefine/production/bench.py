@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrefine.networks import torch_state
-from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.calls import NetworkCall, takes_labels
 from fastrefine.networks.copies import unwrap
-from fastrefine.networks.cut import Cut, layers, split
+from fastrefine.networks.cut import Tail, find, image_of, layers
+from fastrefine.options import MOST_SLOTS
 from fastrefine.refiner import Refiner
 from fastrefine.samplers import Collaborative
 
@@ -53,7 +55,7 @@ class Bench:
         """
         z, y = self._example()
         for name in names:
-            split(self.generator, name, z, y)
+            _cut(self.generator, name, z, () if y is None else (y,))
         for precision in precisions:
             self._ours(names[0], precision)
         return self._rows(names, precisions)
@@ -68,7 +70,8 @@ class Bench:
         r = self.refiner
         return Refiner(
             r.generator, r.discriminator, Collaborative(0.01, control="fixed"), at=name, max_steps=self.steps, prior=r.prior,
-            discriminator_output=r.discriminator_output, num_slots=r.num_slots, device=r.device, precision=precision,
+            discriminator_output=r.discriminator_output, num_slots=r.num_slots or MOST_SLOTS,
+            device=r.device, precision=precision,
         )  # fmt: skip
 
     def _rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -97,10 +100,10 @@ class Bench:
                 for net in (self.generator, self.discriminator))  # fmt: skip
         z = self.prior.sample(torch.arange(max(BATCHES)), 0).to(device)
         to_g, to_d = (() if y is None else (y.to(device),) for y in (self.to_g, self.to_d))
-        cut, best = split(g, name, z[:8], to_g[0][:8] if to_g else None), 0.0
+        best = 0.0
 
         def batch(size: int, steps: int) -> None:
-            _loop(cut, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
+            _loop(g, name, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
 
         def wait() -> None:
             if device.type == "cuda":
@@ -118,16 +121,61 @@ class Bench:
         return best
 
 
+def _cut(generator: nn.Module, name: str, z: Tensor, to_g: tuple[Tensor, ...]) -> Tail:
+    call = NetworkCall(("labels",) if to_g else ())
+    return Tail(generator, call) if name in ("input", "output") else find(generator, call, name, (z, *to_g))
+
+
 def _loop(
-    cut: Cut, discriminator: nn.Module, z: Tensor, to_g: tuple[Tensor, ...], to_d: tuple[Tensor, ...], steps: int
-) -> Tensor:
-    with torch.no_grad():
-        a, context = cut.prefix(z, *to_g)
-    for _ in range(steps):
-        a = a.detach().requires_grad_()
-        logits = discriminator(cut.tail(a, *context), *to_d)
-        F.softplus(-logits).flatten(1 if a.dim() > 1 else 0).sum().backward()
-        assert a.grad is not None
-        a = a - 0.01 * a.grad
-    with torch.no_grad():
-        return cut.tail(a, *context)
+    generator: nn.Module, name: str, discriminator: nn.Module, z: Tensor, to_g: tuple[Tensor, ...], to_d: tuple[Tensor, ...],
+    steps: int,
+) -> Tensor:  # fmt: skip
+    """The peers' loop at one place; the modules before it run once."""
+    tail = _cut(generator, name, z, to_g)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if name == "output":
+            a = image_of(tail.call(generator, z, *to_g))
+        else:
+            a = tail.activation(z, *to_g)
+        given = to_g if name == "input" else (z, *to_g)
+        stack.enter_context(_prefix_once(tail, given) if name not in ("input", "output") else contextlib.nullcontext())
+        kept = stack.pop_all()
+
+    def image(a: Tensor) -> Tensor:
+        return a if name == "output" else tail(a, *given)
+
+    with kept:
+        for _ in range(steps):
+            a = a.detach().requires_grad_()
+            F.softplus(-discriminator(image(a), *to_d)).flatten(1 if a.dim() > 1 else 0).sum().backward()
+            assert a.grad is not None
+            a = a - 0.01 * a.grad
+        with torch.no_grad():
+            return image(a)
+
+
+@contextlib.contextmanager
+def _prefix_once(tail: Tail, given: tuple[Tensor, ...]) -> Iterator[None]:
+    """Modules that end before the place, and run once, give again what they gave, without running."""
+    place, open_ = tail.generator.get_submodule(tail.at), True
+    ended: dict[nn.Module, list[Any]] = {}
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal open_
+        open_ = open_ and module is not place
+        if open_:
+            ended.setdefault(module, []).append(output)
+
+    handles = [module.register_forward_hook(end) for module in tail.generator.modules()]
+    tail.call(tail.generator, *given)
+    for handle in handles:
+        handle.remove()
+    inside = {child for module in place.modules() for child in module.modules()}
+    once = [module for module, outputs in ended.items() if len(outputs) == 1 and module not in inside]
+    for module in once:
+        module.forward = lambda *args, _given=ended[module][0], **kwargs: _given  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in once:
+            del module.forward

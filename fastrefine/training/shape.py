@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastrefine import checks, stopping
 from fastrefine.errors import InputError
 from fastrefine.networks.torch_state import quiet_torch
+from fastrefine.options import MOST_SLOTS
 from fastrefine.refiner import Refiner
 from fastrefine.stopping import StopRule
 from fastrefine.training.batches import RealBatches
@@ -61,7 +62,7 @@ def shape_discriminator(
         student = trainable(refiner.discriminator, refiner.device)
         rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
         twin = refiner.with_discriminator(student).replaced(
-            stop=rule, num_slots=min(refiner.num_slots, checks.count("batch_size", batch_size, 1)),
+            stop=rule, num_slots=min(refiner.num_slots or MOST_SLOTS, checks.count("batch_size", batch_size, 1)),
             progress=False, callback=None, output_device=refiner.device,
         )  # fmt: skip
         if twin.prior is None and latents is None:

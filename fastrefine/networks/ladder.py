@@ -1,0 +1,80 @@
+"""Faster forms of the step, one after the other: each must run and agree with the form before it, or it is dropped.
+
+The plain form, private frozen copies and autograd, always stands below. What a rung raises is noted and never passed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastrefine.networks import copies
+from fastrefine.networks.calls import is_out_of_memory
+from fastrefine.networks.cut import Tail
+
+log = logging.getLogger("fastrefine")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The two networks as the step runs them. Their modules may be shared with other forms until they are converted."""
+
+    tail: nn.Module
+    d: nn.Module
+    compute: torch.dtype
+    channels_last: bool = False
+
+    def folded(self, fold: Callable[..., nn.Module]) -> Form:
+        """Copies with every BatchNorm folded; the place that is refined stays as it is."""
+        if isinstance(self.tail, Tail):
+            at = None if self.tail.at == "input" else self.tail.at
+            return Form(self.tail.with_generator(fold(self.tail.generator, at)), fold(self.d), self.compute)
+        return Form(fold(self.tail), fold(self.d), self.compute)
+
+    def converted(self, dtype: torch.dtype) -> Form:
+        """The same modules in another dtype."""
+        for module in (self.tail, self.d):
+            module.to(dtype=dtype)
+        return Form(self.tail, self.d, dtype)
+
+    def laid_out(self, channels_last: bool) -> Form:
+        """The same modules with their weights in this memory format."""
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        for module in (self.tail, self.d):
+            module.to(memory_format=memory_format)  # type: ignore[call-overload]
+        return Form(self.tail, self.d, self.compute, channels_last)
+
+    @property
+    def is_spatial(self) -> bool:
+        """Whether channels_last can pay."""
+        return copies.has_spatial_weights(self.tail) or copies.has_spatial_weights(self.d)
+
+
+@dataclass
+class Ladder:
+    """What was tried and what came of it, for ``report["ladder"]``: {"rung", "kept", "why"} in the order of trial."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def climb(self, rung: str, change: Callable[[], T], error: Callable[[T], float], tolerance: float) -> T | None:
+        """What ``change`` gives if its ``error`` is within the tolerance, else None."""
+        try:
+            with contextlib.redirect_stderr(None):  # torch.fx prints the code that failed
+                found = change()
+                size = error(found)
+            why = "" if size <= tolerance else f"differs by {size:.1e} of the largest value, more than {tolerance:g}"
+        except Exception as reason:  # a rung runs the caller's code in forms that it was not written for
+            if is_out_of_memory(reason):
+                raise
+            found, why = None, f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+        self.entries.append({"rung": rung, "kept": not why, "why": why})
+        if why:
+            log.debug("%s is not used: %s", rung, why)
+        return None if why else found
