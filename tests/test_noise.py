@@ -9,7 +9,7 @@ from fastrefine import ops
 from fastrefine.noise import Stream, normal, philox, uniform
 from fastrefine.ops import registry, slots
 from fastrefine.samplers import DGflow, Evaluation
-from tests.step_machine import SAMPLERS, Options, compare, device_of, drive
+from tests.support.step_machine import SAMPLERS, Options, compare, device_of, drive
 
 SEEDS = (0, 1, 2**31 + 5, 1234567890123, 2**63 + 5, 2**64 - 1)
 # Random123 kat_vectors, philox4x32 10: counter, key, answer

@@ -10,7 +10,7 @@ from scipy import stats
 import fastrefine as fr
 from fastrefine import selection
 from fastrefine.noise import Stream
-from tests.test_engine import refiner
+from tests.engine.test_engine import refiner
 from tests.test_selection import ALPHA, SUP, optimal_logit, p_value, proposals
 
 

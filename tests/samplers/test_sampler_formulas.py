@@ -9,7 +9,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine.noise import Stream, normal, uniform
-from tests.closed_forms import BACKENDS, serving
+from tests.support.closed_forms import BACKENDS, serving
 
 DIM, STEPS, SEED, N = 4, 12, 2**40 + 9, 9
 

@@ -12,8 +12,8 @@ from fastrefine import ops
 from fastrefine.noise import Noise, Stream, normal, uniform
 from fastrefine.ops import slots
 from fastrefine.samplers import Evaluation, Latent
-from tests.closed_forms import ALPHA, BACKENDS, chains, gaussian
-from tests.step_machine import device_of
+from tests.support.closed_forms import ALPHA, BACKENDS, chains, gaussian
+from tests.support.step_machine import device_of
 
 SEED, SLOPE = 2**40 + 3, 2.0
 

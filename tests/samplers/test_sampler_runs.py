@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from tests.closed_forms import BACKENDS, serving
-from tests.fault_networks import LATENT, discriminator, generator, told
+from tests.support.closed_forms import BACKENDS, serving
+from tests.support.fault_networks import LATENT, discriminator, generator, told
 
 STEPS = 8
 SAMPLERS = {

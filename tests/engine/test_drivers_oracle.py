@@ -1,11 +1,11 @@
-"""Every driver against [CS] Alg. 1, one sample at a time in plain Python (tests/test_engine_oracle.py)."""
+"""Every driver against [CS] Alg. 1, one sample at a time in plain Python (tests/engine/test_engine_oracle.py)."""
 
 import pytest
 import torch
 
 import fastrefine as fr
-from tests.stand_in import KINDS
-from tests.test_engine_oracle import SAMPLERS, K, Mixed, oracle
+from tests.engine.test_engine_oracle import SAMPLERS, K, Mixed, oracle
+from tests.support.stand_in import KINDS
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -11,7 +11,7 @@ from fastrefine.noise import Noise, Stream, normal
 from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, HMC, MALA, Collaborative, DGflow, Evaluation, Latent, dot
 from fastrefine.samplers.metropolis import MetropolisSampler
-from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
+from tests.support.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
 
 BACKENDS = ("cpu", "triton")
 RUNS = [

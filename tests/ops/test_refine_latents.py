@@ -6,7 +6,7 @@ import torch
 import fastrefine as fr
 from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Latent, step_control
-from tests.step_machine import Options, bound, compare, device_of, drive
+from tests.support.step_machine import Options, bound, compare, device_of, drive
 
 BACKENDS = ("cpu", "triton")
 BOX = Latent(torch.tensor([[1, 0, 1], [-8, -8, -9], [8, 8, 9]], dtype=torch.float64))

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from fault_networks import IMAGE, LATENT, Calls, discriminator, generator, plain_loop, refiner, same_result, told
 from torch import nn
 
 import fastrefine as fr
+from tests.support.fault_networks import IMAGE, LATENT, Calls, discriminator, generator, plain_loop, refiner, same_result, told
 
 N = 10  # more than two fillings of the four slots
 

@@ -14,9 +14,9 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import slots
 from fastrefine.samplers import DOT, Evaluation
-from tests.step_machine import SAMPLERS, Recorder, bound, device_of
+from tests.support.step_machine import SAMPLERS, Recorder, bound, device_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def without_interpreter(*args):

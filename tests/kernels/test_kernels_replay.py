@@ -8,7 +8,7 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, DGflow, Evaluation, Latent
-from tests.step_machine import SAMPLERS, Recorder, bound, device_of, needs_gpu, random_evaluation, record
+from tests.support.step_machine import SAMPLERS, Recorder, bound, device_of, needs_gpu, random_evaluation, record
 
 S, F, P = 3, 5, 6
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from fault_networks import IMAGE, LATENT, Calls, discriminator, generator, refiner, same, same_result, seeded
 from torch import nn
 
 import fastrefine as fr
 from fastrefine import stopping
+from tests.support.fault_networks import IMAGE, LATENT, Calls, discriminator, generator, refiner, same, same_result, seeded
 
 N = 6
 NUMBERS = (math.nan, math.inf, -math.inf, "0.1", None, True, [0.1], 1j)

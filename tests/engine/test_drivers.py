@@ -12,9 +12,9 @@ from fastrefine.engine import drivers
 from fastrefine.engine.machine import Machine
 from fastrefine.engine.transfer import Transfer
 from fastrefine.errors import BackendError
-from tests.stand_in import KINDS, Runtime
-from tests.step_machine import device_of
-from tests.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
+from tests.engine.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
+from tests.support.stand_in import KINDS, Runtime
+from tests.support.step_machine import device_of
 
 
 def conditional(**options):

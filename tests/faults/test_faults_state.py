@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from fault_networks import IMAGE, LATENT, discriminator, generator, refiner, same, same_result
 from torch import nn
 
 import fastrefine as fr
+from tests.support.fault_networks import IMAGE, LATENT, discriminator, generator, refiner, same, same_result
 
 N = 6
 MODES = {

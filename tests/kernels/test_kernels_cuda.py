@@ -8,7 +8,7 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import slots
 from fastrefine.samplers import Evaluation
-from tests.step_machine import SAMPLERS, Options, drive, needs_gpu
+from tests.support.step_machine import SAMPLERS, Options, drive, needs_gpu
 
 pytestmark = needs_gpu
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fault_networks import IMAGE, Returning, discriminator, generator, refiner, same_result, told
 from torch import Tensor, nn
 
 import fastrefine as fr
+from tests.support.fault_networks import IMAGE, Returning, discriminator, generator, refiner, same_result, told
 
 N = 7
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fault_networks import IMAGE, LATENT, discriminator, generator, plain_loop, refiner, same_result
 from torch import nn
 
 import fastrefine as fr
+from tests.support.fault_networks import IMAGE, LATENT, discriminator, generator, plain_loop, refiner, same_result
 
 N = 6
 CLASSES = 3

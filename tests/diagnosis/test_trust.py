@@ -12,8 +12,8 @@ from scipy import stats
 
 import fastrefine as fr
 from fastrefine.diagnosis.calibration import diagnosis_of
-from tests.test_calibration import samples
-from tests.test_engine import refiner
+from tests.diagnosis.test_calibration import samples
+from tests.engine.test_engine import refiner
 from tests.test_selection import ALPHA
 from tests.test_selection_classes import conditional, real_images
 

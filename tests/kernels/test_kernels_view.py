@@ -6,7 +6,7 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import slots
 from fastrefine.samplers import Evaluation
-from tests.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
+from tests.support.step_machine import SAMPLERS, Options, bound, compare, device_of, drive
 
 SHAPES = {0: (3, 11), 3: (3, 12), 40: (2, 2000)}  # by channels; the last has several tiles each way, cut off at the edges
 

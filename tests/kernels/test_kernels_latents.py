@@ -9,7 +9,7 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, Evaluation, Latent
-from tests.step_machine import SAMPLERS, bound, compare, device_of, record
+from tests.support.step_machine import SAMPLERS, bound, compare, device_of, record
 
 S, F = 2, 5
 BACKENDS = ["reference", "triton"]

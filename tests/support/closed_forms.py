@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import fastrefine as fr
-from tests.step_machine import device_of
+from tests.support.step_machine import device_of
 
 # Data N(M, S^2), generator N(0, 1). N samples: the variance test has power .999 against 2.3 % more variance, KS alone
 # against 7 %, the test of the mean against .016 standard deviations.

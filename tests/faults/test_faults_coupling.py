@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fault_networks import LATENT, discriminator, generator, refiner, same_result, told
 from torch import nn
 
 import fastrefine as fr
+from tests.support.fault_networks import LATENT, discriminator, generator, refiner, same_result, told
 
 N = 9
 

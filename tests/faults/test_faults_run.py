@@ -4,7 +4,14 @@ import logging
 
 import pytest
 import torch
-from fault_networks import (
+from torch import nn
+
+import fastrefine as fr
+from fastrefine import ops
+from fastrefine.networks.target import Target
+from fastrefine.ops import registry, slots
+from fastrefine.samplers import Evaluation
+from tests.support.fault_networks import (
     FIELDS,
     IMAGE,
     LATENT,
@@ -17,13 +24,6 @@ from fault_networks import (
     same_result,
     seeded,
 )
-from torch import nn
-
-import fastrefine as fr
-from fastrefine import ops
-from fastrefine.networks.target import Target
-from fastrefine.ops import registry, slots
-from fastrefine.samplers import Evaluation
 
 S = 4
 

@@ -8,7 +8,7 @@ import torch
 from fastrefine import ops
 from fastrefine.ops import slots
 from fastrefine.ops.copy_context import over_all_slots
-from tests.step_machine import SAMPLERS, device_of
+from tests.support.step_machine import SAMPLERS, device_of
 
 EVERY = ["reference", "cpu", "triton"]
 S, P = 5, 9

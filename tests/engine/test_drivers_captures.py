@@ -8,7 +8,7 @@ import torch
 
 from fastrefine.engine import drivers
 from fastrefine.errors import BackendError
-from tests.test_engine import pair, refiner, same
+from tests.engine.test_engine import pair, refiner, same
 
 
 def assign(index, value):
