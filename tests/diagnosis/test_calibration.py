@@ -6,15 +6,10 @@ import pytest
 import torch
 
 import fastrefine as fr
-from tests.test_selection import M, S, optimal_logit, p_value, proposals
+from tests.support.selection_laws import optimal_logit, p_value, proposals, samples
 
 METHODS = ("isotonic", "platt", "beta", "temperature")
 DISTORTIONS = {"scaled": lambda d: 3 * d, "shifted": lambda d: d + 0.7, "both": lambda d: 0.4 * d - 1}
-
-
-def samples(n, m, seed=0):
-    """Optimal logits of n real and m generated numbers."""
-    return optimal_logit(M + S * proposals(n, seed)), optimal_logit(proposals(m, seed + 1))
 
 
 @pytest.mark.parametrize("distortion", DISTORTIONS)

@@ -12,10 +12,8 @@ from scipy import stats
 
 import fastrefine as fr
 from fastrefine.diagnosis.calibration import diagnosis_of
-from tests.diagnosis.test_calibration import samples
-from tests.engine.test_engine import refiner
-from tests.test_selection import ALPHA
-from tests.test_selection_classes import conditional, real_images
+from tests.support.refiners import refiner
+from tests.support.selection_laws import ALPHA, conditional, real_images, samples
 
 CALLS = {
     "chains": lambda out, **k: fr.metropolis_hastings(out, 5, **k),

@@ -12,41 +12,10 @@ from fastrefine.engine import drivers
 from fastrefine.engine.machine import Machine
 from fastrefine.engine.transfer import Transfer
 from fastrefine.errors import BackendError
-from tests.engine.test_engine import convolutional_pair, greedy_slot_steps, pair, refiner, same
+from tests.support.driver_runs import RUNS
+from tests.support.refiners import conditional, convolutional_pair, greedy_slot_steps, pair, refiner, same
 from tests.support.stand_in import KINDS, Runtime
 from tests.support.step_machine import device_of
-
-
-def conditional(**options):
-    torch.manual_seed(0)
-    g, d = fr.models.SNGANGenerator(latent=8, features=8, num_classes=3), fr.models.SNGANDiscriminator(8, num_classes=3)
-    return refiner((g.eval(), d.eval()), prior=fr.Normal(8), at="blocks.0", max_steps=4, **options)
-
-
-RUNS = {
-    "uniform": (dict(), dict(n=100)),
-    "fixed": (dict(stop=None), dict(n=100)),
-    "fixed, whole blocks": (dict(stop=None), dict(n=64)),
-    "hazard": (dict(stop=fr.stopping.Hazard(0.4), max_steps=40), dict(n=300, seed=2**63)),
-    "threshold": (dict(stop=0.1, max_steps=30), dict(n=150, first_id=13)),
-    "all pass at once": (dict(stop=-1e9), dict(n=200)),
-    "no steps": (dict(max_steps=0, stop=None), dict(n=50)),
-    "one sample": (dict(), dict(n=1)),
-    "fewer than slots": (dict(stop=None), dict(n=5, first_id=6)),
-    "best": (dict(keep="best", sampler=fr.DGflow(0.1, gamma=1.0)), dict(n=60)),
-    "noise": (dict(sampler=fr.DGflow(0.1, gamma=0.1), stop=None), dict(n=60)),
-    "adam": (dict(sampler=fr.Collaborative(0.1, optimizer="adam"), max_grad_norm=0.1), dict(n=60)),
-    "float64": (dict(precision="float64"), dict(n=60)),
-    "bfloat16": (dict(precision="bfloat16"), dict(n=60)),
-    "lockstep": (dict(coupling="lockstep"), dict(n=61, first_id=3)),
-    "many slots": (dict(num_slots=33), dict(n=400)),
-    "snapshots": (dict(stop=None), dict(n=60, snapshots=(0, 2, 5))),
-    "snapshots of the best": (dict(keep="best"), dict(n=60, first_id=3, snapshots=(1, 4))),
-    "ddls": (dict(at="input", stop=None, sampler=fr.DDLS((0.1, 0.05), 0.5)), dict(n=60)),
-    "mala": (dict(at="input", stop=None, sampler=fr.MALA(0.5, adapt=3)), dict(n=60, snapshots=(2,))),
-    "hmc": (dict(at="input", stop=None, max_steps=6, sampler=fr.HMC(0.5, leapfrog=3)), dict(n=60)),
-    "dot": (dict(at="input", prior=fr.Uniform(4), sampler=fr.DOT(0.1)), dict(n=60)),
-}
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -8,7 +8,8 @@ import torch
 
 from fastrefine.engine import drivers
 from fastrefine.errors import BackendError
-from tests.engine.test_engine import pair, refiner, same
+from tests.support.driver_runs import Marks
+from tests.support.refiners import pair, refiner, same
 
 
 def assign(index, value):
@@ -103,17 +104,6 @@ def test_a_driver_that_is_refused_leaves_the_others(runtime, monkeypatch):
         one.sample(10)
     one = one.replaced(driver="graph")
     assert one.sample(10).report["driver"] == "graph"
-
-
-class Marks(torch.nn.Module):
-    """A discriminator with coordinates that it makes anew at every call."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.d = d
-
-    def forward(self, x):
-        return self.d(x * torch.linspace(0.5, 1.5, x.shape[1]).to(x.device))
 
 
 @pytest.mark.parametrize("wrap", [lambda d: d, Marks], ids=["plain", "with coordinates"])

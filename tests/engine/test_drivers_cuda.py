@@ -6,9 +6,8 @@ import torch
 import fastrefine as fr
 from fastrefine.engine import drivers, while_graph
 from fastrefine.engine.proposals import Proposals
-from tests.engine.test_drivers import RUNS, conditional
-from tests.engine.test_drivers_captures import Marks
-from tests.engine.test_engine import convolutional_pair, pair, refiner, same
+from tests.support.driver_runs import RUNS, Marks
+from tests.support.refiners import conditional, convolutional_pair, pair, refiner, same
 
 pytestmark = [
     pytest.mark.cuda,

@@ -1,10 +1,10 @@
-"""Every driver against [CS] Alg. 1, one sample at a time in plain Python (tests/engine/test_engine_oracle.py)."""
+"""Every driver against [CS] Alg. 1, one sample at a time in plain Python (tests/support/algorithm_1.py)."""
 
 import pytest
 import torch
 
 import fastrefine as fr
-from tests.engine.test_engine_oracle import SAMPLERS, K, Mixed, oracle
+from tests.support.algorithm_1 import SAMPLERS, K, Mixed, oracle
 from tests.support.stand_in import KINDS
 
 

@@ -7,7 +7,7 @@ import fastrefine as fr
 from benchmarks.workloads import WORKLOADS
 from fastrefine.networks import torch_state
 from fastrefine.production import bench
-from tests.engine.test_engine import pair, refiner
+from tests.support.refiners import pair, refiner
 
 aten = torch.ops.aten
 

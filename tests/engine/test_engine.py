@@ -1,53 +1,12 @@
 """The engine's promises: one meaning for any number of samples, order, first id and chunk; full slots; bounded memory."""
 
-import heapq
-
 import pytest
 import torch
 from torch import nn
 
 import fastrefine as fr
 from fastrefine.engine import run
-
-K = 10
-
-
-def pair(width=16, dtype=torch.float32):
-    torch.manual_seed(0)
-    g = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 6))
-    d = nn.Sequential(nn.Linear(6, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
-    return g.to(dtype), d.to(dtype)
-
-
-def convolutional_pair():
-    torch.manual_seed(0)
-    g = fr.models.dcgan_generator(size=32, latent=8, features=4)
-    d = fr.models.dcgan_discriminator(size=32, features=4)
-    return g.eval(), d.eval()
-
-
-def refiner(networks=None, **options):
-    g, d = networks or pair()
-    defaults = dict(
-        sampler=fr.Collaborative(step_size=0.2), at="1", max_steps=K, prior=fr.Normal(4), num_slots=8,
-        stop=fr.stopping.UniformStep(),
-    )  # fmt: skip
-    return fr.Refiner(g, d, **{**defaults, **options})
-
-
-FIELDS = ("images", "logits", "initial_logits", "steps", "status", "ids", "latents", "activations", "logit_falls")
-
-
-def same(a, b):
-    for name in FIELDS:
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for name in ("acceptance", "step_sizes"):
-        ours, theirs = getattr(a, name), getattr(b, name)
-        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs)), name
-    assert a.snapshots.keys() == b.snapshots.keys()
-    for step, snapshot in a.snapshots.items():
-        for name, tensor in vars(snapshot).items():
-            assert torch.equal(tensor, getattr(b.snapshots[step], name)), (step, name)
+from tests.support.refiners import K, convolutional_pair, greedy_slot_steps, pair, refiner, same
 
 
 @pytest.mark.parametrize("networks", [pair, convolutional_pair])
@@ -83,14 +42,6 @@ def test_number_of_slots_changes_rounding_only():
     outs = [refiner(networks, num_slots=s, precision="float64").sample(50).images for s in (1, 7, 64)]
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-10)
-
-
-def greedy_slot_steps(evaluations, slots):
-    """Slot-steps of list scheduling: the next id goes to the first slot that is free."""
-    free = [0] * slots
-    for e in evaluations:
-        heapq.heappush(free, heapq.heappop(free) + e)
-    return slots * max(free)
 
 
 @pytest.mark.parametrize("stop", [fr.stopping.UniformStep(), fr.stopping.Hazard(0.3), None], ids=repr)

@@ -259,12 +259,12 @@ def test_the_command_prints_torch_fidelitys_names(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (60, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "a.npz", arr_0=pixels)
     arguments = ["evaluate", str(tmp_path / "a.npz"), "--real", "digits", "--limit", "60", "--features",
-                 "tests.test_evaluation:grey", "--json"]  # fmt: skip
+                 "tests.production.test_evaluation:grey", "--json"]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "fastrefine", *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     names = {"frechet_inception_distance", "kernel_inception_distance_mean", "kernel_inception_distance_std", "precision"}
-    assert names <= set(found) and found["num_samples"] == 60 and found["features"] == "tests.test_evaluation:grey"
+    assert names <= set(found) and found["num_samples"] == 60 and found["features"] == "tests.production.test_evaluation:grey"
     assert "60 images" in done.stderr
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import fastrefine as fr
-from tests.engine.test_engine import pair, refiner
+from tests.support.refiners import pair, refiner
 
 
 def test_a_trial_may_be_worse_by_the_rounding_error_of_the_loss():
