@@ -39,9 +39,8 @@ def limit_met_by_one_proposal():
 @functools.cache
 def limit_met_on_the_way(sampler):
     """A limit that no proposal exceeds and exactly one sample meets during its steps, before the last, and its id."""
-    r, path = refiner(sampler=sampler), []
-    for r.max_steps in range(5):
-        path.append(r.sample(N).images[:, 0])
+    r = refiner(sampler=sampler)
+    path = [r.replaced(max_steps=k).sample(N).images[:, 0] for k in range(5)]
     starts, peak = path[0], torch.stack(path[1:]).amax(0)
     bad = int(peak.argmax())
     others = torch.cat([starts, peak[torch.arange(N) != bad]]).max()

@@ -40,6 +40,7 @@ for one in specialisations():
 
 
 def test_a_sample_of_the_kernels_compiles():
+    """``make kernels-check`` compiles all of them."""
     labels = [
         "refine_reduce torch.float32, torch.bfloat16 gradient, clip=True",
         "refine_reduce mala torch.float32, torch.bfloat16 view, tile 32",
@@ -49,14 +50,6 @@ def test_a_sample_of_the_kernels_compiles():
         "copy_rows uint8",
     ]
     assert sorted(without_interpreter("-c", SAMPLE.format(json.dumps(labels))).split("\n")[:-1]) == sorted(labels)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_every_kernel_compiles(capability):
-    out = without_interpreter("-m", "fastrefine.kernels.aot", capability)
-    count = len(specialisations())
-    assert count > 100 and out == f"sm_{capability}: {count} kernels\n"
 
 
 def specialisations():
@@ -72,6 +65,7 @@ def test_every_kernel_and_rule_is_compiled():
                 if jit and any(argument.arg.endswith("_ptr") for argument in node.args.args):
                     kernels.add(node.name)
     every = specialisations()
+    assert len(every) > 100
     assert {one.kernel.__name__ for one in every} == kernels
     rules = pytest.importorskip("fastrefine.kernels.rules").RULES
     for part in ("propose", "observe", "start", "sums", "pace"):

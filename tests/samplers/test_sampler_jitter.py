@@ -148,8 +148,7 @@ def by_the_step(sampler, z, backend):
     return outputs.activation[:N].cpu()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("leapfrog", [1, 3])
+@pytest.mark.parametrize(("leapfrog", "dtype"), [(1, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_without_jitter_hmc_is_the_leapfrog_of_one_length(backend, leapfrog, dtype):
     """Bit by bit where the normals are, in the other backends to their rounding."""

@@ -1,5 +1,6 @@
 """Drives ``refine_step`` with random evaluations, the same for every backend, and records everything it wrote."""
 
+import functools
 from dataclasses import dataclass, fields, replace
 
 import pytest
@@ -162,6 +163,12 @@ def drive(backend, sampler, shape, dtype, options=None, steps=12, mutate=None):
         ops.refine_step(own, evaluation if index else None, pool, outputs, rule, backend=backend)
         records.append(record(own, pool, outputs))
     return records
+
+
+@functools.lru_cache(maxsize=64)
+def driven(backend, sampler, shape, dtype, options=None, steps=12):
+    """As ``drive``, kept for other tests of the same run, which must not change the records."""
+    return drive(backend, sampler, shape, dtype, options, steps)
 
 
 # (rtol, atol). float32: a GPU approximates exp, sqrt and division. A rounded view may fall to the other side, and the
