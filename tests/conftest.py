@@ -18,7 +18,7 @@ os.environ.pop("FASTREFINE_BACKEND", None)
 def runtime(monkeypatch):
     """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""
     from fastrefine.engine import drivers
-    from tests.stand_in import KINDS, Runtime
+    from tests.support.stand_in import KINDS, Runtime
 
     stand_in = Runtime()
     original = drivers.choose
