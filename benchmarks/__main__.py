@@ -25,6 +25,7 @@ from benchmarks.workloads import WORKLOADS
 TINY = ROOT / "build" / "benchmarks"  # what is no result goes where git does not look
 GRACE = 10  # seconds between asking a step to end and ending it
 OVERTIME = 55  # seconds beyond the budget after which rows and profile are taken to hang
+PRODUCT = ("workloads", "cuts", "precisions", "stops", "drivers", "samplers", "slots")  # options, in the order of Row's fields
 SHOWN = 3000  # characters of a step's output
 FAILED_ROWS, LOST = 1, 3  # exit codes: some row failed; the device takes no more work
 
@@ -50,6 +51,13 @@ def on_device(command: Any) -> Any:
     return command
 
 
+def found(device: str) -> torch.device:
+    """The device, or an error that says what is possible without a GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("no GPU here: run --plan prints the rows, --device cpu measures a CPU, with --tiny in a minute")
+    return torch.device(device)
+
+
 @main.command()
 @on_device
 @several("workload", list(WORKLOADS), help="Networks.")
@@ -62,7 +70,7 @@ def on_device(command: Any) -> Any:
 @click.option("--batch", "batches", multiple=True, type=int, help="Of the baselines [default: the best of 64, 256, 1024].")
 @click.option("--steps", type=int, help="Per image [default: 20 on a CPU, 50 on a GPU].")
 @click.option("--rounds", type=int, help="[default: 3]")
-@click.option("--threads", default=1, show_default=True, help="Of a CPU, ours and the baselines'.")
+@click.option("--threads", type=int, help="Ours and the baselines' [default: 1 on a CPU].")
 @click.option("--budget", type=float, help="Seconds for everything [default: 400 on a GPU, no limit on a CPU].")
 @click.option("--b2/--no-b2", default=True, help="Whether the compiled loop is raced.")
 @click.option("--compile", "compile_ours", is_flag=True, help="Ours with compile=True.")
@@ -76,13 +84,13 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
     if plan:
         click.echo("\n".join(row.label for row in wanted))
         return
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("no GPU here: --plan prints the rows, --device cpu measures a CPU, with --tiny in a minute")
-    torch.set_num_threads(given["threads"])
+    place = found(device)
+    if device == "cpu" or given["threads"]:
+        torch.set_num_threads(given["threads"] or 1)
     torch.backends.cudnn.benchmark = True  # shapes never change; the choice is made while both sides warm up
     scale = rows.TINY if tiny else rows.CPU if device == "cpu" else rows.GPU
     own = {"steps": given["steps"], "rounds": given["rounds"], "batches": given["batches"], "compile": given["b2"] and None}
+    own["own_sizes"] = False if given["batches"] else None
     scale = rows.replace(scale, **{k: v for k, v in own.items() if v not in (None, ())})
     budget = Budget(given["budget"] or (400.0 if device == "cuda" else float("inf")))
     path = output or default_output(place, tiny)
@@ -110,9 +118,6 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
     click.echo(report.table(record))
     click.echo(f"Written: {path}", err=True)
     sys.exit(LOST if broken else FAILED_ROWS if record["failed"] or not record["rows"] else 0)
-
-
-PRODUCT = ("workloads", "cuts", "precisions", "stops", "drivers", "samplers", "slots")
 
 
 def planned(device: str, tiny: bool, **given: Sequence[Any]) -> list[Row]:
@@ -161,10 +166,10 @@ def run_rows(
         record["failed"].append({**entry, "error": "it did not end"})  # until it did: a crash loses nothing
         write_json(path, record)
         try:
-            found = measure(row)
+            measured = measure(row)
             record["failed"].pop()
-            record["rows"].append(found)
-            click.echo(f" {report.summary(found, record['machine'])}", err=True)
+            record["rows"].append(measured)
+            click.echo(f" {report.summary(measured, record['machine'])}", err=True)
         except Exception as error:  # whatever one row meets must not lose the others
             record["failed"][-1]["error"] = f"{type(error).__name__}: {str(error)[:500]}"
             click.echo(f" FAILED: {record['failed'][-1]['error']}", err=True)
@@ -190,7 +195,8 @@ def show(files: tuple[Path, ...]) -> None:
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder [default: benchmarks/results/<gpu>]")
 def hardware(device: str, tiny: bool, commit: str | None, output: Path | None) -> None:
     """All that a GPU must tell, within 10 minutes: facts, checks, rows, a profile; each written as it comes."""
-    target = (output or (TINY if tiny else folder(torch.device(device)))).resolve()
+    place = found(device)
+    target = (output or (TINY if tiny else folder(place))).resolve()
     target.mkdir(parents=True, exist_ok=True)
     same = [f"--device={device}", *["--tiny"] * tiny, *([f"--commit={commit}"] if commit else [])]
     speed = [sys.executable, "-m", "benchmarks", "run", *same, "--profile", f"--output={target / 'speed.json'}"]

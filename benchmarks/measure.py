@@ -92,8 +92,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def pair(self, row: Row) -> tuple[nn.Module, nn.Module]:
-        make = lambda: tuple(network.to(self.device) for network in WORKLOADS[row.workload].pair())  # noqa: E731
-        return self.kept(("pair", row.workload), make)
+        return self.kept(("pair", row.workload), lambda: WORKLOADS[row.workload].pair(device=self.device))
 
     def latents(self, row: Row, n: int) -> Tensor:
         """The first n of the workload's latents."""
@@ -277,8 +276,8 @@ class Measurement:
         size of the engine's windows, and so what is captured, depends on their number.
         """
         before, cuda = 0, self.device.type == "cuda"
-        gc.collect()
         if cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)  # of the rivals
@@ -349,13 +348,14 @@ class Measurement:
     def _add(self, name: str, loop: Any, batch: int, precision: str) -> None:
         """Time one batch, and take as many as fill the time; with a stop at least four, for batches differ."""
         bench, row = self.bench, self.row
-        run = partial(loop, bench.latents(row, batch), **self._stop(name, batch))
-        seconds, _ = timed(run, bench.device)
-        least = 1 if row.stop == "none" or name == "b0" or self.scale.exactly else 4
-        n = batch * max(least, min(16, round(self.scale.rival_seconds / max(seconds, 1e-3))))
-        n = batch if self.scale.exactly else n
-        run = partial(loop, bench.latents(row, n), **self._stop(name, n))
-        self.rivals[name] = Rival(run, n, precision, batch)
+
+        def run(n: int) -> Callable[[], Any]:
+            return partial(loop, bench.latents(row, n), **self._stop(name, n))
+
+        least = 1 if row.stop == "none" or name == "b0" else 4
+        seconds, _ = timed(run(batch), bench.device)
+        count = 1 if self.scale.exactly else max(least, min(16, round(self.scale.rival_seconds / max(seconds, 1e-3))))
+        self.rivals[name] = Rival(run(count * batch), count * batch, precision, batch)
 
     def race_rivals(self) -> None:
         """One run of every rival."""

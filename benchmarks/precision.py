@@ -49,12 +49,9 @@ def measure(recipe: Recipe, data: Path | None, device: str, seeds: int, n: int, 
                 values = [score[key] for score in scores]
                 row |= {key: statistics.mean(values), f"{key}_spread": max(values) - min(values), f"{key}_all": values}
             row["mean_steps"] = statistics.mean(float(out.steps.double().mean()) for out in outs)
-            row["moved"] = statistics.mean(
-                float((a.steps != b.steps).double().mean()) for a, b in zip(outs, wanted, strict=True)
-            )
-            row["deviation"] = statistics.mean(
-                float((a.images - b.images).square().mean().sqrt()) for a, b in zip(outs, wanted, strict=True)
-            )
+            both = list(zip(outs, wanted, strict=True))
+            row["moved"] = statistics.mean(float((a.steps != b.steps).double().mean()) for a, b in both)
+            row["deviation"] = statistics.mean(float((a.images - b.images).square().mean().sqrt()) for a, b in both)
             row["nonfinite"] = sum(int((out.status == fr.Status.NONFINITE).sum()) for out in outs)
             rows.append(row)
             print(line(row), file=sys.stderr)

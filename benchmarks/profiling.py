@@ -115,16 +115,15 @@ def captured(bench: Bench, row: Row, num_slots: int) -> Any:
 def table(found: dict[str, Any]) -> str:
     """What ``profile`` found as Markdown."""
     lines = [f"Profile of {found['label']}, {found['num_slots']} slots", ""]
-    seen = found.get("kernels", {})
-    if "by_time" in seen:
+    if "by_time" in (seen := found.get("kernels", {})):
         lines += [
             f"{seen['ms_per_step']:.3f} ms a step, {seen['kernels_per_step']:.0f} kernels a step, busy {seen['busy']:.0%}, of "
             f"which the step's own kernels {seen['share_of_our_kernels']:.1%}",
             "", "| share | us a call | calls a step | kernel |", "|---|---|---|---|",
         ]  # fmt: skip
         for line in seen["by_time"]:
-            calls = f"{line['calls_per_step']:.2f}"
-            lines.append(f"| {line['share']:.1%} | {line['us_per_call']:.1f} | {calls} | `{line['kernel']}` |")
+            share, us, calls = line["share"], line["us_per_call"], line["calls_per_step"]
+            lines.append(f"| {share:.1%} | {us:.1f} | {calls:.2f} | `{line['kernel']}` |")
         if "copy_bytes_per_second" in seen:
             rate, copy = seen["refine_apply_least_bytes_per_second"], seen["copy_bytes_per_second"]
             lines += ["", f"refine_apply: {rate / 1e9:.4g} GB/s of the bytes it cannot avoid; a copy: {copy / 1e9:.4g} GB/s"]

@@ -73,20 +73,21 @@ class Scale:
     compile: bool = True  # B2
     compile_mode: str | None = None
 
+    own_sizes: bool = True  # whether networks of unusual size have (slots, batches) of their own
+
     def sized(self, row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(slots, batches) for the networks of a row: large activations need few, tiny networks many."""
-        if self.exactly is None and row.workload == "sagan128":
-            return (64, 128, 256), (16, 64, 256)  # its parameter gradients at 1024 would not fit
-        if self.exactly is None and row.workload == "mlp2d":
-            return (512, 2048, 8192), (256, 1024, 8192)
-        return self.slots, self.batches
+        """(slots, batches) to choose from for the networks of a row."""
+        usual = self.slots, self.batches
+        return SIZES.get(row.workload, usual) if self.own_sizes else usual
 
 
+# large activations need few, and SAGAN's parameter gradients at 1024 would not fit; tiny networks need many
+SIZES = {"sagan128": ((64, 128, 256), (16, 64, 256)), "mlp2d": ((512, 2048, 8192), (256, 1024, 8192))}
 CPU = Scale(20, 3, (64, 256), (64, 256), 6.0, 4.0, (1, 200), 2048)
 GPU = Scale(
     50, 3, (256, 512, 1024, 2048), (64, 256, 1024), 2.0, 0.5, (8, 200), 8192, race_seconds=30, compile_mode="reduce-overhead"
 )  # fmt: skip
-TINY = Scale(4, 1, (8,), (8,), 1.0, 0.1, (1, 4), 256, checked=8, exactly=24, compile=False)  # tries the command
+TINY = Scale(4, 1, (8,), (8,), 1.0, 0.1, (1, 4), 256, checked=8, exactly=24, compile=False, own_sizes=False)
 OUTPUT_BYTES, MOST_SAMPLES = 3e9, 400_000  # of the results of one run
 
 

@@ -31,19 +31,19 @@ class Workload:
     step_size: float
     channels_last: bool = True  # the layout in which B1 and B2 run
 
-    def pair(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    def pair(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
         """(generator, discriminator) in eval mode, weights of seed 0, running statistics those of a few batches."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            generator, discriminator = self.generator().train(), self.discriminator().train()
+            generator, discriminator = self.generator().train().to(device), self.discriminator().train().to(device)
             norms: list[Any] = [m for n in (generator, discriminator) for m in n.modules() if isinstance(m, _NORMS)]
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean of all batches, with nothing left of the initial 0 and 1
             with torch.no_grad():
-                for _ in range(3):
-                    discriminator(generator(torch.randn(64, self.latent)))
+                for _ in range(3 if norms else 0):
+                    discriminator(generator(torch.randn(64, self.latent).to(device)))
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
         return generator.to(dtype).eval(), discriminator.to(dtype).eval()
