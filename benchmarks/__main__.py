@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,10 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
         torch.set_num_threads(given["threads"] or 1)
     torch.backends.cudnn.benchmark = True  # shapes never change; the choice is made while both sides warm up
     scale = rows.TINY if tiny else rows.CPU if device == "cpu" else rows.GPU
-    own = {"steps": given["steps"], "rounds": given["rounds"], "batches": given["batches"], "compile": given["b2"] and None}
-    own["own_sizes"] = False if given["batches"] else None
-    scale = rows.replace(scale, **{k: v for k, v in own.items() if v not in (None, ())})
+    scale = replace(
+        scale, compile=scale.compile and given["b2"], own_sizes=scale.own_sizes and not given["batches"],
+        **{name: given[name] for name in ("steps", "rounds", "batches") if given[name]},
+    )  # fmt: skip
     budget = Budget(given["budget"] or (400.0 if device == "cuda" else float("inf")))
     path = output or default_output(place, tiny)
     bench = Bench(place, scale, budget, given["compile_ours"])
@@ -112,8 +114,9 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
     if budget.seconds < float("inf"):  # a hang ends, and says where it was
         faulthandler.dump_traceback_later(budget.seconds + OVERTIME, exit=True)
     broken = run_rows(wanted, lambda row: measure(bench, row), budget, record, path, lambda: synchronize(place))
-    if profile and not broken and (row := report.worst(record)):
-        click.echo(profiling.table(profiling.profile(bench, as_row(row), row["num_slots"], path.with_name("profile.json"))))
+    if profile and not broken and (worst := report.worst(record)):
+        row = Row(**{name: worst[name] for name in Row.__dataclass_fields__})
+        click.echo(profiling.table(profiling.profile(bench, row, worst["num_slots"], path.with_name("profile.json"))))
     faulthandler.cancel_dump_traceback_later()
     click.echo(report.table(record))
     click.echo(f"Written: {path}", err=True)
@@ -138,11 +141,6 @@ def default_output(device: torch.device, tiny: bool) -> Path:
     if tiny:
         return TINY / "speed.json"
     return folder(device) / "speed.json" if device.type == "cuda" else RESULTS / f"cpu-{folder(device).name}.json"
-
-
-def as_row(facts: dict[str, Any]) -> Row:
-    """The row that was measured."""
-    return Row(**{name: facts[name] for name in Row.__dataclass_fields__})
 
 
 def run_rows(

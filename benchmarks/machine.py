@@ -36,9 +36,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """(seconds, what ``run`` returned): from an idle GPU to an idle GPU by its own clock; on a CPU see ``clock``."""
+    """(seconds, what ``run`` returned): from an idle GPU to an idle GPU by its own clock.
+
+    On a CPU with one thread the time of this process, which other work cannot lengthen; with more the time of day.
+    """
     if device.type != "cuda":
-        now = clock()
+        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         began = now()
         value = run()
         return now() - began, value
@@ -50,11 +53,6 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     last.record()
     last.synchronize()
     return first.elapsed_time(last) / 1e3, value
-
-
-def clock() -> Callable[[], float]:
-    """Of a CPU: the time of this process with one thread, which other work cannot lengthen; else the time of day."""
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def matmul_peak(precision: str, device: torch.device, size: int) -> float:

@@ -116,10 +116,10 @@ class Bench:
             "mala": lambda: fr.MALA(size), "hmc": lambda: fr.HMC(size, leapfrog=math.gcd(10, steps)),
         }[row.sampler]()  # fmt: skip
         stop = {"none": lambda: None, "median": lambda: self.threshold(row), "uniform": fr.stopping.UniformStep}[row.stop]()
-        own: dict[str, Any] = {"compile": True} if self.compile_ours else {}
         return fr.Refiner(
             *self.pair(row), sampler, at=row.module, max_steps=steps, driver=row.driver, precision=row.precision, stop=stop,
-            device=self.device, output_device=self.device, prior=fr.Normal(workload.latent), **own,
+            device=self.device, output_device=self.device, prior=fr.Normal(workload.latent),
+            compile=self.compile_ours,
         )  # fmt: skip
 
     def loop(self, kind: type, row: Row, batch: int, steps: int | None = None, **own: Any) -> Any:

@@ -36,19 +36,16 @@ def load(path: Path) -> dict[str, Any]:
     if "benchmarks" not in found:
         raise ValueError(f"{path}: wanted a record of kind {KIND!r} or a file of pytest-benchmark, found {sorted(found)[:6]}")
     machine, commit = found["machine_info"], found["commit_info"]
-    timed = [entry["extra_info"] for entry in found["benchmarks"]]
     own = {
         "device": machine.get("cpu_model") or machine["cpu"]["brand_raw"], "kind": "cpu", "threads": machine["threads"],
         "matrix_units": machine["matrix_units"], "commit": commit["id"] + "+" * bool(commit.get("dirty")),
         "torch": machine["torch"],
     }  # fmt: skip
-    rows = []
-    for row in timed:
-        absent = row.get("b2_missing")
-        rows.append({"missing": {"b2": absent} if absent else {}, **row})
+    rows = [entry["extra_info"] for entry in found["benchmarks"]]
+    rows = [{"missing": {"b2": row["b2_missing"]} if row.get("b2_missing") else {}, **row} for row in rows]
     return {
         "kind": KIND, "machine": own, "datetime": found["datetime"], "rows": rows, "peaks": {}, "failed": [], "not_run": [],
-        "command": ", ".join(sorted({row["command"] for row in timed})),
+        "command": ", ".join(sorted({row["command"] for row in rows})),
     }  # fmt: skip
 
 

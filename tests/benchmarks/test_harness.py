@@ -72,7 +72,9 @@ def test_every_row_is_measured_with_all_keys_and_told_as_it_comes(measured):
 def test_a_stop_is_reached_by_some_and_its_gain_is_raced(measured):
     fixed, stopped = report.load(measured[1])["rows"]
     assert fixed["mean_steps"] == fixed["K"] and 0 < stopped["mean_steps"] < stopped["K"]
-    assert stopped["gain"] > 0 and len(stopped["fixed_seconds"]) == len(stopped["seconds"])
+    for row, ratio, name in ((fixed, "ratio_b1", "b1"), (stopped, "ratio_b0", "b0"), (stopped, "gain", "fixed")):
+        (seconds,) = row[f"{name}_seconds"]  # one round
+        assert row[ratio] == pytest.approx(row["images_per_second"] * seconds / row[f"{name}_images"])
     assert stopped["ideal_gain"] == (stopped["K"] + 1) / (stopped["mean_steps"] + 1)
 
 
