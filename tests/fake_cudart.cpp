@@ -204,7 +204,7 @@ cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph, con
   const auto grid = params->gridDim, block = params->blockDim;
   const unsigned threads = grid.x * grid.y * grid.z * block.x * block.y * block.z;
   const cudaError_t error = called("cudaGraphAddKernelNode ", graph->name, " ", list(after, count), " threads=", threads,
-                                   " handle=", setter.handle, " done=", setter.done);
+                                   " handle=", setter.handle, setter.begins ? " begins" : " ends a step");
   if (error != cudaSuccess) return error;
   *node = add(graph, "setter", cudaGraphNodeTypeKernel, after, count);
   (*node)->is_setter = ours;

@@ -36,14 +36,14 @@ def fake(built):
 class Run:
     """A run on the fake: each step admits one id and now and then frees a slot."""
 
-    def __init__(self, fake: FakeRuntime, *, live: int = 100, waiting: int = 1000, unroll: int = 1, kernels: int = 1) -> None:
+    def __init__(self, fake: FakeRuntime, *, live: int = 100, waiting: int = 1000, kernels: int = 1) -> None:
         self.counters, self.control = np.zeros(8, np.int64), np.zeros(3, np.int64)
         self.counters[slots.LIVE], self.counters[slots.END] = live, waiting
         self.steps = 0
         self.fake = fake
         fake.reset(step=self.step)
         at = fake.graph(*[KERNEL] * kernels), self.counters.ctypes.data, self.control.ctypes.data
-        self.loop = fake.module.WhileGraph(*at, unroll=unroll, device=0, stream=5)
+        self.loop = fake.module.WhileGraph(*at, device=0, stream=5)
 
     def step(self) -> None:
         self.steps += 1
@@ -62,15 +62,15 @@ class Run:
 
 
 def test_one_step_per_turn_is_built_in_this_order(fake):
-    fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, unroll=1, device=1, stream=5)
+    fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, device=1, stream=5)
     assert [line for line in fake.calls() if "Get" not in line] == [
         "cudaSetDevice 1",
         "cudaGraphCreate 0",
         "cudaGraphConditionalHandleCreate top 0 1",
-        "cudaGraphAddKernelNode top [] threads=1 handle=100 done=0",
+        "cudaGraphAddKernelNode top [] threads=1 handle=100 begins",
         "cudaGraphAddNode top [setter2] while handle=100",
         "cudaGraphAddChildGraphNode body [] step",
-        "cudaGraphAddKernelNode body [child4] threads=1 handle=100 done=1",
+        "cudaGraphAddKernelNode body [child4] threads=1 handle=100 ends a step",
         "cudaGraphInstantiateWithFlags top 0",
         "cudaGraphUpload stream=5",
         "cudaSetDevice 0",
@@ -79,25 +79,13 @@ def test_one_step_per_turn_is_built_in_this_order(fake):
     ]
 
 
-def test_steps_of_an_unrolled_turn_follow_one_another(fake):
-    loop = fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, unroll=3, device=0, stream=5)
-    assert [line for line in fake.calls() if " body " in line] == [
-        "cudaGraphAddChildGraphNode body [] step",
-        "cudaGraphAddChildGraphNode body [child4] step",
-        "cudaGraphAddChildGraphNode body [child5] step",
-        "cudaGraphAddKernelNode body [child6] threads=1 handle=100 done=3",
-    ]
-    del loop
-    assert fake.alive() == 0
-
-
 def test_census_counts_child_graphs(fake):
     inner = fake.graph(KERNEL, MEMSET)
     middle = fake.graph(KERNEL, MEMCPY, EMPTY, children=(inner, inner))
     graph = fake.graph(KERNEL, children=(middle,))
     expected = {"kernel": 4, "memset": 2, "memcpy": 1, "empty": 1, "child graph": 3}
     assert fake.module.census(graph) == expected
-    fake.module.WhileGraph(graph, 8, 16, unroll=1, device=0, stream=0).destroy()  # all of it is allowed
+    fake.module.WhileGraph(graph, 8, 16, device=0, stream=0).destroy()  # all of it is allowed
 
 
 FORBIDDEN = {
@@ -118,13 +106,13 @@ def test_nodes_that_a_body_may_not_hold_are_refused_by_name(fake, kind):
     nested = fake.graph(KERNEL, children=(fake.graph(KERNEL, kind, kind),))
     for graph, times in ((fake.graph(kind), 1), (nested, 2)):
         with pytest.raises(ValueError, match=f"a WHILE body may not: {times} x {FORBIDDEN[kind]}$"):
-            fake.module.WhileGraph(graph, 8, 16, unroll=1, device=0, stream=0)
+            fake.module.WhileGraph(graph, 8, 16, device=0, stream=0)
     assert fake.alive() == 0 and not [line for line in fake.calls() if "Create" in line]
 
 
 def test_all_refused_nodes_are_named_at_once(fake):
     with pytest.raises(ValueError, match="1 x event record, 2 x host function$"):
-        fake.module.WhileGraph(fake.graph(HOST, KERNEL, 7, HOST), 8, 16, unroll=1, device=0, stream=0)
+        fake.module.WhileGraph(fake.graph(HOST, KERNEL, 7, HOST), 8, 16, device=0, stream=0)
 
 
 def test_cooperative_kernels_need_a_newer_driver(fake):
@@ -144,9 +132,7 @@ def test_an_empty_step_and_null_handles_are_refused(fake):
         ((fake.graph(KERNEL), 8, 0), "null"),
     ):
         with pytest.raises(ValueError, match=reason):
-            fake.module.WhileGraph(*arguments, unroll=1, device=0, stream=0)
-    with pytest.raises(ValueError, match="unroll is 0"):
-        fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, unroll=0, device=0, stream=0)
+            fake.module.WhileGraph(*arguments, device=0, stream=0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +144,7 @@ def test_an_old_driver_is_refused_with_the_reason(fake, driver, reason):
     if reason:
         assert reason in found
         with pytest.raises(RuntimeError, match=reason):
-            fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, unroll=1, device=0, stream=0)
+            fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, device=0, stream=0)
     else:  # of the same major version as the headers, or refused for that
         assert found == "" or "was built with" in found
 
@@ -169,7 +155,7 @@ def test_every_error_of_cuda_is_named_and_leaves_nothing_behind(fake):
     def create(call: int) -> object:
         fake.calls()
         fake.fail_at(call)
-        return fake.module.WhileGraph(graph, 8, 16, unroll=2, device=1, stream=5)
+        return fake.module.WhileGraph(graph, 8, 16, device=1, stream=5)
 
     create(0)
     expected = [line.split()[0] for line in fake.calls()]
@@ -185,7 +171,7 @@ def test_every_error_of_cuda_is_named_and_leaves_nothing_behind(fake):
 
 
 def test_destroying_twice_does_nothing_and_a_launch_then_is_an_error(fake):
-    loop = fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, unroll=1, device=0, stream=0)
+    loop = fake.module.WhileGraph(fake.graph(KERNEL), 8, 16, device=0, stream=0)
     assert fake.alive() == 2
     loop.destroy()
     loop.destroy()
@@ -223,11 +209,6 @@ def test_the_loop_ends_when_fewer_than_low_ids_wait(fake):
     run.counters[slots.END] += 10
     assert run.launch(cap=100, low=8) == 10
     assert run.launch(cap=100, low=0) == 77  # the pool runs dry, the slots run out
-
-
-@pytest.mark.parametrize(("cap", "steps"), [(1, 3), (3, 3), (4, 6), (100, 9)])
-def test_an_unrolled_loop_looks_every_third_step(fake, cap, steps):
-    assert Run(fake, live=7, unroll=3).launch(cap) == steps
 
 
 def test_every_kernel_of_the_step_runs_before_the_look(fake):
@@ -281,12 +262,12 @@ def owner(fake, monkeypatch):
         counters[slots.LIVE] -= 1
 
     fake.reset(step=step)
-    return while_graph.WhileGraph(Captured(fake.graph(KERNEL)), counters, keep=[counters])
+    return while_graph.WhileGraph(Captured(fake.graph(KERNEL)), counters)
 
 
 def test_the_owner_launches_with_cap_and_low_of_each_launch(owner, fake):
     owner.launch(cap=2)
-    assert owner.control.tolist() == [2, 2, 0] and owner.steps == 2
+    assert owner.control.tolist() == [2, 2, 0]
     owner.launch(cap=3, low=200)
     assert owner.control.tolist() == [0, 3, 200]
     owner.launch(cap=3, low=100)
@@ -300,7 +281,7 @@ def test_the_owner_launches_with_cap_and_low_of_each_launch(owner, fake):
 def test_the_owner_waits_before_it_lets_go(owner, fake):
     owner.launch(cap=2)
     owner.close()
-    assert fake.alive() == 0 and owner.graph is None and owner.keep == ()
+    assert fake.alive() == 0 and owner.graph is None
     owner.close()
     assert Event.log == ["record 77", "synchronize"]
     with pytest.raises(ValueError, match="was closed"):

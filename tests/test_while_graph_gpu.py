@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.profiling import census
 from fastrefine.engine import while_graph
 from fastrefine.errors import BackendError
 from fastrefine.ops import slots
@@ -44,8 +45,8 @@ class Step:
         self.reset()
         return graph
 
-    def loop(self, unroll: int = 1) -> while_graph.WhileGraph:
-        return while_graph.WhileGraph(self.capture(), self.counters, keep=[self], unroll=unroll)
+    def loop(self) -> while_graph.WhileGraph:
+        return while_graph.WhileGraph(self.capture(), self.counters)
 
     def state(self) -> tuple[Tensor, list[int]]:
         return self.x.clone(), self.counters.tolist()
@@ -90,7 +91,7 @@ def test_the_loop_ends_where_it_should_and_equals_replays(cap, low, steps):
     step = Step()
     loop = step.loop()
     loop.launch(cap, low)
-    assert loop.steps.item() == steps
+    assert loop.control[0].item() == steps
     assert_state(step, steps)
 
 
@@ -100,19 +101,9 @@ def test_cap_and_low_change_from_launch_to_launch():
     done = []
     for cap, low in ((5, 0), (3, 0), (3, WAITING - 9), (100, 0), (100, 0)):
         loop.launch(cap, low)
-        done.append(loop.steps.clone())  # queued behind the launch, read at the end: nothing waits in between
+        done.append(loop.control[0].clone())  # queued behind the launch, read at the end: nothing waits in between
     assert [int(d) for d in done] == [5, 3, 2, LIVE - 10, 0]
     assert_state(step, LIVE)
-
-
-def test_an_unrolled_loop_rounds_up():
-    step = Step()
-    loop = step.loop(unroll=3)
-    loop.launch(4)
-    assert loop.steps.item() == 6
-    loop.launch(1000)
-    assert loop.steps.item() == 36
-    assert_state(step, 42)
 
 
 def test_a_launch_goes_to_the_current_stream():
@@ -126,7 +117,7 @@ def test_a_launch_goes_to_the_current_stream():
         loop.launch(1000)
     assert not stream.query()
     stream.synchronize()
-    assert loop.steps.item() == LIVE
+    assert loop.control[0].item() == LIVE
     assert_state(step, LIVE)
 
 
@@ -144,15 +135,15 @@ def test_census_of_a_step_with_networks_holds_only_what_a_body_may():
         counters[slots.LIVE].sub_(1)
 
     graph = capture(step)
-    found = while_graph.census(graph)
+    found = census(graph)
     assert found["kernel"] >= 4 and set(found) <= {"kernel", "memcpy", "memset", "empty", "child graph"}
     graph.replay()
     expected = out.clone()
     out.zero_()
     counters[slots.LIVE] = 2
-    loop = while_graph.WhileGraph(graph, counters, keep=[network, x, out])
+    loop = while_graph.WhileGraph(graph, counters)
     loop.launch(10)
-    assert loop.steps.item() == 2
+    assert loop.control[0].item() == 2
     torch.testing.assert_close(out, expected)  # not bit for bit: a convolution may add in any order
 
 
@@ -172,7 +163,7 @@ def test_the_memory_of_the_capture_lives_until_close():
     step = Step()
     graph = step.capture()
     alive = weakref.ref(graph)
-    loop = while_graph.WhileGraph(graph, step.counters, keep=[step])
+    loop = while_graph.WhileGraph(graph, step.counters)
     del graph
     gc.collect()
     torch.cuda.empty_cache()
