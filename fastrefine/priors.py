@@ -1,4 +1,4 @@
-"""Latent priors: the latent of sample i is a pure function of (seed, i), and each prior knows its score."""
+"""Latent priors. The latent of sample i is a pure function of (seed, i); each prior knows the gradient of its log density."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class Prior:
     """Base of the priors. ``shape``: of one latent, without the batch."""
 
     shape: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value:g}" for name, value in vars(self).items() if name != "shape"]
+        return f"{type(self).__name__}({', '.join([*map(str, self.shape), *options])})"
 
     @property
     def numel(self) -> int:
@@ -55,10 +59,6 @@ def _table(numel: int, *column: float) -> Tensor:
     return torch.tensor(column, dtype=torch.float64)[:, None].expand(3, numel).clone()
 
 
-def _first_step(ids: Tensor) -> Tensor:
-    return torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
-
-
 class Normal(Prior):
     """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
 
@@ -66,11 +66,8 @@ class Normal(Prior):
         _check_shape(shape)
         self.shape = shape
 
-    def __repr__(self) -> str:
-        return f"Normal({', '.join(map(str, self.shape))})"
-
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        return normal(seed, ids, _first_step(ids), self.numel, stream, dtype).view(-1, *self.shape)
+        return normal(seed, ids, torch.zeros_like(ids), self.numel, stream, dtype).view(-1, *self.shape)
 
     def table(self) -> Tensor:
         return _table(self.numel, 1.0, -math.inf, math.inf)
@@ -85,11 +82,8 @@ class Uniform(Prior):
         checks.number("high", high, low, open_low=True)
         self.shape, self.low, self.high = shape, float(low), float(high)
 
-    def __repr__(self) -> str:
-        return f"Uniform({', '.join(map(str, self.shape))}, low={self.low:g}, high={self.high:g})"
-
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        u = uniform(seed, ids, _first_step(ids), self.numel, stream)
+        u = uniform(seed, ids, torch.zeros_like(ids), self.numel, stream)
         return (self.low + (self.high - self.low) * u).to(dtype).view(-1, *self.shape)
 
     def table(self) -> Tensor:
@@ -104,11 +98,8 @@ class TruncatedNormal(Prior):
         checks.number("bound", bound, 0.0, open_low=True)
         self.shape, self.bound = shape, float(bound)
 
-    def __repr__(self) -> str:
-        return f"TruncatedNormal({', '.join(map(str, self.shape))}, bound={self.bound:g})"
-
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        u = uniform(seed, ids, _first_step(ids), self.numel, stream)
+        u = uniform(seed, ids, torch.zeros_like(ids), self.numel, stream)
         low = torch.special.ndtr(torch.tensor(-self.bound, dtype=torch.float64, device=u.device))
         z = torch.special.ndtri(low + (1 - 2 * low) * u)
         return z.clamp(-self.bound, self.bound).to(dtype).view(-1, *self.shape)
