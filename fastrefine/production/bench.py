@@ -1,4 +1,4 @@
-"""How fast a pair is refined here: candidate layers and precisions against B0, the usual loop, in one run."""
+"""Measures how fast a pair is refined here, by layer and precision, and the usual loop (B0) beside it."""
 
 from __future__ import annotations
 
@@ -22,47 +22,43 @@ BATCHES = (64, 256, 1024)
 
 
 class Bench:
-    """Images/s of a refiner's networks with ``steps`` updates for every sample, each figure taken in about ``seconds``.
+    """Images/s of a refiner's networks with ``steps`` updates for every sample; each figure takes about ``seconds``.
 
-    labelled: networks that take labels get them, of class 0. Wall clock, so nothing else should run.
+    labelled: networks that take labels get those of class 0. Wall-clock time, so nothing else should run.
     """
 
     def __init__(self, refiner: Refiner, steps: int, seconds: float = 2.0, *, labelled: bool = False):
         assert isinstance(refiner.generator, nn.Module) and refiner.prior is not None
         self.refiner, self.prior, self.steps, self.seconds = refiner, refiner.prior, steps, seconds
         self.generator, self.discriminator = unwrap(refiner.generator), unwrap(refiner.discriminator)
-        g, d = (labelled and takes_labels(network, {})[0] for network in (self.generator, self.discriminator))
-        self.labels = torch.zeros(max(BATCHES), dtype=torch.int64) if g or d else None
-        self.to_g, self.to_d = (self.labels if takes else None for takes in (g, d))
+        labels = (torch.zeros(max(BATCHES), dtype=torch.int64, device=refiner.device),)
+        networks = self.generator, self.discriminator
+        self.to_g, self.to_d = (labels if labelled and takes_labels(network, {})[0] else () for network in networks)
 
-    def candidates(self, most: int = 4) -> list[str]:
-        """The input, the output, and layers between whose tails cost visibly less than the one before."""
-        z, y = self._example()
+    def candidates(self) -> list[str]:
+        """The input, the output, and up to two layers between whose tail costs clearly less than that of the one before."""
         found, share = [], 2.0
-        for layer in layers(self.generator, z, y):
+        for layer in layers(self.generator, *self._example()):
             if layer.name in ("input", "output") or layer.tail_share < 0.95 * share - 0.02:
                 found.append(layer.name)
                 share = layer.tail_share
-        return [found[0], *found[1:-1][: most - 2], found[-1]] if len(found) > most else found
+        return [*found[:3], found[-1]] if len(found) > 4 else found
 
     def rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """For each layer and precision: images/s of ours and of B0 (float32).
+        """For each layer and precision: images/s of fastrefine and of ``b0``.
 
-        B0: prefix once a batch, ``.backward()`` with parameter gradients on, at the best of three batch sizes. Names and
-        precisions are checked at once, by SplitError and InputError, before anything is measured.
+        Raises SplitError and InputError at once, before anything is measured, where a name or a precision does not fit.
         """
-        z, y = self._example()
         for name in names:
-            split(self.generator, name, z, y)
+            split(self.generator, name, *self._example())
         for precision in precisions:
             self._ours(names[0], precision)
         return self._rows(names, precisions)
 
     def _example(self) -> tuple[Tensor, Tensor | None]:
-        """A few latents and their labels, where the generator lies."""
+        """A few latents, and their labels where G takes any, on the generator's device."""
         device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
-        y = None if self.to_g is None else self.to_g[:8].to(device)
-        return self.prior.sample(torch.arange(8), 0).to(device), y
+        return self.prior.sample(torch.arange(8), 0).to(device), self.to_g[0][:8].to(device) if self.to_g else None
 
     def _ours(self, name: str, precision: str) -> Refiner:
         r = self.refiner
@@ -72,14 +68,14 @@ class Bench:
         )  # fmt: skip
 
     def _rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
-        label = None if self.labels is None else 0
+        label = 0 if self.to_g or self.to_d else None
         for name in names:
             base = self.b0(name)
             for precision in precisions:
                 ours = self._ours(name, precision)
                 ours.sample(ours.num_slots, labels=label)
                 n, speed = ours.num_slots, 0.0
-                for _ in range(2):  # the first says how many make up the time
+                for _ in range(2):  # the first pass shows how many images take ``seconds``
                     out = ours.sample(n, labels=label)
                     speed = out.report["images_per_second"]
                     n = max(int(speed * self.seconds) // ours.num_slots, 1) * ours.num_slots
@@ -91,16 +87,18 @@ class Bench:
 
     @torch_state.arithmetic("float32", False)
     def b0(self, name: str) -> float:
-        """Images/s of the peers' loop at a layer, in float32, at the best of three batch sizes."""
+        """Images/s of the usual loop at a layer: float32, prefix once a batch, ``.backward()`` with parameter gradients.
+
+        It runs a fixed number of steps for all samples, at the best of three batch sizes.
+        """
         device = self.refiner.device
         g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
                 for net in (self.generator, self.discriminator))  # fmt: skip
         z = self.prior.sample(torch.arange(max(BATCHES)), 0).to(device)
-        to_g, to_d = (() if y is None else (y.to(device),) for y in (self.to_g, self.to_d))
-        cut, best = split(g, name, z[:8], to_g[0][:8] if to_g else None), 0.0
+        cut, best = split(g, name, z[:8], self.to_g[0][:8] if self.to_g else None), 0.0
 
         def batch(size: int, steps: int) -> None:
-            _loop(cut, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
+            _loop(cut, d, z[:size], tuple(y[:size] for y in self.to_g), tuple(y[:size] for y in self.to_d), steps)
 
         def wait() -> None:
             if device.type == "cuda":
