@@ -1,4 +1,4 @@
-"""Real images for the demo, the experiments and the tests: scikit-learn's digits, MNIST, CIFAR-10, any folder of pictures."""
+"""Real images: scikit-learn's digits, MNIST, CIFAR-10, any folder of pictures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from torch import Tensor
 from fastrefine.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")  # of pictures
-
-NUM_DIGITS_TRAIN = 1400
-"""Training images of `load_digits`; the other 397 of the 1,797 are held out."""
+NUM_DIGITS_TRAIN = 1400  # of 1,797
 
 MNIST_FILES = {
     "train": "train-images-idx3-ubyte.gz",
@@ -80,29 +78,27 @@ def load_mnist(path: str | os.PathLike[str]) -> Images:
                 "wanted (N, H, W) and (N,)"
             )
     return Images(
-        train=_to_images(arrays["train"]),
-        test=_to_images(arrays["test"]),
-        train_labels=torch.from_numpy(arrays["train_labels"].astype(np.int64)),
-        test_labels=torch.from_numpy(arrays["test_labels"].astype(np.int64)),
-    )
+        from_pixels(arrays["train"][..., None]), from_pixels(arrays["test"][..., None]),
+        *(torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")),
+    )  # fmt: skip
 
 
 def load_cifar10(path: str | os.PathLike[str]) -> Images:
-    """CIFAR-10 as pictures, one folder for each class, from cifar10-train and cifar10-test (.zip or folders) in ``path``.
+    """CIFAR-10 as pictures (N, 3, 32, 32), from cifar10-train and cifar10-test in ``path``: .zip files or folders.
 
-    (N, 3, 32, 32); classes in alphabetical order, which is the original's; images in one fixed random order, so that
-    the first ones are of all classes. Raises InputError that names what is absent or cannot be read.
+    Each holds one folder for each class. Classes are in alphabetical order, as in the original; images are in one fixed
+    random order, so the first ones are of all classes. Raises InputError that names what is absent or cannot be read.
     """
     parts = {part: _read_classes(Path(path), name) for part, name in CIFAR10_PARTS.items()}
     return Images(parts["train"][0], parts["test"][0], parts["train"][1], parts["test"][1])
 
 
 class PictureFolder:
-    """Pictures of a folder, its subfolders too, decoded when asked for: a map-style Dataset of (image, label).
+    """Pictures of a folder and its subfolders, decoded when asked for: a map-style Dataset of (image, label).
 
-    Images are float32 (3, size, size) in [-1, 1]: the largest square in the middle, scaled. Labels: the subfolder of the
-    folder that the picture lies in, in alphabetical order (``classes``), or 0 where pictures lie in the folder itself.
-    Order: alphabetical, then shuffled by one fixed permutation. Raises InputError without pictures.
+    Images are float32 (3, size, size) in [-1, 1]: the central square, scaled. Labels: number of the subfolder in ``classes``,
+    which are in alphabetical order; 0 where pictures lie in the folder itself. Order: one fixed permutation of the sorted
+    names. Raises InputError without pictures.
     """
 
     def __init__(self, path: str | os.PathLike[str], size: int):
@@ -120,7 +116,7 @@ class PictureFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return _from_bytes(_decoded(self.paths[index], str(self.paths[index]), self.size)[None])[0], self.labels[index]
+        return from_pixels(_decoded(self.paths[index], str(self.paths[index]), self.size)[None])[0], self.labels[index]
 
     def images(self, indices: Any) -> Tensor:
         """Those at ``indices``, (N, 3, size, size)."""
@@ -142,7 +138,7 @@ def _read_classes(folder: Path, name: str) -> tuple[Tensor, Tensor]:
     if not pixels:
         raise InputError(f"CIFAR-10: {archive} has no pictures")
     order, classes = _shuffled(len(pixels)), sorted(set(owners))
-    return _from_bytes(np.stack(pixels)[order]), torch.tensor([classes.index(owners[i]) for i in order])
+    return from_pixels(np.stack(pixels)[order]), torch.tensor([classes.index(owners[i]) for i in order])
 
 
 def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -156,7 +152,7 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _decoded(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): the largest square in the middle, scaled where it is not of that size."""
+    """uint8 (size, size, 3): the central square, scaled where it is of another size."""
     try:
         with Image.open(file) as opened:
             picture = opened.convert("RGB")
@@ -169,9 +165,9 @@ def _decoded(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _from_bytes(pixels: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) in 0..255 -> float32 (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1).permute(0, 3, 1, 2).contiguous()
+def from_pixels(pixels: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C")).div_(127.5).sub_(1)
 
 
 def _shuffled(n: int) -> np.ndarray:
@@ -197,8 +193,3 @@ def _read_idx(path: Path) -> np.ndarray:
             "fetch the file again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _to_images(array: np.ndarray) -> Tensor:
-    """uint8 (N, H, W) in 0..255 -> float32 (N, 1, H, W) in [-1, 1]."""
-    return torch.from_numpy(array.astype(np.float32)).div_(127.5).sub_(1).unsqueeze(1)

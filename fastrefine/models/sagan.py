@@ -36,14 +36,9 @@ class SAGANGenerator(nn.Module):
     """
 
     def __init__(
-        self,
-        size: int = 128,
-        latent: int = 128,
-        features: int = 64,
-        num_classes: int = 1000,
-        channels: int = 3,
+        self, size: int = 128, latent: int = 128, features: int = 64, num_classes: int = 1000, channels: int = 3,
         attention_size: int = 32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         doublings = size.bit_length() - 3
         widths = [features * min(16, 2 ** (doublings - i)) for i in range(doublings + 1)]
@@ -70,12 +65,7 @@ class SAGANDiscriminator(nn.Module):
     """Images (N, channels, size, size) [and labels (N,)] -> logits (N,); attention at ``attention_size``."""
 
     def __init__(
-        self,
-        size: int = 128,
-        features: int = 64,
-        num_classes: int = 1000,
-        channels: int = 3,
-        attention_size: int = 32,
+        self, size: int = 128, features: int = 64, num_classes: int = 1000, channels: int = 3, attention_size: int = 32
     ) -> None:
         super().__init__()
         halvings = size.bit_length() - 3
