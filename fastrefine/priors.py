@@ -14,19 +14,10 @@ from fastrefine.noise import Stream, normal, uniform
 from fastrefine.samplers.base import Latent
 
 
-def _check_shape(shape: tuple[int, ...]) -> None:
-    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise InputError(f"prior shape is {shape!r}; wanted one or more positive integers, e.g. Normal(64)")
-
-
 class Prior:
     """Base of the priors. ``shape``: of one latent, without the batch."""
 
     shape: tuple[int, ...]
-
-    def __repr__(self) -> str:
-        options = [f"{name}={value:g}" for name, value in vars(self).items() if name != "shape"]
-        return f"{type(self).__name__}({', '.join([*map(str, self.shape), *options])})"
 
     @property
     def numel(self) -> int:
@@ -59,12 +50,21 @@ def _table(numel: int, *column: float) -> Tensor:
     return torch.tensor(column, dtype=torch.float64)[:, None].expand(3, numel).clone()
 
 
-class Normal(Prior):
-    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
+class _Elementwise(Prior):
+    """A prior whose elements are independent and alike."""
 
     def __init__(self, *shape: int):
-        _check_shape(shape)
+        if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+            raise InputError(f"prior shape is {shape!r}; wanted one or more positive integers, e.g. Normal(64)")
         self.shape = shape
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value:g}" for name, value in vars(self).items() if name != "shape"]
+        return f"{type(self).__name__}({', '.join([*map(str, self.shape), *options])})"
+
+
+class Normal(_Elementwise):
+    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
         return normal(seed, ids, torch.zeros_like(ids), self.numel, stream, dtype).view(-1, *self.shape)
@@ -73,14 +73,14 @@ class Normal(Prior):
         return _table(self.numel, 1.0, -math.inf, math.inf)
 
 
-class Uniform(Prior):
+class Uniform(_Elementwise):
     """Uniform latents in [low, high] per element."""
 
     def __init__(self, *shape: int, low: float = -1.0, high: float = 1.0):
-        _check_shape(shape)
+        super().__init__(*shape)
         checks.number("low", low)
         checks.number("high", high, low, open_low=True)
-        self.shape, self.low, self.high = shape, float(low), float(high)
+        self.low, self.high = float(low), float(high)
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
         u = uniform(seed, ids, torch.zeros_like(ids), self.numel, stream)
@@ -90,13 +90,13 @@ class Uniform(Prior):
         return _table(self.numel, 0.0, self.low, self.high)
 
 
-class TruncatedNormal(Prior):
+class TruncatedNormal(_Elementwise):
     """Standard normal restricted to [-bound, bound] per element (BigGAN's truncation), by the inverse CDF."""
 
     def __init__(self, *shape: int, bound: float = 2.0):
-        _check_shape(shape)
+        super().__init__(*shape)
         checks.number("bound", bound, 0.0, open_low=True)
-        self.shape, self.bound = shape, float(bound)
+        self.bound = float(bound)
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
         u = uniform(seed, ids, torch.zeros_like(ids), self.numel, stream)

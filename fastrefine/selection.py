@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastrefine import checks
-from fastrefine.diagnosis.calibration import classes_of, judge, logits_of
+from fastrefine.diagnosis.calibration import check_trust, classes_of, logits_of
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.noise import Stream, philox
 from fastrefine.result import Result
@@ -67,7 +67,7 @@ def metropolis_hastings(
     what = "metropolis_hastings"
     checks.count("chain_length", chain_length, 1)
     proposals = logits_of(logits, what)
-    judge(logits, what, untrusted)
+    check_trust(logits, what, untrusted)
     groups = _grouped(labels, len(proposals), proposals.device)
     positions, label, chain = groups.tables(chain_length, what, "chain")
     table = finite(proposals)[positions]  # a chain that starts at -inf accepts its next finite proposal
@@ -136,7 +136,7 @@ def rejection_sample(
     what = "rejection_sample"
     checks.number("percentile", percentile, 0, 100)
     d = finite(logits_of(logits, what))
-    judge(logits, what, untrusted)
+    check_trust(logits, what, untrusted)
     groups = _grouped(labels, len(d), d.device)
     if isinstance(log_m, Mapping) and labels is None:
         raise InputError("log_m by class needs labels")
@@ -190,7 +190,7 @@ def budgeted_rejection(
     what = "budgeted_rejection"
     checks.number("budget", budget, 0, 1, open_low=True)
     d = finite(logits_of(logits, what))
-    judge(logits, what, untrusted)
+    check_trust(logits, what, untrusted)
     groups = _grouped(labels, len(d), d.device)
     accept = [torch.exp((x + log_scale(x[torch.isfinite(x)], budget * len(x))).clamp(max=0)) for x in groups.split(d)]
     return groups.accepted(accept, seed, what)

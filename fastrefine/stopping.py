@@ -24,23 +24,20 @@ class RealLogits:
     logits: Tensor
     labels: Tensor | None = None
 
-    def of_class(self, label: int) -> Tensor:
-        """Logits of one class; InputError where there is none."""
-        assert self.labels is not None
-        found = self.logits[self.labels == label]
-        if len(found) == 0:
-            raise InputError(f"no real image has label {label}; give `real` images of every class that is sampled")
-        return found
-
     def per_sample(self, labels: Tensor | None, pick: Callable[[Tensor, Tensor], Tensor], n: int) -> Tensor:
-        """(n,) values: ``pick(logits of the class, positions of its samples)`` class by class; without labels one call."""
+        """(n,) values: ``pick(logits of the class, positions of its samples)`` class by class; without labels one call.
+
+        Raises InputError where a class has no real logit.
+        """
         everyone = torch.arange(n, device=self.logits.device)
         if self.labels is None or labels is None:
             return pick(self.logits, everyone)
         result = self.logits.new_empty(n)
         for label in labels.unique().tolist():
-            where = everyone[labels == label]
-            result[where] = pick(self.of_class(label), where)
+            real, at = self.logits[self.labels == label], everyone[labels == label]
+            if len(real) == 0:
+                raise InputError(f"no real image has label {label}; give `real` images of every class that is sampled")
+            result[at] = pick(real, at)
         return result
 
     def median(self, labels: Tensor | None, n: int) -> Tensor:

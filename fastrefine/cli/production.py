@@ -74,12 +74,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-steps", type=click.IntRange(min=0), default=50, show_default=True),
         click.option("--stop", default="none", show_default=True, help="none | median | reference | uniform | a logit."),
         click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
-        click.option("--real", type=click.Path(), help="Real images that stop and select: folder, .npz, .safetensors, digits."),
+        click.option("--real", type=click.Path(), help="Real images, for --stop and --select: folder, .npz, digits..."),
         click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
         click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
         click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
         click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
-        click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints, which runs whatever code they bring."),
+        click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
         click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -95,24 +95,29 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--class", "classes", help="Label of every image, or random.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="For --class random.")
 @click.option("--select", type=click.Choice(SELECTIONS), default="none", show_default=True,
-              help="Metropolis-Hastings or rejection after refining; image i owns its proposals.")  # fmt: skip
+              help="Choose among the refined proposals of each image: Metropolis-Hastings or rejection.")  # fmt: skip
 @click.option("--chain-length", type=click.IntRange(min=1), default=10, show_default=True, help="Proposals for each image.")
-@click.option("--budget", type=float, default=0.25, show_default=True, help="Accepted share of obrs.")
-@click.option("--percentile", type=float, default=95.0, show_default=True, help="Of drs.")
+@click.option("--budget", type=float, default=0.25, show_default=True, help="For obrs: accepted share.")
+@click.option("--percentile", type=float, default=95.0, show_default=True, help="For drs.")
 @click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True)
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a file.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="JSON as in a manifest's \"configuration\"; flags given beside it win.")  # fmt: skip
-@click.option("--outdir", type=FOLDER, required=True, help="Shards, their markers and manifest.json; given again, resumes.")
+@click.option(
+    "--outdir",
+    type=FOLDER,
+    required=True,
+    help="For shards, markers and manifest.json; given again, resumes.",
+)
 @click.option("--shard-id", type=click.IntRange(min=0), default=0, help="This job of an array, from 0.")
 @click.option("--num-shards", type=click.IntRange(min=1), default=1, help="Jobs of the array.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON on stdout.")
 @click.pass_context
 def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_json: bool, **flags: Any) -> None:
-    """Refine images into shards that do not depend on how many workers make them.
+    """Refine images and write them as shards, which do not depend on how many workers make them.
 
-    The same command again goes on where it was cut. Under torchrun every process makes its share; --shard-id and
-    --num-shards do the same for job arrays.
+    Given again, the same command goes on where it stopped. Under torchrun every process makes its share of the shards;
+    --shard-id and --num-shards do the same for job arrays.
 
     \b
     fastrefine refine --pair digits --real digits --stop median --seeds 0-9999 --outdir run
@@ -195,23 +200,16 @@ def merge(directory: Path, output: Path) -> None:
 
 def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
     """The configuration of --config and the flags; a flag that is not given takes the file's value. Raises UsageError."""
-    try:
-        return _configuration(ctx, flags)
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
-
-
-def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
     path = flags.pop("config", None)
     base: dict[str, Any] = {}
     if path is not None:
         try:
             base = json.loads(path.read_text())
         except ValueError as error:
-            raise InputError(f"{path} is no JSON ({error})") from error
+            raise click.UsageError(f"{path} is no JSON ({error})") from error
         base = base.get("configuration", base) if isinstance(base, dict) else base
         if not isinstance(base, dict):
-            raise InputError(f'{path} holds {base!r}; wanted a JSON object, as a manifest\'s "configuration"')
+            raise click.UsageError(f'{path} holds {base!r}; wanted a JSON object, as a manifest\'s "configuration"')
 
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
@@ -223,10 +221,11 @@ def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
         there = {key: value for key, value in parts.items() if value is not None}
         if there:
             if not isinstance(base.get(role), dict | None):
-                raise InputError(f'{path} has a {role} {base[role]!r}; wanted e.g. {{"code": "package.module:callable"}}')
+                wanted = 'wanted e.g. {"code": "package.module:callable"}'
+                raise click.UsageError(f"{path} has a {role} {base[role]!r}; {wanted}")
             values[role] = {**(base.get(role) or {}), **there}
             if "code" not in values[role]:
-                raise InputError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
+                raise click.UsageError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
     sampler = {"name": flags.pop("sampler"), "step_size": flags.pop("step_size"), **(flags.pop("sampler_args") or {})}
     if "sampler" not in base or any(given(name) for name in ("sampler", "step_size", "sampler_args")):
         values["sampler"] = sampler
@@ -237,7 +236,10 @@ def _configuration(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
     for name, value in flags.items():
         if value is not None and (given(name) or name not in base):
             values[name] = value
-    return Configuration.from_json(values)
+    try:
+        return Configuration.from_json(values)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False) -> Worker:

@@ -129,7 +129,7 @@ def _diagnose(real: Tensor, fake: Tensor, real_weight: Tensor, fake_weight: Tens
     )
 
 
-def judge(logits: Tensor | Result, what: str, untrusted: str) -> None:
+def check_trust(logits: Tensor | Result, what: str, untrusted: str) -> None:
     """Warn ("warn") or raise InputError ("refuse") where ``diagnosis_of`` a result is not trusted; "allow" skips the check.
 
     Tensors are taken as calibrated.

@@ -47,7 +47,9 @@ class SAGANGenerator(nn.Module):
         self.blocks = nn.ModuleList(
             GeneratorBlock(widths[i], widths[i + 1], num_classes=num_classes, spectral=True) for i in range(doublings)
         )
-        self.attention_after = _attention_index(attention_size, size)
+        if not 8 <= attention_size <= size or attention_size & (attention_size - 1):
+            raise ValueError(f"attention_size must be a power of two between 8 and size={size}, got {attention_size}")
+        self.attention_after = attention_size.bit_length() - 4  # block 0 gives 8x8
         self.attention = SelfAttention(widths[self.attention_after + 1])
         self.norm = nn.BatchNorm2d(widths[-1])
         self.to_image = conv(widths[-1], channels, 3, True)
@@ -88,10 +90,3 @@ class SAGANDiscriminator(nn.Module):
 def conv_1x1(in_channels: int, out_channels: int) -> nn.Module:
     """Spectrally normalised 1x1 convolution without bias."""
     return spectral_norm(nn.Conv2d(in_channels, out_channels, 1, bias=False))
-
-
-def _attention_index(attention_size: int, size: int) -> int:
-    """Index of the generator block whose output is ``attention_size`` wide (block 0 gives 8x8)."""
-    if not 8 <= attention_size <= size or attention_size & (attention_size - 1):
-        raise ValueError(f"attention_size must be a power of two between 8 and size={size}, got {attention_size}")
-    return attention_size.bit_length() - 4

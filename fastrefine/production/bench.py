@@ -31,14 +31,15 @@ class Bench:
         assert isinstance(refiner.generator, nn.Module) and refiner.prior is not None
         self.refiner, self.prior, self.steps, self.seconds = refiner, refiner.prior, steps, seconds
         self.generator, self.discriminator = unwrap(refiner.generator), unwrap(refiner.discriminator)
-        labels = (torch.zeros(max(BATCHES), dtype=torch.int64, device=refiner.device),)
-        networks = self.generator, self.discriminator
-        self.to_g, self.to_d = (labels if labelled and takes_labels(network, {})[0] else () for network in networks)
+        g, d = (labelled and takes_labels(network, {})[0] for network in (self.generator, self.discriminator))
+        self.labels = torch.zeros(max(BATCHES), dtype=torch.int64) if g or d else None
+        self.to_g, self.to_d = (self.labels if takes else None for takes in (g, d))
 
     def candidates(self) -> list[str]:
         """The input, the output, and up to two layers between whose tail costs clearly less than that of the one before."""
+        z, y = self._example()
         found, share = [], 2.0
-        for layer in layers(self.generator, *self._example()):
+        for layer in layers(self.generator, z, y):
             if layer.name in ("input", "output") or layer.tail_share < 0.95 * share - 0.02:
                 found.append(layer.name)
                 share = layer.tail_share
@@ -49,16 +50,18 @@ class Bench:
 
         Raises SplitError and InputError at once, before anything is measured, where a name or a precision does not fit.
         """
+        z, y = self._example()
         for name in names:
-            split(self.generator, name, *self._example())
+            split(self.generator, name, z, y)
         for precision in precisions:
             self._ours(names[0], precision)
         return self._rows(names, precisions)
 
     def _example(self) -> tuple[Tensor, Tensor | None]:
-        """A few latents, and their labels where G takes any, on the generator's device."""
+        """A few latents and their labels, on the generator's device."""
         device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
-        return self.prior.sample(torch.arange(8), 0).to(device), self.to_g[0][:8].to(device) if self.to_g else None
+        y = None if self.to_g is None else self.to_g[:8].to(device)
+        return self.prior.sample(torch.arange(8), 0).to(device), y
 
     def _ours(self, name: str, precision: str) -> Refiner:
         r = self.refiner
@@ -68,7 +71,7 @@ class Bench:
         )  # fmt: skip
 
     def _rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
-        label = 0 if self.to_g or self.to_d else None
+        label = None if self.labels is None else 0
         for name in names:
             base = self.b0(name)
             for precision in precisions:
@@ -95,10 +98,11 @@ class Bench:
         g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
                 for net in (self.generator, self.discriminator))  # fmt: skip
         z = self.prior.sample(torch.arange(max(BATCHES)), 0).to(device)
-        cut, best = split(g, name, z[:8], self.to_g[0][:8] if self.to_g else None), 0.0
+        to_g, to_d = (() if y is None else (y.to(device),) for y in (self.to_g, self.to_d))
+        cut, best = split(g, name, z[:8], to_g[0][:8] if to_g else None), 0.0
 
         def batch(size: int, steps: int) -> None:
-            _loop(cut, d, z[:size], tuple(y[:size] for y in self.to_g), tuple(y[:size] for y in self.to_d), steps)
+            _loop(cut, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
 
         def wait() -> None:
             if device.type == "cuda":

@@ -7,6 +7,7 @@ them, and every draw is by (seed, image or proposal id). So neither shard size n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastrefine.stopping import RealLogits
 PILOT, PER_CLASS = 5000, 200  # proposals of a pilot pass at least, and of each class of it
 
 
+@dataclass(frozen=True)
 class Chooser:
     """Chooses one of the proposals of each image, by "mh", "drs" or "obrs".
 
@@ -28,10 +30,9 @@ class Chooser:
     that the chains of "mh" start from, of the image's class where they are labelled; None: from the first proposal.
     """
 
-    def __init__(
-        self, configuration: Configuration, figures: Mapping[int | None, Mapping[str, float]], real: RealLogits | None = None
-    ):
-        self.configuration, self.figures, self.real = configuration, dict(figures), real
+    configuration: Configuration
+    figures: Mapping[int | None, Mapping[str, float]]
+    real: RealLogits | None = None
 
     @classmethod
     def piloted(cls, configuration: Configuration, pilot: Tensor, labels: Tensor | None = None) -> Chooser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,13 @@ class Folder:
         """Where its marker is."""
         return self.path / f"{formats.name_of(self.configuration.format, shard.index)}.done.json"
 
-    def write(self, shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> None:
-        """Write the shard, then its marker."""
-        path = self.file(shard)
+    def write(self, shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> float:
+        """Write the shard, then its marker; returns the seconds that it took."""
+        began, path = time.perf_counter(), self.file(shard)
         formats.write(self.configuration.format, path, batch)
         marker = {"identity": self.identity, "count": shard.count, "sha256": formats.digest(path), **facts}
         formats.publish(self.marker(shard), (json.dumps(marker) + "\n").encode())
+        return time.perf_counter() - began
 
     def problem(self, shard: Shard) -> str:
         """Why a shard does not count as done; empty if it does."""

@@ -29,8 +29,12 @@ def read_weights(path: Path, key: str = "", *, allow_pickle: bool = False) -> di
     or without the key.
     """
     _check_head(path)
-    content = _safetensors(path) if path.suffix == ".safetensors" else _torch(path, allow_pickle)
-    return _chosen(content, key, path)
+    if path.suffix != ".safetensors":
+        return _chosen(_torch(path, allow_pickle), key, path)
+    try:
+        return _chosen(load_file(path), key, path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -80,13 +84,6 @@ def _check_head(path: Path) -> None:
         raise InputError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise InputError(f"{path} is an HTML page, not weights; the download gave an error or a log-in page")
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
 
 
 def _torch(path: Path, allow_pickle: bool) -> Any:

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrefine import stopping
-from fastrefine.diagnosis.calibration import judge
+from fastrefine.diagnosis.calibration import check_trust
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
@@ -108,8 +108,8 @@ class Worker:
         if len(shape) != 3:
             raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
         formats.check_channels(c.format, shape[0])
-        self.chooser = self._piloted()
-        self.judged = self.chooser is None
+        self.chooser = self._chooser()
+        self.trust_checked = self.chooser is None
         self.facts["selection"] = per_image_selection.described(self.chooser)
 
     def folder(self, outdir: Path) -> Folder:
@@ -134,11 +134,6 @@ class Worker:
             if on_shard is not None:
                 on_shard(shard, outcome)
 
-        def write(shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> float:
-            began = time.perf_counter()
-            folder.write(shard, batch, facts)
-            return time.perf_counter() - began
-
         todo = []
         for shard in folder.share(worker, workers):
             problem = folder.problem(shard)
@@ -154,7 +149,7 @@ class Worker:
         with ThreadPoolExecutor(1, "fastrefine-writer") as writer:
             while following is not None:
                 shard, batch, facts = following
-                written = writer.submit(write, shard, batch, facts)
+                written = writer.submit(folder.write, shard, batch, facts)
                 following = next(made, None)
                 outcome.seconds_writing += written.result()
                 outcome.made += 1
@@ -170,7 +165,9 @@ class Worker:
         for shard in todo:
             outs, selected = zip(*(next(pieces) for _ in shard.runs), strict=True)
             images = torch.cat([out.images for out in outs])
-            columns = {"ids": np.array(shard.seeds, np.int64), **_columns(outs)}
+            names = ["logits", "steps", "status", *(["labels"] if outs[0].labels is not None else [])]
+            columns = {name: torch.cat([getattr(out, name) for out in outs]).cpu().numpy() for name in names}
+            columns = {"ids": np.array(shard.seeds, np.int64), **columns}
             counts = Counter(Status(int(s)).name for s in columns["status"])
             facts: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
             if self.chooser is not None:
@@ -208,9 +205,9 @@ class Worker:
                 part = next(stream, None)
             if part is None:
                 return
-            if not self.judged:
-                judge(part, f"select={c.select}", "warn")
-                self.judged = True
+            if not self.trust_checked:
+                check_trust(part, f"select={c.select}", "warn")
+                self.trust_checked = True
             selected = torch.ones(len(part) // length, dtype=torch.bool)
             if self.chooser is not None:
                 images = part.ids[::length] // length
@@ -228,7 +225,7 @@ class Worker:
             return (u * c.num_classes).long().clamp(max=c.num_classes - 1)
         return torch.full_like(ids, int(c.classes))
 
-    def _piloted(self) -> Chooser | None:
+    def _chooser(self) -> Chooser | None:
         """The chooser with what it needs to know before the first image; None without selection."""
         c = self.configuration
         if c.select == "none":
@@ -267,8 +264,3 @@ def _sha256(images: Tensor, labels: Tensor | None) -> str:
     if labels is not None:
         found.update(labels.numpy().tobytes())
     return found.hexdigest()
-
-
-def _columns(outs: Sequence[Result]) -> dict[str, np.ndarray]:
-    names = ["logits", "steps", "status", *(["labels"] if outs[0].labels is not None else [])]
-    return {name: torch.cat([getattr(out, name) for out in outs]).cpu().numpy() for name in names}
