@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from fastrefine.datasets import SUFFIXES, from_pixels, load_digits
+from fastrefine.datasets import from_pixels, load_digits
 from fastrefine.errors import InputError
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")  # of pictures
 FILES = (".npz", ".npy", ".safetensors")
 WANTED = f"wanted a folder of pictures, {', '.join(FILES[:-1])} or {FILES[-1]}"
 
