@@ -20,10 +20,11 @@ from benchmarks.papers import plots, result_file, training
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.image_networks import LabelledTrainer, PictureClassifier, drawn, latents_of, networks_of, prior_of
 from benchmarks.papers.image_rows import ImageTable, Way
+from benchmarks.papers.pictures import PictureFolder
 from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim
 from benchmarks.papers.run import Run
-from fastrefine.datasets import Images, PictureFolder
+from fastrefine.datasets import Images
 from fastrefine.demo import gan
 
 # network: "dcgan", logistic loss | "sagan", class-conditional, hinge loss. Collaborative refinement is by sgd with fixed steps,

@@ -12,7 +12,7 @@ from PIL import Image
 import fastrefine as fr
 from benchmarks.papers import cifar10, picture_files
 from benchmarks.papers.cells import Cells
-from fastrefine.datasets import PictureFolder
+from benchmarks.papers.pictures import PictureFolder
 from fastrefine.demo import gan, picture
 from fastrefine.demo.gan import build
 from fastrefine.demo.judge import train_classifier

@@ -10,7 +10,8 @@ from PIL import Image
 import fastrefine as fr
 from benchmarks.papers import folder
 from benchmarks.papers.cells import Cells
-from fastrefine.datasets import Images, PictureFolder
+from benchmarks.papers.pictures import PictureFolder
+from fastrefine.datasets import Images
 from fastrefine.demo import gan
 
 PLAIN, CLASSES = folder.QUICK
