@@ -3,11 +3,11 @@
 import sys
 from typing import ClassVar
 
-import fake_cudart
+from tests.support from tests.support import fake_cudart
 import numpy as np
 import pytest
 import torch
-from fake_cudart import EMPTY, HOST, KERNEL, MEMCPY, MEMSET, FakeRuntime
+from tests.support.fake_cudart import EMPTY, HOST, KERNEL, MEMCPY, MEMSET, FakeRuntime
 
 from fastrefine.cli import doctor
 from fastrefine.engine import while_graph

@@ -1,5 +1,5 @@
 // A fake of the CUDA runtime functions that csrc/while_graph.cpp calls: it keeps graphs, records every call with its
-// arguments, fails the n-th one on demand, and executes launches, steps being callbacks. Driven by tests/fake_cudart.py.
+// arguments, fails the n-th one on demand, and executes launches, steps being callbacks. Driven by tests/support/fake_cudart.py.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
