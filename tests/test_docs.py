@@ -27,16 +27,20 @@ WRITTEN = sorted(
 def test_the_snippets_of_a_page_run(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    blocks = BLOCK.findall((ROOT / page).read_text())
+    text = (ROOT / page).read_text()
+    if page == "README.md":
+        assert text.count("iterations=100") == 1  # of shaping: all that makes it last
+        text = text.replace("iterations=100", "iterations=3")
+    blocks = BLOCK.findall(text)
     assert blocks
     namespace = {"__name__": page}
     with warnings.catch_warnings():
         warnings.simplefilter("error" if page == "docs/samplers.md" else "default")
-        for kind, text in blocks:
+        for kind, block in blocks:
             if kind == "python":
-                exec(compile(text, page, "exec"), namespace)
+                exec(compile(block, page, "exec"), namespace)
                 continue
-            for line in text.splitlines():
+            for line in block.splitlines():
                 assert line.startswith("$ fastrefine "), line
                 done = CliRunner().invoke(cli, shlex.split(line)[2:])
                 assert done.exit_code == 0, (line, done.output[-2000:], done.exception)
