@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.papers.catalogue import EXPERIMENTS
 from fastrefine.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -56,3 +57,10 @@ def test_readme_has_at_most_150_lines():
 def test_links_of_a_page_lead_to_files(path):
     links = [link for link in LINK.findall(path.read_text()) if not link.startswith(("http://", "https://", "mailto:"))]
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_page_of_papers_lists_every_experiment():
+    rows = [line for line in (ROOT / "docs" / "papers.md").read_text().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(EXPERIMENTS)
+    for row, experiment in zip(rows, EXPERIMENTS.values(), strict=True):
+        assert f"| {experiment.source} | {experiment.minutes} |" in row
