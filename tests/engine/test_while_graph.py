@@ -3,16 +3,16 @@
 import sys
 from typing import ClassVar
 
-from tests.support from tests.support import fake_cudart
 import numpy as np
 import pytest
 import torch
-from tests.support.fake_cudart import EMPTY, HOST, KERNEL, MEMCPY, MEMSET, FakeRuntime
 
 from fastrefine.cli import doctor
 from fastrefine.engine import while_graph
 from fastrefine.errors import BackendError
 from fastrefine.ops import slots
+from tests.support import fake_cudart
+from tests.support.fake_cudart import EMPTY, HOST, KERNEL, MEMCPY, MEMSET, FakeRuntime
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ("tests/support/fake_cudart.cpp", "csrc/while_graph.cpp", "csrc/while_module.cpp")
 KERNEL, MEMCPY, MEMSET, HOST, CHILD, EMPTY = range(6)  # cudaGraphNodeType
 
