@@ -18,14 +18,11 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from benchmarks.papers import plots, training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.mixtures import IMBALANCED8
-from benchmarks.papers.plane import LATENT_DIM, RING
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers import plots
+from benchmarks.papers.cells import Cells, checkpoints
+from benchmarks.papers.plane import IMBALANCED8, LATENT_DIM, RING
 from benchmarks.papers.result_file import Row, against, claim, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Fresh, Made, Table
+from benchmarks.papers.run import Fresh, Made, Recipe, Run, Table
 from fastrefine.errors import InputError
 
 SCORES, GAINS = ("z", "abs_z", "ece", "brier"), ("good", "kl", "js")
@@ -55,7 +52,7 @@ class Ladder(Table):
     def __init__(self, cells: Cells, recipe: Recipe, seed: int):
         super().__init__(cells, recipe, seed)
         draw, (steps,) = IMBALANCED8.draw, recipe.checkpoints
-        pairs = training.checkpoints(cells, f"gan-{seed}", lambda: recipe.plane.trainer(draw, seed), (steps,))
+        pairs = checkpoints(cells, f"gan-{seed}", lambda: recipe.plane.trainer(draw, seed), (steps,))
         self.generator = pairs[steps][0]
         self.real = draw(recipe.samples, torch.Generator().manual_seed(REAL))
         random = torch.Generator().manual_seed(seed)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import fastrefine as fr
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.latent_law import Energy, LatentGrid, Law, evaluate
-from benchmarks.papers.mixtures import at_random25, earth_mover, quality25
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.plane import at_random25, earth_mover, quality25
 from benchmarks.papers.result_file import Row
-from benchmarks.papers.table import Table
+from benchmarks.papers.run import Recipe, Table
 
 PRIOR = fr.Normal(2)
 Drawn = tuple[list[Tensor], Row, Any]  # samples (n, 2) of each sampling seed, figures, points of the mixing curve by K

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.run import Recipe
 from fastrefine import models
 from fastrefine.datasets import PictureFolder
 from fastrefine.demo import gan

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import fastrefine as fr
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row
-from benchmarks.papers.table import Made, Table
+from benchmarks.papers.run import Made, Recipe, Table
 from fastrefine.demo.judge import Judge
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Sampler

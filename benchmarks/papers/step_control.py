@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import fastrefine as fr
-from benchmarks.papers import cases, plots, training
+from benchmarks.papers import cases, plots
 from benchmarks.papers.cases import CONTROLS, QUICK_RING, Case, Quality, curve
+from benchmarks.papers.cells import trained_judge
 from benchmarks.papers.plane import EARLY, RING
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Made, Table
+from benchmarks.papers.run import Made, Recipe, Run, Table
 from fastrefine.demo.recipes import DIGITS, MNIST
 
 GOOD = Quality("good", "good samples", 0.05, higher=True)
@@ -62,7 +61,7 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     for images in (DIGITS, MNIST) if run.data is not None else (DIGITS,):
         loaded, steps = images.load(run.data if images is MNIST else None), recipe.classifier_steps or images.classifier_steps
         own = run.cells(recipe.but(name=images.name))  # each set has a classifier of its own
-        judge = training.trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
+        judge = trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
         case = cases.images(images, loaded.train, judge)
         yield from sweep(table, case, recipe.image_sizes, recipe.images, recipe.image_seeds)
 

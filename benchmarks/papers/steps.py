@@ -16,13 +16,12 @@ from typing import Any
 from torch import Tensor
 
 import fastrefine as fr
-from benchmarks.papers import cases, plots, training
+from benchmarks.papers import cases, plots
 from benchmarks.papers.cases import CONTROLS, QUICK_RING, Case, Quality, curve
+from benchmarks.papers.cells import trained_judge
 from benchmarks.papers.plane import RING
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim, mean, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Table
+from benchmarks.papers.run import Recipe, Run, Table
 from fastrefine.demo.gan import build
 from fastrefine.demo.recipes import DIGITS
 from fastrefine.stopping import StopRule
@@ -72,7 +71,7 @@ def trained_case(table: Table, base: str, shaped_at: str) -> Case:
     if base == "ring":
         return cases.shaped_points(table, key, name, cases.ring(table, recipe.ring, recipe.ring_steps), stop)
     data = DIGITS.load(None)
-    judge = training.trained_judge(table.cells, DIGITS.classifier, data, seed=JUDGE, steps=recipe.classifier_steps)
+    judge = trained_judge(table.cells, DIGITS.classifier, data, seed=JUDGE, steps=recipe.classifier_steps)
     digits = cases.images(DIGITS, data.train, judge)
     shaped = table.trained(
         key, build(DIGITS.discriminator, 0), digits.refiner("backtracking", DIGITS.step_size, DIGITS.max_steps, stop),

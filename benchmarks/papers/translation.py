@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
-from benchmarks.papers import plots, result_file, training
+from benchmarks.papers import plots, result_file
+from benchmarks.papers.cells import checkpoints, trained_judge
 from benchmarks.papers.image_networks import PictureClassifier
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Made, Table, moved
+from benchmarks.papers.run import Made, Recipe, Run, Table, moved
 from fastrefine.datasets import Images, load_digits, load_mnist
 from fastrefine.demo.gan import Pair, Trainer, Training, build, descend, images_of
 from fastrefine.demo.judge import accuracy
@@ -105,11 +104,11 @@ class Translation(Table):
         data = load_digits() if run.quick or run.data is None else load_mnist(run.data)
         self.domain, self.target = domains(data, recipe.size)
         self.source, self.labels = self.domain.test[: recipe.samples], self.domain.test_labels[: recipe.samples]
-        self.judge = training.trained_judge(
+        self.judge = trained_judge(
             cells, lambda: PictureClassifier(recipe.size, recipe.classifier_width), self.target, seed=seed,
             steps=recipe.classifier_steps, batch_size=100,
         )  # fmt: skip
-        found = training.checkpoints(cells, f"cyclegan-{seed}", self._trainer, recipe.checkpoints)
+        found = checkpoints(cells, f"cyclegan-{seed}", self._trainer, recipe.checkpoints)
         # of each checkpoint: to the target domain, and the D of that domain
         self.pairs: dict[int, Pair] = {k: (g[0], d[1]) for k, (g, d) in found.items()}  # type: ignore[index]
 
