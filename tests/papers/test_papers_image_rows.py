@@ -1,7 +1,6 @@
 """The image protocol: what a row is of, what rows share, and that none is made twice."""
 
 import math
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,16 +8,16 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from benchmarks.papers import training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.image_rows import ImageTable, Protocol, Way
+from benchmarks.papers.cells import Cells, trained_judge
+from benchmarks.papers.image_rows import ImageTable, Way
+from benchmarks.papers.run import Recipe
 from fastrefine.datasets import Images
 from fastrefine.demo.gan import build
 from fastrefine.demo.judge import Judge
 from fastrefine.metrics import frechet_distance
 from fastrefine.models.digits import Classifier
 
-PROTOCOL = Protocol(samples=60, chain_length=3, reference=20, num_slots=20)
+RECIPE = Recipe(samples=60, chain_length=3, reference=20, num_slots=20)
 PRIOR = fr.Normal(3)
 REFINED = Way("refined", fr.Collaborative(5.0), at="0", max_steps=3)
 RAW = Way("standard")
@@ -40,7 +39,7 @@ OTHER = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Tanh(), nn
 
 @pytest.fixture
 def table(tmp_path):
-    return ImageTable(Cells(tmp_path, PROTOCOL), PROTOCOL, Judge(build(classifier, 0), DATA), PRIOR, DATA.train, seed=4)
+    return ImageTable(Cells(tmp_path, RECIPE), RECIPE, 4, Judge(build(classifier, 0), DATA), PRIOR, DATA.train)
 
 
 @pytest.fixture
@@ -96,8 +95,8 @@ def test_a_selection_that_leaves_nothing_has_the_worst_figures():
 
 
 def test_a_classifier_is_trained_once_and_read_afterwards(tmp_path):
-    first = training.trained_judge(Cells(tmp_path, PROTOCOL), classifier, DATA, seed=1, steps=5)
-    again = training.trained_judge(Cells(tmp_path, PROTOCOL), classifier, DATA, seed=1, steps=500)  # would be another one
+    first = trained_judge(Cells(tmp_path, RECIPE), classifier, DATA, seed=1, steps=5)
+    again = trained_judge(Cells(tmp_path, RECIPE), classifier, DATA, seed=1, steps=500)  # would be another one
     assert torch.equal(first.reference, again.reference)
     assert not torch.equal(first.reference, Judge(build(classifier, 1), DATA).reference)
 
@@ -181,14 +180,8 @@ def test_a_row_and_the_one_that_selects_from_it_are_drawn_together(table, monkey
 def test_a_selecting_row_is_the_same_whether_or_not_the_other_was_made_before(tmp_path, table):
     way = replace(REFINED, name="collaborative", select="mh")
     _, together = rows(table, REFINED, way)
-    alone = ImageTable(Cells(tmp_path / "alone", PROTOCOL), PROTOCOL, table.judge, PRIOR, DATA.train, seed=4)
+    alone = ImageTable(Cells(tmp_path / "alone", RECIPE), RECIPE, 4, table.judge, PRIOR, DATA.train)
     (found,) = rows(alone, way)
     for row in (found, together):
         del row["images_per_second"]
     assert found == together
-
-
-def test_rows_keep_the_librarys_warnings_to_themselves(table):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rows(table, replace(REFINED, sampler=fr.MALA(0.1), at="input", stop="median"))
