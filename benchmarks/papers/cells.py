@@ -73,10 +73,6 @@ class Cells:
         """Whether there are tensors under a key."""
         return self._path(key, ".safetensors").exists()
 
-    def drop(self, key: str) -> None:
-        """Forget the tensors of a key."""
-        self._path(key, ".safetensors").unlink(missing_ok=True)
-
     def _path(self, key: str, suffix: str) -> Path:
         plain = "".join(c if c.isalnum() or c in "-._+" else "_" for c in key)
         if plain != key:  # two keys must not meet in one name

@@ -269,7 +269,7 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     """On the digits."""
     corrected = Corrected(run, seed)
     run.judged(str(seed), corrected.judge.accuracy)
-    run.told["recipe"] = run.recipe.facts() | {"chosen_on_seed": 0}
+    run.extra["recipe"] = run.recipe.facts() | {"chosen_on_seed": 0}
     return corrected.rows()
 
 

@@ -88,11 +88,11 @@ class Ladder(Table):
     def _figures(self, d: nn.Module, raw: Row) -> Made:
         with torch.no_grad():
             real, fake, proposed = (d(x) for x in (self.real, self.held_out, self.proposals))
-        told = fr.diagnose(real, fake)
+        report = fr.diagnose(real, fake)
         chosen = fr.metropolis_hastings(proposed, self.recipe.chain_length, initial_logits=real, seed=self.seed)
         found = IMBALANCED8.measure(self.proposals[chosen.indices])
         return {}, {
-            "brier": told.brier, "z": told.z, "abs_z": abs(told.z), "ece": told.ece,
+            "brier": report.brier, "z": report.z, "abs_z": abs(report.z), "ece": report.ece,
             **{f"gain_{key}": found[key] - raw[key] for key in GAINS}, **{key: found[key] for key in GAINS},
             **{f"standard_{key}": raw[key] for key in GAINS}, "acceptance": chosen.acceptance_rate,
         }  # fmt: skip
@@ -101,7 +101,7 @@ class Ladder(Table):
 def rows(run: Run, seed: int) -> Iterator[Row]:
     """The ladders of a seed; the correlations over all seeds go into the record."""
     found = list(Ladder(run.cells(), run.recipe, seed).rows())
-    run.told["correlations"] = correlations([*run.rows, *found])
+    run.extra["correlations"] = correlations([*run.rows, *found])
     yield from found
 
 

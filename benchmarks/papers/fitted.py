@@ -88,7 +88,7 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     judge = trained_judge(parts.cells, demo.classifier, images, seed=seed, steps=steps)
     run.judged(str(seed), judge.accuracy)
     made_of = {"demo": demo.name, "generator": f"embedded, {demo.early_steps} steps"}
-    run.told |= {"data": demo.name, "recipe": made_of | recipe.facts() | {"samples": samples}}
+    run.extra |= {"data": demo.name, "recipe": made_of | recipe.facts() | {"samples": samples}}
     return parts.rows(judge, samples)
 
 
@@ -113,7 +113,7 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
 
 def draw(run: Run, rows: Sequence[Row]) -> None:
     """The first samples of the first seed, raw and refined."""
-    data = run.told["data"]
+    data = run.extra["data"]
     table = Table(run.cells(run.recipe.but(name=data)), run.recipe, run.seeds[0])
     raw, refined = table.shown(data, "raw"), table.shown(data, "fitted, shaped")
     notes = [f"{a:.1f} > {b:.1f}" for a, b in torch.stack([refined["before"], refined["after"]], 1).tolist()]

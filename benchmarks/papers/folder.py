@@ -157,7 +157,7 @@ def _tables(run: Run, seed: int) -> Iterator[Pictures]:
 def rows(run: Run, seed: int) -> Iterator[Row]:
     """Folder by folder: there are several in a quick run alone."""
     for table in _tables(run, seed):
-        run.told.setdefault("recipe", {})[table.recipe.name] = table.recipe.facts()
+        run.extra.setdefault("recipe", {})[table.recipe.name] = table.recipe.facts()
         run.judged(f"{table.recipe.name}, seed {seed}", table.judge.accuracy)
         yield from table.all_rows()
 

@@ -77,8 +77,8 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     """Of the first training seed alone: the grid of [DOT], then that of [CS], whose training takes an hour."""
     if seed != run.seeds[0]:
         return
-    found, told = _against_laws(run, seed)
-    run.told |= {**told, "seeds": {"training": [seed], "sampling": list(run.recipe.sampling_seeds)}, "curves": found.curves}
+    found, extra = _against_laws(run, seed)
+    run.extra |= {**extra, "seeds": {"training": [seed], "sampling": list(run.recipe.sampling_seeds)}, "curves": found.curves}
     run.claims += law_claims(found.table, found.laws, found.curves)
     yield from found.table
     run.left_out = [{"version": "[CS]", "status": "not run", "wants": "an hour of training"}]
@@ -98,7 +98,7 @@ def draw(run: Run, rows: Sequence[Row]) -> None:
     names, cells = [row["name"] for row in rows if row["version"] == "[DDLS]"], run.cells()
     _samples(run.outdir / "samples.png", {n: cells.tensors(f"samples-{n}", dict)["samples"] for n in names})
     titles = {"fitted": "calibrated logit of fit_discriminator", "critic": "raw WGAN critic"}
-    _mixing(run.outdir / "mixing.png", titles, run.told["curves"], run.told["laws"])
+    _mixing(run.outdir / "mixing.png", titles, run.extra["curves"], run.extra["laws"])
     table, shown = _cs_table(run), ("standard", "DRS", "MH", "refine", "collaborative", "collaborative, median stop")
     panels = {(f"{k} its", n): table.points(k, n) for k in table.recipe.checkpoints for n in shown}
     plots.densities(run.outdir / "densities.png", panels, 2.6)

@@ -101,7 +101,9 @@ class MixtureTable(Table):
         for how, suffix in (("", ""), ("tuned", ", tuned D")):
             critic = self.discriminator(how, checkpoint, g, d) if how else d
             yield from self._selected(checkpoint, self.refiner(g, critic, "median", max_steps=0), suffix)
-        yield self._row(checkpoint, "refine, unshaped", lambda: _told(self.refiner(g, d, "arg-max").sample(n, seed=self.seed)))
+        yield self._row(
+            checkpoint, "refine, unshaped", lambda: _moved(self.refiner(g, d, "arg-max").sample(n, seed=self.seed))
+        )
         better = self.discriminator("shaped", checkpoint, g, d)
         for stop, suffix in (("arg-max", ""), ("median", ", median stop")):
             yield from self._refined(checkpoint, self.refiner(g, better, stop), suffix)
@@ -118,7 +120,7 @@ class MixtureTable(Table):
     def _refined(self, checkpoint: int, refiner: fr.Refiner, suffix: str) -> Iterator[Row]:
         proposals, chains = self._drawn(refiner), self._chains
         n, name = self.recipe.samples, "collaborative"
-        yield self._row(checkpoint, f"refine{suffix}", lambda: _told(refiner.sample(n, seed=self.seed)))
+        yield self._row(checkpoint, f"refine{suffix}", lambda: _moved(refiner.sample(n, seed=self.seed)))
         yield self._row(checkpoint, f"{name}{suffix}", lambda: chains(proposals, refiner))
         yield self._row(checkpoint, f"{name}, calibrated{suffix}", lambda: chains(proposals, refiner, calibrated=True))
 
@@ -157,7 +159,7 @@ def _rejected(x: Tensor, logits: Tensor, n: int) -> tuple[Tensor, Row]:
     return x[kept[:n]], {"acceptance": len(kept) / len(x)}
 
 
-def _told(out: fr.Result) -> tuple[Tensor, Row]:
+def _moved(out: fr.Result) -> tuple[Tensor, Row]:
     return out.images, {"mean_steps": float(out.steps.double().mean()), "backend": out.report["backend"]}
 
 

@@ -60,8 +60,8 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]]:
     notes = []
     if any(len(group) > 1 for group in groups.values()):
         notes.append("Mean ± standard deviation over seeds.")
-    if said := [f"{c} {label(rows[0].get(c))}" for c in same if rows[0].get(c) is not None]:
-        notes.insert(0, f"In all rows: {', '.join(said)}.")
+    if constant := [f"{c} {label(rows[0].get(c))}" for c in same if rows[0].get(c) is not None]:
+        notes.insert(0, f"In all rows: {', '.join(constant)}.")
     if left := figures[FIGURES:]:
         notes.append(f"Further columns in result.json: {', '.join(left)}.")
     if len(cells) > ROWS:
@@ -168,9 +168,9 @@ def _blocks(directory: Path, records: dict[str, Record]) -> Iterator[str]:
 
 
 def _overview(name: str, record: Record | None) -> list[str]:
-    known, said = EXPERIMENTS.get(name), record or {}
+    known, held = EXPERIMENTS.get(name), record or {}
     about = [name, known.title, known.source] if known else [name, NONE, NONE]
-    return [*about, _held(record), label(said.get("seeds")), label(said.get("reduced")), _commit(record)]
+    return [*about, _held(record), label(held.get("seeds")), label(held.get("reduced")), _commit(record)]
 
 
 def _section(directory: Path, name: str, record: Record) -> Iterator[str]:
@@ -185,8 +185,8 @@ def _section(directory: Path, name: str, record: Record) -> Iterator[str]:
     yield _plain("; ".join(f"{key}: {label(value)}" for key, value in facts.items() if value is not None) + ".")
     reductions = record.get("reductions")
     if reductions:
-        said = "; ".join(reductions) if isinstance(reductions, list) else label(reductions)
-        yield _plain(f"Against the publication: {said}")
+        text = "; ".join(reductions) if isinstance(reductions, list) else label(reductions)
+        yield _plain(f"Against the publication: {text}")
     if known:
         yield "    " + _command(name, record)
     if record.get("comparison"):

@@ -155,7 +155,7 @@ def moved(out: fr.Result) -> Row:
 class Run:
     """One run: where it writes, what it is made of, and what it has found so far.
 
-    told: what the record says besides rows, claims and comparison. claims: those that rows alone do not decide. left_out:
+    extra: what the record says besides rows, claims and comparison. claims: those that rows alone do not decide. left_out:
     rows of what was not run.
     """
 
@@ -169,7 +169,7 @@ class Run:
         self.rows: list[Row] = []
         self.claims: list[Row] = []
         self.left_out: list[Row] = []
-        self.told: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
         self.started = time.perf_counter()
 
     def cells(self, recipe: Recipe | None = None) -> Cells:
@@ -179,7 +179,7 @@ class Run:
 
     def judged(self, name: str, accuracy: float) -> None:
         """Note how good the classifier is that judges images."""
-        self.told.setdefault("classifier_accuracy", {})[name] = accuracy
+        self.extra.setdefault("classifier_accuracy", {})[name] = accuracy
 
     def save(self) -> dict[str, Any]:
         """Write result.json of what was found so far, and return it."""
@@ -192,7 +192,7 @@ class Run:
             "reduced": bool(reductions), "reductions": reductions, "claims": self.claims + paper.claims(self.rows),
             "comparison": compared, "seconds": time.perf_counter() - self.started,
         }  # fmt: skip
-        return result_file.write(self.outdir, self.name, **content | self.told)
+        return result_file.write(self.outdir, self.name, **content | self.extra)
 
 
 def run(
@@ -215,6 +215,6 @@ def run(
 
 def line(row: Row) -> str:
     """A row as text: what tells it from others, and its first figures."""
-    said = [f"{value}" for value in row.values() if isinstance(value, str | int)]
+    names = [f"{value}" for value in row.values() if isinstance(value, str | int)]
     figures = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
-    return "  ".join([", ".join(said[:7]), *figures[:5]])
+    return "  ".join([", ".join(names[:7]), *figures[:5]])

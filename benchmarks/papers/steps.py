@@ -90,15 +90,15 @@ def sweep(table: Table, case: Case, sizes: Mapping[str, float], samples: int) ->
     ]  # fmt: skip
     for control, size in sizes.items():
         for rule, p, stop in rules:
-            told = {"set": case.name, "rule": rule, "control": control, "parameter": p, "seed": seed, "step_size": size}
+            facts = {"set": case.name, "rule": rule, "control": control, "parameter": p, "seed": seed, "step_size": size}
 
-            def make(c: str = control, z: float = size, s: StopRule | None = stop, told: Row = told) -> list[Row]:
+            def make(c: str = control, z: float = size, s: StopRule | None = stop, facts: Row = facts) -> list[Row]:
                 refiner, ks = case.refiner(c, z, max(recipe.ks), s), recipe.ks if s is None else ()
-                out, told = refiner.sample(samples, seed=seed, snapshots=ks), {**told, "samples": samples}
+                out, facts = refiner.sample(samples, seed=seed, snapshots=ks), {**facts, "samples": samples}
                 if s is not None:
-                    return [{**told, **_figures(case, out.images, out.steps, max(recipe.ks))}]
+                    return [{**facts, **_figures(case, out.images, out.steps, max(recipe.ks))}]
                 return [
-                    {**told, "parameter": k, **_figures(case, out.snapshots[k].images, out.steps.clamp(max=k), k)} for k in ks
+                    {**facts, "parameter": k, **_figures(case, out.snapshots[k].images, out.steps.clamp(max=k), k)} for k in ks
                 ]
 
             yield from table.cells.row(f"{seed}-{case.name}-{control}-{rule}-{p}", make)
