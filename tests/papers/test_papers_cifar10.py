@@ -55,9 +55,8 @@ def test_the_quick_run_leaves_its_record_a_colour_picture_and_the_networks_that_
     assert {row["case"] for row in record["comparison"]} >= {"[CS] DCGAN: refine (shaped)", "[CS] DCGAN: collaborative"}
 
 
-def test_samples_of_a_row_are_exported_as_png_of_the_same_pixels(tmp_path):
-    run = Run(cifar10, "cifar10", tmp_path, seeds=(0,), recipe=TINY)
-    rows = list(cifar10.rows(run, 0))
+def test_samples_of_a_row_are_exported_as_png_of_the_same_pixels(quick):
+    run = Run(cifar10, "cifar10", quick[0], seeds=(0,), quick=True)
     folder = cifar10.export(run, "refine", "own", 5)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert files == [f"000000/00000{i}.png" for i in range(5)]
@@ -65,7 +64,6 @@ def test_samples_of_a_row_are_exported_as_png_of_the_same_pixels(tmp_path):
     assert np.array_equal(np.stack([np.asarray(Image.open(folder / file)) for file in files]), kept)
     with pytest.raises(fr.InputError, match="selects"):
         cifar10.export(run, "MH", "own", 5)
-    assert len(rows) == 3
 
 
 def test_the_sngan_recipe_trains_and_refines(tmp_path):
@@ -143,9 +141,3 @@ def test_bfloat16_training_stays_near_float32_training_and_leaves_float32_weight
     assert trained[1].dtype == torch.float32
     assert not torch.equal(*trained)
     assert (trained[0] - trained[1]).norm() < 0.5 * (trained[0] - start).norm()
-
-
-def test_colours_keep_their_channels_and_are_rounded_like_everywhere():
-    x = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)
-    assert picture.pixels(x).tolist() == [[[[0, 128, 255]]]]
-    assert picture.pixels(torch.ones(2, 1, 4, 4)).shape == (2, 4, 4, 3)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import fastrefine as fr
 from benchmarks.papers import cs0, plane
 from benchmarks.papers.cells import Cells
 
@@ -79,37 +78,29 @@ def test_shaping_sees_refined_samples_and_tuning_raw_ones(tmp_path):
     assert not torch.equal(early, tuned) and not torch.equal(early, shaped) and not torch.equal(tuned, shaped)
 
 
-def test_only_the_rows_between_early_and_optimal_are_refined(tmp_path):
-    recipe = replace(TINY, checkpoints=(150, 151))
-    steps = {row["name"]: row["mean_steps"] for row in table(tmp_path, recipe).rows()}
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """(table, rows) with five real samples in a batch, and 500 in all."""
+    one = table(tmp_path_factory.mktemp("rows"), TINY.but(checkpoints=(150, 151), real=500, few=5))
+    return one, {row["name"]: row for row in one.rows()}
+
+
+def test_only_the_rows_between_early_and_optimal_are_refined(rows):
+    steps = {name: row["mean_steps"] for name, row in rows[1].items()}
     assert steps.pop("early") == steps.pop("optimal") == 0
     assert {"frozen, adaptive", "tuned, ladam", "shaped, stopped"} < set(steps)
     stopped = {name for name, mean in steps.items() if mean < TINY.max_steps}
     assert stopped == {name for name in steps if name.endswith("stopped")}
 
 
-def test_a_row_is_measured_against_many_real_samples_and_against_a_batch(tmp_path):
-    row = next(iter(table(tmp_path, TINY.but(real=500, few=5)).rows()))
-    assert row["distance"] < row["distance_few"]
+def test_a_row_is_measured_against_many_real_samples_and_against_a_batch(rows):
+    assert rows[1]["early"]["distance"] < rows[1]["early"]["distance_few"]
 
 
-def test_missed_is_what_the_real_samples_lack(tmp_path):
-    row = next(iter(table(tmp_path, TINY.but(samples=1000, real=1000)).rows()))
-    again = table(tmp_path, TINY.but(samples=1000, real=1000))
-    distances = torch.cdist(again.real, again.points("early")).min(1).values
-    assert row["missed"] == pytest.approx(float(distances.mean()), rel=1e-4)
-
-
-def test_a_run_that_is_taken_up_again_makes_nothing_twice(tmp_path, monkeypatch):
-    first = list(table(tmp_path, TINY.but(rules=())).rows())
-
-    def refuse(*_, **__):
-        raise AssertionError("made again")
-
-    monkeypatch.setattr(fr, "shape_discriminator", refuse)
-    monkeypatch.setattr(fr, "tune_discriminator", refuse)
-    monkeypatch.setattr(fr.Refiner, "sample", refuse)
-    assert list(table(tmp_path, TINY.but(rules=())).rows()) == first
+def test_missed_is_what_the_real_samples_lack(rows):
+    one, found = rows
+    distances = torch.cdist(one.real, one.points("early")).min(1).values
+    assert found["early"]["missed"] == pytest.approx(float(distances.mean()), rel=1e-4)
 
 
 # --- claims
