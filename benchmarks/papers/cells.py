@@ -20,6 +20,7 @@ from fastrefine.demo.judge import Judge, trained_classifier
 from fastrefine.errors import InputError
 from fastrefine.models.digits import Classifier
 
+SAVE_EVERY = 60.0  # seconds between states that a cut training is taken up from
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -87,9 +88,6 @@ class Cells:
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-SAVE_EVERY = 60.0  # seconds between states that a cut training is taken up from
 
 
 def trained_judge(cells: Cells, make: Callable[[], Classifier], data: Images, *, seed: int, **training: Any) -> Judge:

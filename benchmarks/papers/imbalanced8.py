@@ -101,9 +101,7 @@ class MixtureTable(Table):
         for how, suffix in (("", ""), ("tuned", ", tuned D")):
             critic = self.discriminator(how, checkpoint, g, d) if how else d
             yield from self._selected(checkpoint, self.refiner(g, critic, "median", max_steps=0), suffix)
-        yield self._row(
-            checkpoint, "refine, unshaped", lambda: _moved(self.refiner(g, d, "arg-max").sample(n, seed=self.seed))
-        )
+        yield self._row(checkpoint, "refine, unshaped", lambda: _moved(self.refiner(g, d, "arg-max").sample(n, seed=self.seed)))
         better = self.discriminator("shaped", checkpoint, g, d)
         for stop, suffix in (("arg-max", ""), ("median", ", median stop")):
             yield from self._refined(checkpoint, self.refiner(g, better, stop), suffix)

@@ -16,10 +16,10 @@ from benchmarks.papers.run import SHOWN, Recipe, Table
 from fastrefine.datasets import Images
 from fastrefine.demo.gan import Pair, Trainer
 from fastrefine.demo.judge import accuracy
-from fastrefine.models import digits
+from fastrefine.models import digits, infogan
 
 AT = "map7"  # the 7x7x128 map that [CS] refines
-PRIOR = fr.Uniform(image_networks.INFO_LATENT)
+PRIOR = fr.Uniform(infogan.LATENT_DIM)
 FIXED = ", fixed steps"  # ends the names of the ways with fixed steps
 FAINT = 1_000_000  # ids from here on: the latents of the faint images, which no other row has
 

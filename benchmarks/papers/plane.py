@@ -72,12 +72,9 @@ class Mixture:
         padded = torch.cat([real, real.new_zeros(1)])
         middle = (model + padded) / 2
         return {
-            "good": float(number) / len(x),
-            "kl": _kl(counts / number, real) if number else math.inf,
-            "js": (_kl(model, middle) + _kl(padded, middle)) / 2,
-            "std": std,
-            "modes": float((counts > 0).sum()),
-        }
+            "good": float(number) / len(x), "kl": _kl(counts / number, real) if number else math.inf,
+            "js": (_kl(model, middle) + _kl(padded, middle)) / 2, "std": std, "modes": float((counts > 0).sum()),
+        }  # fmt: skip
 
 
 def nearest_real(x: Tensor, real: Tensor, near: float) -> dict[str, float]:
