@@ -27,25 +27,23 @@ from fastrefine.models.likelihood import VAE, Flow
 
 def train_base(
     model: VAE | Flow, images: Tensor, *, steps: int, batch_size: int = 64, learning_rate: float = 1e-3,
-    weight_decay: float = 0.0, seed: int = 0, callback: Callable[[int], None] | None = None,
+    weight_decay: float = 0.0, seed: int = 0,
 ) -> None:  # fmt: skip
     """Trains `model` in place on its own loss with AdamW, the rate falling to 0 along a cosine; leaves it in eval mode.
 
-    images: (N, *shape). All randomness comes from a torch.Generator of the call's own. callback: gets the finished steps.
+    images: (N, *shape). All randomness comes from a torch.Generator of the call's own.
     """
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     model.train()
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         loss = model.loss(images[torch.randint(len(images), (batch_size,), generator=random)], random)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 50.0)
         optimizer.step()
         schedule.step()
-        if callback is not None:
-            callback(step)
     model.eval()
 
 
