@@ -1,6 +1,7 @@
-"""[CS0] Table 1 on a data set in the plane: an early GAN refined by its D as it is, tuned or shaped, and a GAN trained on.
+"""[CS0] Table 1, Figures 3-5: an early GAN refined by its D as it is, tuned or shaped, and a GAN trained on.
 
-[CS0] Liu, Kothari, Alahi: "Collaborative GAN Sampling", 2019, the preprint of [CS].
+On 8 Gaussians, equal and 80/20, and on the Swiss roll. [CS0] Liu, Kothari, Alahi: "Collaborative GAN Sampling", 2019, the
+preprint of [CS].
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import plots, training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.mixtures import nearest_real
-from benchmarks.papers.plane import EARLY, LATENT_DIM
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers import plots
+from benchmarks.papers.cells import Cells, checkpoints
+from benchmarks.papers.plane import EARLY, GAUSSIANS8, LATENT_DIM, UNEQUAL8, Mixture, draw_roll, measure_roll, nearest_real
 from benchmarks.papers.result_file import Row, against, claim, mean, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Fresh, Made, Table
+from benchmarks.papers.run import Fresh, Made, Recipe, Run, Table
 from fastrefine.demo.gan import Draw, Pair
 
 FIGURES = {"distance": "lower", "good": "higher"}
@@ -88,7 +86,7 @@ class ShapingTable(Table):
     def pairs(self) -> dict[str, Pair]:
         """The networks of every row."""
         plane, (early, optimal), case = self.recipe.plane, self.recipe.checkpoints, self.case
-        trained = training.checkpoints(
+        trained = checkpoints(
             self.cells, f"gan-{case.name}-{self.seed}", lambda: plane.trainer(case.draw, self.seed), (early, optimal)
         )
         g, d = trained[early]
@@ -130,18 +128,16 @@ class ShapingTable(Table):
 
 
 @dataclass(frozen=True)
-class Shaping:
-    """The experiment on ``cases``, a quick one on ``quick_cases`` of them; see ``run.Paper``.
+class EarlyGan:
+    """The experiment on ``cases``, a quick one on the last of them (80/20 is learned faster); see ``run``.
 
-    published: case -> row -> ([CS0]'s distance, good). goal: the share of good samples wanted of the first case, shaped.
+    goal: the share of good samples wanted of the first case, shaped.
     """
 
     FULL: Recipe
     QUICK: Recipe
     REDUCTIONS: tuple[str, ...]
     cases: tuple[Case, ...]
-    quick_cases: tuple[Case, ...]
-    published: Mapping[str, Mapping[str, tuple[float, float]]]
     goal: float
 
     def rows(self, run: Run, seed: int) -> Iterator[Row]:
@@ -162,10 +158,10 @@ class Shaping:
 
     def comparison(self, rows: Sequence[Row]) -> list[Row]:
         """[CS0] Table 1 beside ours."""
-        return comparison(rows, self.published)
+        return comparison(rows, {c.name: PUBLISHED[c.name] for c in self.cases if c.name in PUBLISHED})
 
     def _tables(self, run: Run, seed: int) -> list[ShapingTable]:
-        cases = self.quick_cases if run.quick else self.cases
+        cases = self.cases[-1:] if run.quick else self.cases
         return [ShapingTable(run.cells(), run.recipe, seed, case) for case in cases]
 
 
@@ -226,3 +222,48 @@ def landscape(d: nn.Module, limit: float) -> Tensor:
 
 def _beats(better: str, a: float, b: float) -> bool:
     return a < b if better == "lower" else a > b
+
+
+# What [CS0] leaves open was chosen on seed 0 of the 8 Gaussians with 600 iterations of shaping. By Adam at 1e-3 step control by
+# backtracking left 76 % good samples, [CS0]'s adaptive step 52 %, the ladam of [CS]'s code 57 %; Adam at 3e-4 left 53 %, SGD at
+# 8e-3 39 %. To stop at a real sample's logit costs 3 %. On the roll, seed 2: 3e-4 left samples .041 from the nearest real one,
+# 1e-3 .064. The rate of the GAN is the one whose early GAN is about as good as [CS0]'s: on 8 Gaussians at 3e-4 30 % of its
+# samples are good, at ``plane.EARLY``'s own, which serves on the roll, 56 %, published 23 %.
+EIGHT = replace(
+    FULL, plane=replace(EARLY, training=replace(EARLY.training, rates=(3e-4, 3e-4))), checkpoints=(2000, 20_000),
+    shaping_iterations=2000, shaping_rate=1e-3,
+)  # fmt: skip
+ROLL = replace(FULL, checkpoints=(3000, 20_000), shaping_iterations=1000, shaping_rate=3e-4)
+PUBLISHED = {  # [CS0] Table 1: distance, good
+    "gaussians8": {
+        "early": (0.98, 0.23), "frozen": (1.99, 0.07), "tuned": (0.60, 0.36), "shaped": (0.16, 0.66), "optimal": (0.18, 0.76),
+    },
+    "swissroll": {
+        "early": (0.26, 0.97), "frozen": (0.41, 0.93), "tuned": (3.66, 0.83), "shaped": (0.17, 0.99), "optimal": (0.16, 0.99),
+    },
+}  # fmt: skip
+
+
+def eight(name: str, mixture: Mixture) -> Case:
+    """[CS0]'s measures, and those of the mixture: shares of modes, and good within 3 of its own sigma as "good_3_sigma"."""
+    strict = replace(mixture, near=3.0)
+
+    def measure(x: Tensor, real: Tensor) -> dict[str, float]:
+        found = strict.measure(x)
+        near = 3 * 0.05  # [CS0]'s 3 sigma: before the scaling, as published
+        return {**nearest_real(x, real, near), "good_3_sigma": found.pop("good"), **found}
+
+    return Case(name, mixture.draw, measure)
+
+
+PAPERS = {
+    "gaussians8": EarlyGan(
+        EIGHT, replace(quick(EIGHT), shaping_iterations=40, shaping_rate=1e-2, max_steps=10, samples=400),
+        ("2,000 iterations of shaping and tuning, published 10,000",),
+        (eight("gaussians8", GAUSSIANS8), eight("unequal8", UNEQUAL8)), goal=0.66,
+    ),
+    "swissroll": EarlyGan(
+        ROLL, quick(ROLL), ("1,000 iterations of shaping and tuning, published 5,000",),
+        (Case("swissroll", draw_roll, measure_roll),), goal=0.99,
+    ),
+}  # fmt: skip

@@ -1,26 +1,26 @@
 """[CS0]'s experiments: what their rows are made of and measured by, their claims on known rows, and that they run."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-import fastrefine as fr
-from benchmarks.papers import gaussians8, shaping_rows, swissroll
+from benchmarks.papers import cs0, plane
 from benchmarks.papers.cells import Cells
 
 pytest.importorskip("matplotlib")
-TINY = replace(
-    swissroll.QUICK, plane=replace(swissroll.QUICK.plane, hidden=(16,)), early=2, optimal=4, iterations=2, max_steps=3,
-    samples=100, real=100, references=50,
+EIGHT, ROLL = cs0.PAPERS.values()
+QUICK = ROLL.QUICK
+TINY = QUICK.but(
+    plane=replace(QUICK.plane, hidden=(16,)), checkpoints=(2, 4), shaping_iterations=2, max_steps=3, samples=100, real=100,
+    reference=50, rules=("adaptive", "ladam"),
 )  # fmt: skip
 GOOD = {"early": 0.3, "frozen": 0.4, "frozen, adaptive": 0.4, "tuned": 0.5, "shaped": 0.9, "optimal": 0.8}
 
 
-def table(tmp_path, recipe=TINY, case=swissroll.ROLL, rules=tuple(shaping_rows.RULES)):
-    return shaping_rows.Table(Cells(tmp_path, recipe), recipe, case, 0, rules)
+def table(tmp_path, recipe=TINY):
+    return cs0.ShapingTable(Cells(tmp_path, recipe), recipe, 0, ROLL.cases[0])
 
 
 def rows_of(good, second_seed=None):
@@ -34,7 +34,7 @@ def rows_of(good, second_seed=None):
 
 def failing(rows, goals=None):
     """Of good, for every seed, on the mean, trained on; then the goal: which of them fail."""
-    verdicts = [claim["holds"] for claim in shaping_rows.claims(rows, goals or {})]
+    verdicts = [claim["holds"] for claim in cs0.claims(rows, goals or {})]
     return {index - 3 for index, holds in enumerate(verdicts) if not holds and index >= 3}
 
 
@@ -42,30 +42,30 @@ def failing(rows, goals=None):
 
 
 def test_good_on_eight_gaussians_means_near_a_real_sample_and_strictly_near_a_centre():
-    centre = torch.tensor(gaussians8.GAUSSIANS8.centres[2])
+    centre = torch.tensor(plane.GAUSSIANS8.centres[2])
     real = (centre + torch.tensor([0.0, 0.1]))[None]
     x = centre + torch.tensor([[0.0, 0.24], [0.0, 0.26], [0.1, 0.0], [0.0, 0.11]])  # .14, .16, .141, .01 from the real one
-    found = gaussians8.CASES[0].measure(x, real)
+    found = EIGHT.cases[0].measure(x, real)
     assert found["good"] == 0.75
     assert found["good_3_sigma"] == 0.25  # 3 sigma are .106
 
 
 def test_both_sets_of_eight_gaussians_have_their_own_shares():
-    equal, unequal = (case.draw(800, torch.Generator().manual_seed(0)) for case in gaussians8.CASES)
-    first_two = torch.tensor(gaussians8.GAUSSIANS8.centres[:2])
+    equal, unequal = (case.draw(800, torch.Generator().manual_seed(0)) for case in EIGHT.cases)
+    first_two = torch.tensor(plane.GAUSSIANS8.centres[:2])
     shares = [float((torch.cdist(x, first_two).min(1).values < 1).double().mean()) for x in (equal, unequal)]
     assert shares == pytest.approx([0.25, 0.8], abs=0.005)
 
 
 def test_every_published_row_is_one_of_ours():
-    assert all(tuple(rows) == shaping_rows.NAMES for e in (gaussians8, swissroll) for rows in e.PUBLISHED.values())
+    assert all(tuple(rows) == cs0.NAMES for rows in cs0.PUBLISHED.values())
 
 
 # --- rows
 
 
 def test_tuned_and_shaped_start_from_the_early_discriminator_and_keep_its_generator(tmp_path):
-    pairs = table(tmp_path, replace(TINY, iterations=0)).pairs()
+    pairs = table(tmp_path, replace(TINY, shaping_iterations=0)).pairs()
     for name in ("frozen", "tuned", "shaped"):
         for ours, early in zip(pairs[name], pairs["early"], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), early.parameters(), strict=True))
@@ -78,44 +78,36 @@ def test_shaping_sees_refined_samples_and_tuning_raw_ones(tmp_path):
     assert not torch.equal(early, tuned) and not torch.equal(early, shaped) and not torch.equal(tuned, shaped)
 
 
-def test_only_the_rows_between_early_and_optimal_are_refined(tmp_path):
-    recipe = replace(TINY, early=150, optimal=151)
-    steps = {row["name"]: row["mean_steps"] for row in table(tmp_path, recipe).rows()}
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """(table, rows) with five real samples in a batch, and 500 in all."""
+    one = table(tmp_path_factory.mktemp("rows"), TINY.but(checkpoints=(150, 151), real=500, few=5))
+    return one, {row["name"]: row for row in one.rows()}
+
+
+def test_only_the_rows_between_early_and_optimal_are_refined(rows):
+    steps = {name: row["mean_steps"] for name, row in rows[1].items()}
     assert steps.pop("early") == steps.pop("optimal") == 0
     assert {"frozen, adaptive", "tuned, ladam", "shaped, stopped"} < set(steps)
     stopped = {name for name, mean in steps.items() if mean < TINY.max_steps}
     assert stopped == {name for name in steps if name.endswith("stopped")}
 
 
-def test_a_row_is_measured_against_many_real_samples_and_against_a_batch(tmp_path):
-    row = next(iter(table(tmp_path, replace(TINY, real=500, few=5)).rows()))
-    assert row["distance"] < row["distance_few"]
+def test_a_row_is_measured_against_many_real_samples_and_against_a_batch(rows):
+    assert rows[1]["early"]["distance"] < rows[1]["early"]["distance_few"]
 
 
-def test_missed_is_what_the_real_samples_lack(tmp_path):
-    row = next(iter(table(tmp_path, replace(TINY, samples=1000, real=1000)).rows()))
-    again = table(tmp_path, replace(TINY, samples=1000, real=1000))
-    distances = torch.cdist(again.real, again.points("early")).min(1).values
-    assert row["missed"] == pytest.approx(float(distances.mean()), rel=1e-4)
-
-
-def test_a_run_that_is_taken_up_again_makes_nothing_twice(tmp_path, monkeypatch):
-    first = list(table(tmp_path, rules=()).rows())
-
-    def refuse(*_, **__):
-        raise AssertionError("made again")
-
-    monkeypatch.setattr(fr, "shape_discriminator", refuse)
-    monkeypatch.setattr(fr, "tune_discriminator", refuse)
-    monkeypatch.setattr(fr.Refiner, "sample", refuse)
-    assert list(table(tmp_path, rules=()).rows()) == first
+def test_missed_is_what_the_real_samples_lack(rows):
+    one, found = rows
+    distances = torch.cdist(one.real, one.points("early")).min(1).values
+    assert found["early"]["missed"] == pytest.approx(float(distances.mean()), rel=1e-4)
 
 
 # --- claims
 
 
 def test_all_claims_hold_where_shaped_is_best():
-    assert all(claim["holds"] for claim in shaping_rows.claims(rows_of(GOOD), {"roll": 0.9}))
+    assert all(claim["holds"] for claim in cs0.claims(rows_of(GOOD), {"roll": 0.9}))
 
 
 @pytest.mark.parametrize(
@@ -137,12 +129,12 @@ def test_a_lower_distance_is_the_better_one():
     rows = rows_of(GOOD)
     for row in rows:
         row["distance"] = row["good"]
-    assert [claim["holds"] for claim in shaping_rows.claims(rows, {})] == [False] * 3 + [True] * 3
+    assert [claim["holds"] for claim in cs0.claims(rows, {})] == [False] * 3 + [True] * 3
 
 
 def test_published_figures_stand_beside_the_mean_over_seeds_of_either_measure():
     rows = [{**row, "distance_few": 0.4} for row in rows_of(GOOD, {"shaped": 0.7})]
-    found = shaping_rows.comparison(rows, {"roll": {"shaped": (0.16, 0.66)}})
+    found = cs0.comparison(rows, {"roll": {"shaped": (0.16, 0.66)}})
     ours = {row["metric"]: (row["published"], row["ours"], row["headline"]) for row in found}
     assert ours["good, 10,000 real samples"] == (0.66, pytest.approx(0.8), False)
     assert ours["good, one batch of real samples"] == (0.66, pytest.approx(0.7), True)
@@ -160,21 +152,7 @@ class Slope(nn.Module):
 
 
 def test_a_landscape_is_bright_where_the_discriminator_is_high():
-    height = shaping_rows.landscape(Slope(), 2.0)
-    assert height.shape == (shaping_rows.GRID,) * 2
+    height = cs0.landscape(Slope(), 2.0)
+    assert height.shape == (cs0.GRID,) * 2
     assert (height[0] < 1e-6).all() and (height[-1] > 1 - 1e-6).all()  # rows go along y, from below
     assert torch.equal(height[:, 0], height[:, -1])
-
-
-# --- the whole
-
-
-@pytest.mark.parametrize(("experiment", "picture"), [(swissroll, "swissroll.png"), (gaussians8, "unequal8.png")])
-def test_in_a_quick_run_shaped_beats_frozen_and_tuned(experiment, picture, quick_run):
-    folder, record = quick_run(experiment.__name__.rpartition(".")[2])
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
-    assert [row["name"] for row in record["rows"] if "," not in row["name"]] == list(shaping_rows.NAMES)
-    ahead = [claim for claim in record["claims"] if "every seed" in claim["claim"]]
-    assert len(ahead) == 2 and all(claim["holds"] for claim in ahead)
-    assert record["reduced"] and record["reductions"] and not record["comparison"]
-    assert 5_000 < (folder / picture).stat().st_size < 150_000

@@ -7,10 +7,11 @@ import pytest
 import scipy.stats
 import torch
 
-from benchmarks.papers import imbalanced8, plane_rows
+from benchmarks.papers import imbalanced8
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.mixtures import IMBALANCED8 as RING
-from benchmarks.papers.plane import EARLY, draw_roll, measure_roll, smaller
+from benchmarks.papers.plane import EARLY, draw_roll, measure_roll
+from benchmarks.papers.plane import IMBALANCED8 as RING
+from benchmarks.papers.run import Fresh
 
 SHARES = torch.tensor(RING.shares, dtype=torch.float64)
 
@@ -87,13 +88,21 @@ def test_the_roll_is_measured_by_the_nearest_real_sample():
 
 
 def test_training_approaches_the_data():
-    plane = smaller(EARLY, 100)
+    plane = EARLY.smaller(100)
     z = torch.randn(500, 2, generator=torch.Generator().manual_seed(2))
     real = draw_roll(2000, torch.Generator().manual_seed(1))
-    raw, trained = plane.networks(0)[0], plane.train(draw_roll, 60, 0)[0]
+    raw, trainer = plane.networks(0)[0], plane.trainer(draw_roll, 0)
+    assert list(trainer.advance(60))
     with torch.no_grad():
-        before, after = (measure_roll(g(z), real)["distance"] for g in (raw, trained))
+        before, after = (measure_roll(g(z), real)["distance"] for g in (raw, trainer.generator))
     assert after < 0.7 * before
+
+
+def test_fresh_batches_differ_and_come_again_in_the_same_order():
+    fresh = Fresh(RING.draw, 5, 0)
+    batches = iter(fresh)
+    a, b, again = next(batches), next(batches), next(iter(fresh))
+    assert not torch.equal(a, b) and torch.equal(a, again)
 
 
 # --- the control of the ring: proposals of two generators
@@ -112,7 +121,7 @@ def test_each_half_of_two_generators_has_latents_of_their_law():
             return torch.full_like(z, self.value)
 
     z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
-    first = plane_rows.Halves(Recorder(1.0), Recorder(2.0))(z)[:, 0] == 1
+    first = imbalanced8.Halves(Recorder(1.0), Recorder(2.0))(z)[:, 0] == 1
     assert abs(first.float().mean() - 0.5) < 0.02
     for half in (seen[0][first], seen[1][~first]):  # each coordinate N(0, 1); false alarm below 1e-6 each
         for values in (half[:, 0], half[:, 1], half.sum(1) / 2**0.5):
@@ -121,13 +130,13 @@ def test_each_half_of_two_generators_has_latents_of_their_law():
 
 def test_the_control_refines_the_proposals_of_both_with_a_discriminator_shaped_on_both(tmp_path):
     recipe = replace(
-        imbalanced8.QUICK, checkpoints=(2, 4), shaping_iterations=2, max_steps=2, samples=40, chain_length=2, real=100
+        imbalanced8.QUICK, checkpoints=(2, 4), shaping_iterations=2, max_steps=2, samples=40, chain_length=2, reference=100
     )
-    table = plane_rows.Table(Cells(tmp_path, recipe), recipe, RING, 0)
+    table = imbalanced8.MixtureTable(Cells(tmp_path, recipe), recipe, 0, RING)
     pairs = table.pairs()
     rows = list(table.covered(4))
     assert [row["name"] for row in rows][:2] == ["refine, covering proposals", imbalanced8.COVERED]
-    whole = table.trained("shaped", 4, *pairs[4])
-    both = table.trained("shaped", 4, *pairs[4], ", covering")  # as it was kept
+    whole = table.discriminator("shaped", 4, *pairs[4])
+    both = table.discriminator("shaped", 4, *pairs[4], ", covering")  # as it was kept
     assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), both.parameters(), strict=True))
     assert list(table.covered(4)) == rows

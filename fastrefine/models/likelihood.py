@@ -1,12 +1,12 @@
-"""Generators that are no GANs: a small variational autoencoder and a small normalizing flow, with their training.
+"""Generators that are no GANs: a small variational autoencoder and a small normalizing flow.
 
-Both map z ~ N(0, I) to images (N, *shape) in about [-1, 1] by ``forward``, so that they are generators to ``fr.Refiner``.
+Both map z ~ N(0, I) to images (N, *shape) in about [-1, 1] by ``forward``, so that they are generators to ``fr.Refiner``;
+both are trained on their own ``loss``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -111,27 +111,3 @@ class Flow(nn.Module):
         noise = (torch.rand(images.shape, generator=random) - 0.5) * 2 / (LEVELS - 1)
         z, log_det = self.inverse(images + noise)
         return (0.5 * z.square().sum(1) - log_det).mean()
-
-
-def train(
-    model: VAE | Flow, images: Tensor, *, steps: int, batch_size: int = 64, learning_rate: float = 1e-3,
-    weight_decay: float = 0.0, seed: int = 0, callback: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
-    """Trains `model` in place on its own loss with AdamW, the rate falling to 0 along a cosine; leaves it in eval mode.
-
-    images: (N, *shape). All randomness comes from a torch.Generator of the call's own. callback: gets the finished steps.
-    """
-    random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    model.train()
-    for step in range(1, steps + 1):
-        loss = model.loss(images[torch.randint(len(images), (batch_size,), generator=random)], random)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 50.0)
-        optimizer.step()
-        schedule.step()
-        if callback is not None:
-            callback(step)
-    model.eval()
