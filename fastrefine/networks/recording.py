@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
@@ -271,14 +272,14 @@ class Recording(NamedTuple):
         return Recording(*made)  # type: ignore[arg-type]
 
 
-def first_outputs(graph: fx.GraphModule, count: int) -> fx.GraphModule:
+def first_outputs(graph: fx.GraphModule, count: int, effects: Effects) -> fx.GraphModule:
     """A graph with the first outputs of ``graph`` alone, and what they need."""
     nodes = list(graph.graph.nodes)
     wanted = nodes[-1].args[0][:count]
-    return _part(graph, [n for n in nodes if n.op == "placeholder"], wanted, _effects(nodes))
+    return _part(graph, [n for n in nodes if n.op == "placeholder"], wanted, effects)
 
 
-def without_prefix(graph: fx.GraphModule, state: int, rows: int) -> Recording:
+def without_prefix(graph: fx.GraphModule, state: int, rows: int, effects: Effects) -> Recording:
     """The recorded step with all that does not depend on its first ``state`` arguments taken out, as far as that pays.
 
     What crosses from the prefix into the step is carried with each sample, so it must have the sample axis first. Which
@@ -286,7 +287,6 @@ def without_prefix(graph: fx.GraphModule, state: int, rows: int) -> Recording:
     StyleGAN2 the styles cross, not the much larger weights per sample that follow from them.
     """
     nodes = list(graph.graph.nodes)
-    effects = _effects(nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     moving, varying = set(inputs[:state]), set(inputs[state:])
     for node in nodes:
@@ -303,40 +303,56 @@ def without_prefix(graph: fx.GraphModule, state: int, rows: int) -> Recording:
     return Recording(prefix, step, _part(graph, [*inputs[:state], *crossing], outputs[:2], effects))
 
 
-def _effects(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
-    """For each node the earlier nodes that wrote in place to memory that it may read: they come before it, though no edge
-    of the graph says so."""
-    memory: dict[fx.Node, set[fx.Node]] = {}  # node -> the nodes that share its memory, one set for all of them
-    writers: dict[int, set[fx.Node]] = {}  # id of such a set -> who wrote to it
-    found: dict[fx.Node, set[fx.Node]] = {}
-    for node in nodes:
-        found[node] = set().union(*(writers.get(id(memory[i]), set()) for i in node.all_input_nodes if i in memory))
-        memory[node] = {node}
-        if node.op != "call_function":
-            continue
+class Effects(NamedTuple):
+    """What the edges of a graph do not say. before: for each node the earlier nodes that wrote in place to memory that it
+    reads. written: the nodes whose memory is written to."""
+
+    before: dict[fx.Node, set[fx.Node]]
+    written: set[fx.Node]
+
+
+class _Memories(fx.Interpreter):
+    """Runs a graph on tensors without content, and keeps the memory of each value by its id; the values are kept too."""
+
+    def __init__(self, graph: fx.GraphModule):
+        super().__init__(graph)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+    def of(self, node: fx.Node) -> set[int]:
+        return {v.untyped_storage()._cdata for v in tree_leaves(self.values.get(node)) if isinstance(v, Tensor)}
+
+
+def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
+    """The effects of a graph that was recorded with arguments like these."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memories = _Memories(graph)
+    with mode, torch.no_grad():
+        memories.run(*(mode.from_tensor(value) for value in given))
+    writers: dict[int, set[fx.Node]] = {}  # memory -> who wrote to it so far
+    before: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        before[node] = {w for i in node.all_input_nodes for memory in memories.of(i) for w in writers.get(memory, ())}
         schema = getattr(node.target, "_schema", None)
-        shared = node.target is operator.getitem or (
-            schema is not None and any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
-        )
-        if not shared:
+        if schema is None or not schema.is_mutable:
             continue
-        for other in node.all_input_nodes:
-            joined = memory[node] | memory[other]
-            wrote = writers.pop(id(memory[node]), set()) | writers.pop(id(memory[other]), set())
-            for member in joined:
-                memory[member] = joined
-            if wrote:
-                writers[id(joined)] = wrote
-        if schema is not None and schema.is_mutable:
-            writers.setdefault(id(memory[node]), set()).add(node)
-    return found
+        named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
+        for argument in schema.arguments:
+            target = named.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(target, fx.Node):
+                for memory in memories.of(target):
+                    writers.setdefault(memory, set()).add(node)
+    return Effects(before, {node for node in graph.graph.nodes if memories.of(node) & writers.keys()})
 
 
-def _sources(node: fx.Node, effects: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
-    return {*node.all_input_nodes, *effects[node]}
+def _sources(node: fx.Node, effects: Effects) -> set[fx.Node]:
+    return {*node.all_input_nodes, *effects.before[node]}
 
 
-def _needed(ends: Iterable[fx.Node], effects: dict[fx.Node, set[fx.Node]], given: set[fx.Node]) -> set[fx.Node]:
+def _needed(ends: Iterable[fx.Node], effects: Effects, given: set[fx.Node]) -> set[fx.Node]:
     """The nodes that ``ends`` depend on, themselves included, as far back as the ``given`` ones."""
     found: set[fx.Node] = set()
     pending = list(ends)
@@ -349,9 +365,7 @@ def _needed(ends: Iterable[fx.Node], effects: dict[fx.Node, set[fx.Node]], given
     return found
 
 
-def _part(
-    graph: fx.GraphModule, given: list[fx.Node], outputs: Iterable[fx.Node], effects: dict[fx.Node, set[fx.Node]]
-) -> fx.GraphModule:
+def _part(graph: fx.GraphModule, given: list[fx.Node], outputs: Iterable[fx.Node], effects: Effects) -> fx.GraphModule:
     """The part of ``graph`` that computes ``outputs`` from ``given``."""
     outputs, part = tuple(outputs), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -371,7 +385,7 @@ _KERNEL_PRICE, _PRODUCT_PRICE = 1 << 12, 1 << 20
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "_linear_pointwise"}
 
 
-def _cheapest(moving: set[fx.Node], varying: set[fx.Node], effects: dict[fx.Node, set[fx.Node]], rows: int) -> set[fx.Node]:
+def _cheapest(moving: set[fx.Node], varying: set[fx.Node], effects: Effects, rows: int) -> set[fx.Node]:
     """The values to carry: a minimum cut between the context and what depends on the activation.
 
     Each node is an edge in -> out whose capacity is its bytes per sample; a value without the sample axis, or whose memory
@@ -387,11 +401,10 @@ def _cheapest(moving: set[fx.Node], varying: set[fx.Node], effects: dict[fx.Node
     def edge(start: Any, end: Any, capacity: float | None = None) -> None:
         network.add_edge(start, end, **({} if capacity is None else {"capacity": capacity}))  # without one it is never cut
 
-    written = {node for others in effects.values() for node in others}
     for node in varying:
         value = node.meta.get("val")
         size = None
-        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows and node not in written:
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows and node not in effects.written:
             size = value.numel() * value.element_size() / rows + 1e-6
         edge((node, "in"), (node, "out"), size)
         for i in _sources(node, effects):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fastrefine.errors import InputError
 from fastrefine.networks import copies, probe, recording, torch_state
 from fastrefine.networks.calls import is_out_of_memory
+from fastrefine.networks.cut import Tail
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.networks.ladder import Form, Ladder
@@ -139,7 +140,8 @@ class Target:
 
     def _probe_gradient(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Plain autograd on the exact networks: the oracle, and the place where a broken gradient is found."""
-        roots = {"generator": self.form.tail, "discriminator": self.form.d}
+        tail = self.form.tail
+        roots = {"generator": tail.generator if isinstance(tail, Tail) else tail, "discriminator": self.form.d}
         try:
             reference = self._autograd(a, *context)
         except RuntimeError as error:
@@ -278,10 +280,11 @@ class Target:
         def error(made: Recording) -> float:
             return max(_relative_error(f, w) for f, w in zip(run(made, order), wanted, strict=True))
 
-        made = Recording(None, graph, recording.first_outputs(graph, 2))
+        effects = recording.effects_of(graph, given)
+        made = Recording(None, graph, recording.first_outputs(graph, 2, effects))
         if context and not self.coupled:
             apart = self.ladder.climb(
-                "prefix cached", lambda: recording.without_prefix(graph, count, len(given[0])), error, tolerance
+                "prefix cached", lambda: recording.without_prefix(graph, count, len(given[0]), effects), error, tolerance
             )
             made = apart or made
         if a.device.type == "cpu" and not self.compiled:  # a compiler rounds as it likes

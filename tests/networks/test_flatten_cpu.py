@@ -6,6 +6,14 @@ import torch.nn.functional as F
 
 from fastrefine.networks import recording
 
+
+def _recorded(function, given):
+    """The function as the step records it on a CPU, with equal rows."""
+    graph = recording.record(function, given)
+    recording.make_rows_equal(graph, given[0].dtype)
+    return graph
+
+
 # kernel, stride, padding, output padding; the first four are computed by phases, the last two are left alone
 PHASES = [(4, 2, 1, 0), (2, 2, 0, 0), (5, 2, 2, 1), (6, 4, 1, 0)]
 SHAPES = [*PHASES, (3, 2, 1, 1), (4, 2, 0, 0)]
@@ -18,7 +26,7 @@ def test_transposed_convolution_to_few_channels_is_computed_by_phases(shape, bia
     torch.manual_seed(k)
     x, w = torch.randn(3, 8, 5, 6), torch.randn(8, 1, k, k)
     b = torch.randn(1) if bias else None
-    graph = recording.trace(lambda a: F.conv_transpose2d(a, w, b, stride, padding, extra), (x,))
+    graph = _recorded(lambda a: F.conv_transpose2d(a, w, b, stride, padding, extra), (x,))
     wanted = F.conv_transpose2d(x, w, b, stride, padding, extra)
     torch.testing.assert_close(graph(x), wanted, rtol=1e-5, atol=1e-5)
     by_phases = not any(n.args[6] for n in graph.graph.nodes if n.target is torch.ops.aten.convolution.default)
@@ -33,20 +41,20 @@ def test_convolution_from_or_to_one_pixel_is_a_product(transposed, bias):
     )
     b = torch.randn(4) if bias else None
     convolve = F.conv_transpose2d if transposed else F.conv2d
-    graph = recording.trace(lambda a: convolve(a, w, b), (x,))
+    graph = _recorded(lambda a: convolve(a, w, b), (x,))
     assert not any(n.target is torch.ops.aten.convolution.default for n in graph.graph.nodes)
     torch.testing.assert_close(graph(x), convolve(x, w, b), rtol=1e-5, atol=1e-5)
 
 
 def test_float64_convolutions_stay_as_they_are():
     x, w = torch.randn(3, 8, 5, 5).double(), torch.randn(8, 1, 4, 4).double()
-    graph = recording.trace(lambda a: F.conv_transpose2d(a, w, None, 2, 1), (x,))
+    graph = _recorded(lambda a: F.conv_transpose2d(a, w, None, 2, 1), (x,))
     assert torch.equal(graph(x), F.conv_transpose2d(x, w, None, 2, 1))
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(6, 6), (64, 8), (60, 6), (22, 22), (7, 7)])
 def test_block_is_a_divisor_that_fits(rows, wanted, monkeypatch):
-    graph = recording.trace(lambda a: a * 2, (torch.ones(4, 16),))  # 64 bytes a row
+    graph = _recorded(lambda a: a * 2, (torch.ones(4, 16),))  # 64 bytes a row
     monkeypatch.setattr(recording, "BLOCK_BYTES", 8 * 64)
     assert recording.block_rows(graph, 4, rows) == wanted
 
@@ -66,7 +74,7 @@ def test_functions_and_their_gradients_round_alike_in_every_row(function):
         return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
 
     with torch.enable_grad():
-        graph = recording.trace(step, (x[0],))
+        graph = _recorded(step, (x[0],))
     with torch.no_grad():
         for row in x:
             for found, wanted in zip(graph(row.roll(1)), graph(row), strict=True):

@@ -55,7 +55,7 @@ def test_layers_leave_out_what_cannot_be_cut():
 def test_layers_puts_modes_back_after_an_exception():
     generator = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(5, 5)))
     generator[1].eval()
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(InputError, match="shapes"):
         layers(generator, torch.randn(4, 6))
     assert generator.training and generator[0].training and not generator[1][0].training
     assert not any(module._forward_hooks for module in generator.modules())

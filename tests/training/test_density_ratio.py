@@ -255,13 +255,13 @@ def test_neither_the_networks_nor_torchs_random_state_change():
 
 
 def test_fitting_traces_once_and_not_for_every_batch(monkeypatch):
-    traces, original = [], recording.trace
+    traces, original = [], recording.record
 
     def trace(step, given, modules):
         traces.append(len(given[0]))
         return original(step, given, modules)
 
-    monkeypatch.setattr(recording, "trace", trace)
+    monkeypatch.setattr(recording, "record", trace)
     fr.fit_corrector(OTHER, torch.randn(100, 2), 5, prior=fr.Normal(2), batch_size=16)
     assert traces.count(16) <= 2
 
