@@ -24,7 +24,7 @@ import click
 import torch
 
 import fastrefine as fr
-from benchmarks.gpu_machine import commit
+from benchmarks.machine import commit, write_json
 from fastrefine.models import dcgan_discriminator, dcgan_generator
 from fastrefine.production import run_folder
 from fastrefine.production.configuration import Configuration
@@ -161,7 +161,7 @@ def main(outdir: Path | None, output: Path, n: int, images: int, only: tuple[str
                 **parts[name](Path(scratch)), "commit": commit(), "torch": torch.__version__,
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
             }  # fmt: skip
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(output, record)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ _HOMES = {
         "NonFiniteError", "SplitError",
     ),
     "diagnosis.calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
-    "training.corrector": ("SumDiscriminator", "fit_corrector"),
-    "training.composed": ("NoisyOutput",),
+    "training.composed": ("NoisyOutput", "SumDiscriminator"),
+    "training.corrector": ("fit_corrector",),
+    "training.fit": ("fit_discriminator",),
     "ops": ("use_backend",),
     "production.saved_pair": ("Pair", "load_pair", "save_pair"),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
@@ -26,7 +27,7 @@ _HOMES = {
     "result": ("Result", "Snapshot", "Status"),
     "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
-    "training.shape": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
+    "training.shape": ("shape_discriminator", "tune_discriminator"),
     "networks.cut": ("layers",),
     "networks.split": ("Split",),
     "diagnosis.step_size": ("StepDiagnosis", "diagnose_steps"),
@@ -71,9 +72,9 @@ if TYPE_CHECKING:
     from fastrefine.selection import metropolis_hastings as metropolis_hastings
     from fastrefine.selection import rejection_sample as rejection_sample
     from fastrefine.training.composed import NoisyOutput as NoisyOutput
-    from fastrefine.training.corrector import SumDiscriminator as SumDiscriminator
+    from fastrefine.training.composed import SumDiscriminator as SumDiscriminator
     from fastrefine.training.corrector import fit_corrector as fit_corrector
-    from fastrefine.training.shape import fit_discriminator as fit_discriminator
+    from fastrefine.training.fit import fit_discriminator as fit_discriminator
     from fastrefine.training.shape import shape_discriminator as shape_discriminator
     from fastrefine.training.shape import tune_discriminator as tune_discriminator
 

@@ -28,10 +28,9 @@ class Stream(enum.IntEnum):
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the 64-bit product of a constant and int64 words, without overflow."""
-    low, high = (a & 0xFFFF) * b, (a >> 16) * b
-    low = low + ((high & 0xFFFF) << 16)
-    return ((high >> 16) + (low >> 32)) & _MASK, low & _MASK
+    """High and low 32-bit word of the product of a constant and int64 words; the sign that 64 bits leave it is cut off."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastrefine.ops.refine_step import baked
+from fastrefine.ops.registry import baked
 from fastrefine.ops.slots import Outputs, Pool, Rule, Slots
 from fastrefine.samplers.base import Evaluation, Kernel
 

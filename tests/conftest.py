@@ -1,9 +1,6 @@
 """One thread, and the Triton interpreter where there is no GPU: both before anything imports triton."""
 
-import fcntl
 import os
-import pickle
-import shutil
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ os.environ.pop("FASTREFINE_BACKEND", None)
 def runtime(monkeypatch):
     """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""
     from fastrefine.engine import drivers
-    from tests.stand_in import KINDS, Runtime
+    from tests.support.stand_in import KINDS, Runtime
 
     stand_in = Runtime()
     original = drivers.choose
@@ -28,33 +25,3 @@ def runtime(monkeypatch):
 
     monkeypatch.setattr(drivers, "choose", choose)
     return stand_in
-
-
-@pytest.fixture
-def reference_torch():
-    """Skips what a training of seconds must show elsewhere than with the torch that its recipe was chosen on."""
-    if not torch.__version__.startswith("2.13."):
-        pytest.skip("with another torch than 2.13 a training of seconds ends elsewhere, and its claims were chosen on that one")
-
-
-@pytest.fixture(scope="session")
-def quick_run(tmp_path_factory):
-    """name -> (folder, record) of an experiment's quick run with one seed: made once a session, a copy for each caller."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quick-runs"
-    shared.mkdir(exist_ok=True)
-
-    def get(name):
-        from benchmarks.papers.catalogue import EXPERIMENTS
-
-        made, kept = shared / name, shared / f"{name}.pickle"
-        with (shared / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making it
-            if not kept.exists():
-                record = EXPERIMENTS[name].run(made, seeds=EXPERIMENTS[name].seeds[:1], quick=True)
-                kept.write_bytes(pickle.dumps(record))
-        folder = tmp_path_factory.mktemp("quick") / name
-        shutil.copytree(made / name, folder)
-        return folder, pickle.loads(kept.read_bytes())
-
-    return get

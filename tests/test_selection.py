@@ -8,23 +8,7 @@ from scipy import stats
 
 import fastrefine as fr
 from fastrefine.noise import Stream, uniform
-
-# Data N(M, S^2), generator N(0, 1): the optimal logit is known, and exp(SUP) bounds the density ratio.
-M, S = 0.5, 0.7
-SUP = math.log(1 / S) + M * M / (2 * (1 - S * S))
-ALPHA = 1e-4  # false-alarm rate of each statistical test, at a fixed seed
-
-
-def optimal_logit(x):
-    return -0.5 * ((x - M) / S) ** 2 - math.log(S) + 0.5 * x**2
-
-
-def proposals(n, seed=0):
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def p_value(x):
-    return stats.kstest((x.numpy() - M) / S, "norm").pvalue
+from tests.support.selection_laws import ALPHA, M, S, optimal_logit, p_value, proposals
 
 
 def variance_p_value(x):

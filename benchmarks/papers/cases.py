@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import training
-from benchmarks.papers.mixtures import IMBALANCED8, draw_roll, measure_roll
-from benchmarks.papers.plane import LATENT_DIM, RING, Plane
-from benchmarks.papers.table import Table
+from benchmarks.papers.cells import checkpoints
+from benchmarks.papers.plane import IMBALANCED8, LATENT_DIM, RING, Plane, draw_roll, measure_roll
+from benchmarks.papers.run import Table
 from fastrefine.demo.gan import Draw, Training
 from fastrefine.demo.judge import Judge
 from fastrefine.demo.recipes import Recipe as ImageRecipe
@@ -117,5 +116,5 @@ def curve(rows: Sequence[Mapping[str, Any]], x: str, key: str, **where: Any) -> 
 def _trained(table: Table, name: str, plane: Plane, draw: Draw, steps: int) -> tuple[nn.Module, nn.Module, Tensor]:
     """(G, D, real samples)."""
     seed = table.seed
-    pairs = training.checkpoints(table.cells, f"{name}-{seed}", lambda: plane.trainer(draw, seed), (steps,))
+    pairs = checkpoints(table.cells, f"{name}-{seed}", lambda: plane.trainer(draw, seed), (steps,))
     return *pairs[steps], draw(NUM_REAL, torch.Generator().manual_seed(REAL))

@@ -16,7 +16,8 @@ class Experiment:
     """One experiment: what the list says of it, and how it is run.
 
     seeds: of a full run; a quick one takes the first. data: what --data names, empty where none is taken; needs_data:
-    whether a full run needs it (a quick one makes its own). minutes: of a full run on one core, about.
+    whether a full run needs it (a quick one makes its own). minutes: of a full run on one core, about. module: where its code
+    is, the one of its name unless given.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     data: str = ""
     needs_data: bool = False
+    module: str = ""
 
     def run(self, outdir: Path, *, seeds: Sequence[int] = (), quick: bool = False, data: Path | None = None) -> dict[str, Any]:
         """Run it into ``outdir``/name. Raises InputError where data is missing or not taken."""
@@ -39,9 +41,9 @@ class Experiment:
         return run(self.paper(), self.name, outdir / self.name, seeds=chosen, quick=quick, data=data)
 
     def paper(self) -> Any:
-        """What makes its rows, see ``run.Paper``: the module of its name, or PAPER in it."""
-        module = importlib.import_module(f"benchmarks.papers.{self.name}")
-        return getattr(module, "PAPER", module)
+        """What makes its rows, see ``run``: the module of its name, or one of PAPERS in ``module``."""
+        module = importlib.import_module(f"benchmarks.papers.{self.module or self.name}")
+        return module.PAPERS[self.name] if self.module else module
 
 
 _MNIST = "a folder with MNIST's four original .gz files"
@@ -49,8 +51,8 @@ _CIFAR10 = "a folder with cifar10-train.zip and cifar10-test.zip"
 _ALL = (
     Experiment("imbalanced8", "Imbalanced ring of 8 Gaussians over training", "[CS] Figures 3, 4a-c", 150, (0, 1, 2)),
     Experiment("gaussians25", "25 Gaussians, every sampler", "[CS] 4.1, [DDLS] 5.1, [DOT] 4.1", 90),
-    Experiment("gaussians8", "8 Gaussians: shaping against tuning", "[CS0] Table 1, Figures 3-5", 40, (0, 1, 2)),
-    Experiment("swissroll", "Swiss roll: shaping against tuning", "[CS0] Table 1, Figures 3-4", 20, (0, 1, 2)),
+    Experiment("gaussians8", "8 Gaussians: shaping against tuning", "[CS0] Table 1, Figures 3-5", 40, (0, 1, 2), module="cs0"),
+    Experiment("swissroll", "Swiss roll: shaping against tuning", "[CS0] Table 1, Figures 3-4", 20, (0, 1, 2), module="cs0"),
     Experiment("diagnosis", "Which score tells what Metropolis-Hastings gains", "[CS] Table 1, Figure 4d", 15, (0, 1, 2)),
     Experiment("mnist", "MNIST over training, layers, denoising", "[CS] 4.2; [CS0] Figures 6, 7, 9", 90, (0,), _MNIST, True),
     Experiment("cifar10", "CIFAR-10, every sampler", "[CS] 4.3, [DDLS] 5.2, [DGflow]", 60, (0,), _CIFAR10, True),

@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import plots, result_file, training
+from benchmarks.papers import plots, result_file
+from benchmarks.papers.cells import checkpoints, trained_judge
 from benchmarks.papers.image_networks import PictureClassifier, latents_of, networks_of, prior_of
 from benchmarks.papers.image_rows import ImageTable, Way
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.pictures import load_cifar10
 from benchmarks.papers.result_file import Row, against, claim
-from benchmarks.papers.run import Run
-from fastrefine.datasets import Images, load_cifar10, load_digits
+from benchmarks.papers.run import Recipe, Run
+from fastrefine.datasets import Images, load_digits
 from fastrefine.demo import gan, picture
 
 ROWS = (  # by discriminator
@@ -85,7 +86,7 @@ class Discriminators(ImageTable):
     def __init__(self, run: Run, seed: int):
         cells, recipe = run.cells(), run.recipe
         data = coloured_digits() if run.data is None or run.quick else load_cifar10(run.data)
-        judge = training.trained_judge(
+        judge = trained_judge(
             cells, lambda: PictureClassifier(recipe.size, recipe.classifier_width), data, seed=seed,
             steps=recipe.classifier_steps, batch_size=100, noise=0.05,
         )  # fmt: skip
@@ -96,7 +97,7 @@ class Discriminators(ImageTable):
             return gan.Trainer(*pair, real, latents_of(recipe), recipe.training, seed)
 
         (steps,) = recipe.checkpoints
-        self.generator, own = training.checkpoints(cells, f"gan-{seed}", trainer, (steps,))[steps]
+        self.generator, own = checkpoints(cells, f"gan-{seed}", trainer, (steps,))[steps]
         refiner = self.refiner(ways(recipe)["refine"], self.generator, own)
         self.by_name: dict[str, nn.Module] = {"own": own} | {
             how: self.trained(f"D-{how}", networks_of(recipe, seed)[1], refiner, data.train, how) for how in ("tuned", "shaped")

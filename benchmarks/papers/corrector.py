@@ -1,4 +1,4 @@
-"""A GAN's discriminator, corrected, refines a VAE and a normalizing flow.
+"""A GAN's discriminator, corrected, refines a VAE and a normalizing flow, both small and trained here.
 
 [DGflow]: D_phi tells data from samples of the GAN g_phi, the corrector D_lambda samples of g_phi from samples of the base
 generator; their logits add up to the log ratio of data and base generator, along whose gradient DGflow (KL) moves.
@@ -11,18 +11,41 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import base_models, plots, training
-from benchmarks.papers.base_models import VAE, Flow
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers import plots
+from benchmarks.papers.cells import trained_judge
 from benchmarks.papers.result_file import Row, against, claim, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Made, Table
+from benchmarks.papers.run import Made, Recipe, Run, Table
 from fastrefine.demo.gan import build, train_gan
 from fastrefine.demo.recipes import DIGITS
 from fastrefine.models.default import default_discriminator
+from fastrefine.models.likelihood import VAE, Flow
+
+
+def train_base(
+    model: VAE | Flow, images: Tensor, *, steps: int, batch_size: int = 64, learning_rate: float = 1e-3,
+    weight_decay: float = 0.0, seed: int = 0,
+) -> None:  # fmt: skip
+    """Trains `model` in place on its own loss with AdamW, the rate falling to 0 along a cosine; leaves it in eval mode.
+
+    images: (N, *shape). All randomness comes from a torch.Generator of the call's own.
+    """
+    random = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    model.train()
+    for _ in range(steps):
+        loss = model.loss(images[torch.randint(len(images), (batch_size,), generator=random)], random)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
 
 # Chosen on seed 0, the same for all. fit_*: fit_discriminator of D_phi (for g_phi, on the training images) and fit_corrector,
 # both with the default D. step_size, max_steps: DGflow (KL, gamma .01) at ``at``, "input" (the latent) or "output" (the image).
@@ -57,7 +80,7 @@ class Corrected(Table):
         super().__init__(run.cells(), run.recipe, seed)
         self.data = DIGITS.load(None)
         steps = self.recipe.classifier_steps
-        self.judge = training.trained_judge(self.cells, DIGITS.classifier, self.data, seed=seed, steps=steps)
+        self.judge = trained_judge(self.cells, DIGITS.classifier, self.data, seed=seed, steps=steps)
         self.gan = Base("gan", self._trained_gan(), fr.Normal(DIGITS.latent))
         # fitted for the generator afterwards, for a GAN's own D is no calibrated ratio
         self.d_phi = self._fitted("d-phi", lambda n, **o: fr.fit_discriminator(
@@ -81,7 +104,7 @@ class Corrected(Table):
         def trained(name: str, factory: Callable[[], VAE | Flow], steps: int, weight_decay: float = 0.0) -> nn.Module:
             def make() -> nn.Module:
                 model = build(factory, self.seed)
-                base_models.train(model, train, steps=steps, weight_decay=weight_decay, seed=self.seed)
+                train_base(model, train, steps=steps, weight_decay=weight_decay, seed=self.seed)
                 return model
 
             return self.cells.network(f"{name}-{self.seed}", build(factory, self.seed), make)
@@ -143,7 +166,7 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     """On the digits."""
     corrected = Corrected(run, seed)
     run.judged(str(seed), corrected.judge.accuracy)
-    run.told["recipe"] = run.recipe.facts() | {"chosen_on_seed": 0}
+    run.extra["recipe"] = run.recipe.facts() | {"chosen_on_seed": 0}
     return corrected.rows()
 
 

@@ -18,14 +18,11 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from benchmarks.papers import plots, training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.mixtures import IMBALANCED8
-from benchmarks.papers.plane import LATENT_DIM, RING
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers import plots
+from benchmarks.papers.cells import Cells, checkpoints
+from benchmarks.papers.plane import IMBALANCED8, LATENT_DIM, RING
 from benchmarks.papers.result_file import Row, against, claim, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Fresh, Made, Table
+from benchmarks.papers.run import Fresh, Made, Recipe, Run, Table
 from fastrefine.errors import InputError
 
 SCORES, GAINS = ("z", "abs_z", "ece", "brier"), ("good", "kl", "js")
@@ -55,7 +52,7 @@ class Ladder(Table):
     def __init__(self, cells: Cells, recipe: Recipe, seed: int):
         super().__init__(cells, recipe, seed)
         draw, (steps,) = IMBALANCED8.draw, recipe.checkpoints
-        pairs = training.checkpoints(cells, f"gan-{seed}", lambda: recipe.plane.trainer(draw, seed), (steps,))
+        pairs = checkpoints(cells, f"gan-{seed}", lambda: recipe.plane.trainer(draw, seed), (steps,))
         self.generator = pairs[steps][0]
         self.real = draw(recipe.samples, torch.Generator().manual_seed(REAL))
         random = torch.Generator().manual_seed(seed)
@@ -91,11 +88,11 @@ class Ladder(Table):
     def _figures(self, d: nn.Module, raw: Row) -> Made:
         with torch.no_grad():
             real, fake, proposed = (d(x) for x in (self.real, self.held_out, self.proposals))
-        told = fr.diagnose(real, fake)
+        report = fr.diagnose(real, fake)
         chosen = fr.metropolis_hastings(proposed, self.recipe.chain_length, initial_logits=real, seed=self.seed)
         found = IMBALANCED8.measure(self.proposals[chosen.indices])
         return {}, {
-            "brier": told.brier, "z": told.z, "abs_z": abs(told.z), "ece": told.ece,
+            "brier": report.brier, "z": report.z, "abs_z": abs(report.z), "ece": report.ece,
             **{f"gain_{key}": found[key] - raw[key] for key in GAINS}, **{key: found[key] for key in GAINS},
             **{f"standard_{key}": raw[key] for key in GAINS}, "acceptance": chosen.acceptance_rate,
         }  # fmt: skip
@@ -104,7 +101,7 @@ class Ladder(Table):
 def rows(run: Run, seed: int) -> Iterator[Row]:
     """The ladders of a seed; the correlations over all seeds go into the record."""
     found = list(Ladder(run.cells(), run.recipe, seed).rows())
-    run.told["correlations"] = correlations([*run.rows, *found])
+    run.extra["correlations"] = correlations([*run.rows, *found])
     yield from found
 
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import plots, training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers import plots
+from benchmarks.papers.cells import Cells, trained_judge
 from benchmarks.papers.result_file import Row, against, claim, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Made, Table, moved
+from benchmarks.papers.run import Made, Recipe, Run, Table, moved
 from fastrefine.demo import recipes
 from fastrefine.demo.gan import build
+from fastrefine.demo.judge import Judge
 from fastrefine.models.default import default_discriminator
 
 STAGES = ("raw", "fitted", "fitted, shaped")
@@ -46,7 +45,7 @@ class Parts(Table):
             prior=self.prior, stop=fr.stopping.MedianOfReal(), real=self.real[: demo.reference], num_slots=demo.num_slots,
         )  # fmt: skip
 
-    def rows(self, judge: training.Judge, samples: int) -> Iterator[Row]:
+    def rows(self, judge: Judge, samples: int) -> Iterator[Row]:
         """A row for each stage."""
 
         def make(stage: str) -> Made:
@@ -86,10 +85,10 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     images, samples = demo.load(run.data), recipe.samples if run.data is None else recipe.mnist_samples
     parts = Parts(run.cells(recipe.but(name=demo.name)), recipe, seed, demo, images.train)
     steps = recipe.classifier_steps or demo.classifier_steps
-    judge = training.trained_judge(parts.cells, demo.classifier, images, seed=seed, steps=steps)
+    judge = trained_judge(parts.cells, demo.classifier, images, seed=seed, steps=steps)
     run.judged(str(seed), judge.accuracy)
     made_of = {"demo": demo.name, "generator": f"embedded, {demo.early_steps} steps"}
-    run.told |= {"data": demo.name, "recipe": made_of | recipe.facts() | {"samples": samples}}
+    run.extra |= {"data": demo.name, "recipe": made_of | recipe.facts() | {"samples": samples}}
     return parts.rows(judge, samples)
 
 
@@ -114,7 +113,7 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
 
 def draw(run: Run, rows: Sequence[Row]) -> None:
     """The first samples of the first seed, raw and refined."""
-    data = run.told["data"]
+    data = run.extra["data"]
     table = Table(run.cells(run.recipe.but(name=data)), run.recipe, run.seeds[0])
     raw, refined = table.shown(data, "raw"), table.shown(data, "fitted, shaped")
     notes = [f"{a:.1f} > {b:.1f}" for a, b in torch.stack([refined["before"], refined["after"]], 1).tolist()]

@@ -16,15 +16,16 @@ import torch
 from PIL import Image, ImageDraw
 
 import fastrefine as fr
-from benchmarks.papers import plots, result_file, training
-from benchmarks.papers.cells import Cells
+from benchmarks.papers import plots, result_file
+from benchmarks.papers.cells import Cells, checkpoints, trained_judge
 from benchmarks.papers.image_networks import LabelledTrainer, PictureClassifier, drawn, latents_of, networks_of, prior_of
 from benchmarks.papers.image_rows import ImageTable, Way
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.pictures import PictureFolder
 from benchmarks.papers.result_file import Row, against, claim
-from benchmarks.papers.run import Run
-from fastrefine.datasets import Images, PictureFolder
+from benchmarks.papers.run import Recipe, Run
+from fastrefine.datasets import Images
 from fastrefine.demo import gan
+from fastrefine.demo.judge import Judge
 
 # network: "dcgan", logistic loss | "sagan", class-conditional, hinge loss. Collaborative refinement is by sgd with fixed steps,
 # all of them made and the best iterate kept, as in the public code. Shaping is by Adam. judged, held_out: pictures that train
@@ -72,7 +73,7 @@ class Pictures(ImageTable):
             labels=chains % self.classes if labelled else None,  # the proposals of a chain are of one class
         )  # fmt: skip
         (steps,) = recipe.checkpoints
-        self.generator, self.own = training.checkpoints(cells, f"gan-{seed}", self._trainer, (steps,))[steps]
+        self.generator, self.own = checkpoints(cells, f"gan-{seed}", self._trainer, (steps,))[steps]
 
     def way(self, name: str, **other: object) -> Way:
         """All steps with D, the best iterate kept."""
@@ -107,14 +108,14 @@ class Pictures(ImageTable):
             return LabelledTrainer(pair, self.pictures, self.count, latents_of(r), r.training, self.seed)
         return gan.Trainer(*pair, drawn(self.pictures, self.count), latents_of(r), r.training, self.seed)
 
-    def _judge(self, cells: Cells, recipe: Recipe, seed: int) -> training.Judge:
+    def _judge(self, cells: Cells, recipe: Recipe, seed: int) -> Judge:
         count = min(recipe.judged, self.count)
         data = Images(
             self.pictures.images(range(count)), self.pictures.images(range(self.count, len(self.pictures))),
             self.pictures.labels[:count], self.pictures.labels[self.count :],
         )  # fmt: skip
         classes, width, features = self.classes or 4, recipe.classifier_width, recipe.classifier_features
-        return training.trained_judge(
+        return trained_judge(
             cells, lambda: PictureClassifier(recipe.size, width, features, classes), data if self.classes else turned(data),
             seed=seed, steps=recipe.classifier_steps, batch_size=100, noise=0.05,
         )  # fmt: skip
@@ -157,7 +158,7 @@ def _tables(run: Run, seed: int) -> Iterator[Pictures]:
 def rows(run: Run, seed: int) -> Iterator[Row]:
     """Folder by folder: there are several in a quick run alone."""
     for table in _tables(run, seed):
-        run.told.setdefault("recipe", {})[table.recipe.name] = table.recipe.facts()
+        run.extra.setdefault("recipe", {})[table.recipe.name] = table.recipe.facts()
         run.judged(f"{table.recipe.name}, seed {seed}", table.judge.accuracy)
         yield from table.all_rows()
 

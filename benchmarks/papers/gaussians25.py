@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import gaussians25_rows, mixture_rows, plots, training
-from benchmarks.papers.cells import Cells
+from benchmarks.papers import gaussians25_rows, imbalanced8, plots
+from benchmarks.papers.cells import Cells, checkpoints
 from benchmarks.papers.gaussians25_rows import SETTINGS, Rows
 from benchmarks.papers.latent_law import Energy, LatentGrid, Law, evaluate, law_of
-from benchmarks.papers.mixtures import DOT25, GAUSSIANS25, at_random25, evenly25
-from benchmarks.papers.plane import GRID, LATENT_DIM, WganTrainer, ratio
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.plane import DOT25, GAUSSIANS25, GRID, LATENT_DIM, WganTrainer, at_random25, evenly25, ratio
 from benchmarks.papers.result_file import Row, against, claim, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Fresh
+from benchmarks.papers.run import Fresh, Recipe, Run
 from fastrefine.demo.gan import build
 
 TOLERANCE = 0.02
@@ -49,7 +46,7 @@ QUICK = FULL.but(
 )  # fmt: skip
 # [CS] published 5,000 iterations of shaping, and batches of 1,000 on the ring; its figures at 100,000 iterations.
 CS_PUBLISHED = replace(
-    mixture_rows.PUBLISHED, name="cs", plane=GRID, checkpoints=(100_000, 300_000, 500_000, 700_000, 900_000), shaping_rate=1e-2,
+    imbalanced8.FULL, name="cs", plane=GRID, checkpoints=(100_000, 300_000, 500_000, 700_000, 900_000), shaping_rate=1e-2,
     step_size=0.05,
 )  # fmt: skip
 CS_FULL = replace(
@@ -80,8 +77,8 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     """Of the first training seed alone: the grid of [DOT], then that of [CS], whose training takes an hour."""
     if seed != run.seeds[0]:
         return
-    found, told = _against_laws(run, seed)
-    run.told |= {**told, "seeds": {"training": [seed], "sampling": list(run.recipe.sampling_seeds)}, "curves": found.curves}
+    found, extra = _against_laws(run, seed)
+    run.extra |= {**extra, "seeds": {"training": [seed], "sampling": list(run.recipe.sampling_seeds)}, "curves": found.curves}
     run.claims += law_claims(found.table, found.laws, found.curves)
     yield from found.table
     run.left_out = [{"version": "[CS]", "status": "not run", "wants": "an hour of training"}]
@@ -91,9 +88,9 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
         yield {"version": "[CS]", **row}
 
 
-def _cs_table(run: Run) -> mixture_rows.MixtureTable:
+def _cs_table(run: Run) -> imbalanced8.MixtureTable:
     recipe = CS_QUICK if run.quick else CS_FULL
-    return mixture_rows.MixtureTable(run.cells(recipe), recipe, run.seeds[0], GAUSSIANS25)
+    return imbalanced8.MixtureTable(run.cells(recipe), recipe, run.seeds[0], GAUSSIANS25)
 
 
 def draw(run: Run, rows: Sequence[Row]) -> None:
@@ -101,7 +98,7 @@ def draw(run: Run, rows: Sequence[Row]) -> None:
     names, cells = [row["name"] for row in rows if row["version"] == "[DDLS]"], run.cells()
     _samples(run.outdir / "samples.png", {n: cells.tensors(f"samples-{n}", dict)["samples"] for n in names})
     titles = {"fitted": "calibrated logit of fit_discriminator", "critic": "raw WGAN critic"}
-    _mixing(run.outdir / "mixing.png", titles, run.told["curves"], run.told["laws"])
+    _mixing(run.outdir / "mixing.png", titles, run.extra["curves"], run.extra["laws"])
     table, shown = _cs_table(run), ("standard", "DRS", "MH", "refine", "collaborative", "collaborative, median stop")
     panels = {(f"{k} its", n): table.points(k, n) for k in table.recipe.checkpoints for n in shown}
     plots.densities(run.outdir / "densities.png", panels, 2.6)
@@ -111,7 +108,7 @@ def _against_laws(run: Run, seed: int) -> tuple[Rows, dict[str, Any]]:
     """Train, fit, calibrate, integrate, sample."""
     cells, recipe = run.cells(), run.recipe
     (steps,) = recipe.checkpoints
-    pairs = training.checkpoints(cells, f"wgan-{seed}", lambda: WganTrainer(evenly25, steps, seed), (steps,))
+    pairs = checkpoints(cells, f"wgan-{seed}", lambda: WganTrainer(evenly25, steps, seed), (steps,))
     g, critic = pairs[steps]
     d = _fitted(cells, recipe, seed, g)
     energies, facts = calibrated(g, d, critic, recipe, seed)

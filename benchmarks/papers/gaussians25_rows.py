@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import fastrefine as fr
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.latent_law import Energy, LatentGrid, Law, evaluate
-from benchmarks.papers.mixtures import at_random25, earth_mover, quality25
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.plane import at_random25, earth_mover, quality25
 from benchmarks.papers.result_file import Row
-from benchmarks.papers.table import Table
+from benchmarks.papers.run import Recipe, Table
 
 PRIOR = fr.Normal(2)
 Drawn = tuple[list[Tensor], Row, Any]  # samples (n, 2) of each sampling seed, figures, points of the mixing curve by K
@@ -211,19 +210,13 @@ class _Judge:
         emd = [earth_mover(x[:n], real[:n]) for x, real in zip(sets, self.real, strict=False)]
         shares = np.mean([m["shares"] for m in found], 0).tolist()
         return {
-            "samples": [len(x) for x in sets],
-            "high_quality": sum(shares),
+            "samples": [len(x) for x in sets], "high_quality": sum(shares),
             "high_quality_by_seed": [m["high_quality"] for m in found],
-            "high_quality_distance": abs(sum(shares) - law.high_quality),
-            "share_distance": law.distance(shares),
-            "share_distance_by_seed": [law.distance(m["shares"]) for m in found],
-            "modes": min(m["modes"] for m in found),
-            "shares": shares,
-            "std": float(np.mean([m["std"] for m in found])),
-            "emd": float(np.mean(emd)),
-            "emd_by_seed": emd,
+            "high_quality_distance": abs(sum(shares) - law.high_quality), "share_distance": law.distance(shares),
+            "share_distance_by_seed": [law.distance(m["shares"]) for m in found], "modes": min(m["modes"] for m in found),
+            "shares": shares, "std": float(np.mean([m["std"] for m in found])), "emd": float(np.mean(emd)), "emd_by_seed": emd,
             "emd_samples": n,
-        }
+        }  # fmt: skip
 
 
 def _rejected(raw: Mapping[int, Tensor], logits: Callable[[Tensor], Tensor], n: int) -> Drawn:

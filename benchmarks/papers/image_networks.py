@@ -1,8 +1,7 @@
-"""What the image experiments train: published GANs by name, a class-conditional one, InfoGAN's networks, a classifier."""
+"""What the image experiments train: published GANs by name, a class-conditional one, InfoGAN's pair, a classifier."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -10,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
-from benchmarks.papers.recipe import Recipe
+from benchmarks.papers.pictures import PictureFolder
+from benchmarks.papers.run import Recipe
 from fastrefine import models
-from fastrefine.datasets import PictureFolder
 from fastrefine.demo import gan
 from fastrefine.demo.gan import Pair, Trainer, Training, build
 from fastrefine.models.digits import Classifier
+from fastrefine.models.infogan import LATENT_DIM, infogan_discriminator, infogan_generator
 
-INFO_LATENT = 62
 INFO_TRAINING = Training(64, "adam", (1e-3, 2e-4), betas=(0.5, 0.999), bfloat16=True)  # but for bfloat16 as published
 
 
@@ -98,58 +97,8 @@ def drawn(pictures: PictureFolder, count: int) -> gan.Draw:
     return lambda n, random: pictures.images(torch.randint(count, (n,), generator=random))
 
 
-# --- the MNIST networks of [CS] 4.2, which are InfoGAN's [Chen et al. 2016]
-
-
-def info_generator(width: int = 64, hidden: int = 1024) -> nn.Sequential:
-    """(N, 62) -> 1024 -> 128x7x7 -> 64x14x14 -> images (N, 1, 28, 28) in [-1, 1]; 6.6 million parameters."""
-    return _started(
-        fc1=nn.Linear(INFO_LATENT, hidden),
-        norm1=nn.BatchNorm1d(hidden),
-        act1=nn.ReLU(),
-        fc2=nn.Linear(hidden, 2 * width * 49),
-        norm2=nn.BatchNorm1d(2 * width * 49),
-        act2=nn.ReLU(),
-        map7=nn.Unflatten(1, (2 * width, 7, 7)),
-        up14=nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
-        norm14=nn.BatchNorm2d(width),
-        act14=nn.ReLU(),
-        up28=nn.ConvTranspose2d(width, 1, 4, stride=2, padding=1),
-        tanh=nn.Tanh(),
-    )
-
-
-def info_discriminator(width: int = 64, hidden: int = 1024) -> nn.Sequential:
-    """Images (N, 1, 28, 28) -> 64x14x14 -> 128x7x7 -> 1024 -> logits (N, 1); 6.6 million parameters.
-
-    Without BatchNorm, as in the public code, which has the paper's two commented out: D is trained on real and generated
-    batches apart, each with its own statistics, so that the running ones of neither rank samples as training did.
-    """
-    return _started(
-        conv14=nn.Conv2d(1, width, 4, stride=2, padding=1),
-        act14=nn.LeakyReLU(0.2),
-        conv7=nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-        act7=nn.LeakyReLU(0.2),
-        flat=nn.Flatten(),
-        fc=nn.Linear(2 * width * 49, hidden),
-        act=nn.LeakyReLU(0.2),
-        logit=nn.Linear(hidden, 1),
-    )
-
-
 def info_trainer(real: Tensor, seed: int, training: Training, width: int = 64, hidden: int = 1024) -> Trainer:
-    """The pair at step 0; latents are uniform on (-1, 1). real: images (N, 1, 28, 28) in [-1, 1]."""
-    g = build(lambda: info_generator(width, hidden), seed)
-    d = build(lambda: info_discriminator(width, hidden), seed + 100)
-    return Trainer(g, d, gan.images_of(real), gan.uniform(INFO_LATENT), training, seed)
-
-
-def _started(**modules: nn.Module) -> nn.Sequential:
-    """The modules in a row; weights start from N(0, .02^2), biases from 0, as in the public code."""
-    network = nn.Sequential(OrderedDict(modules))
-    for layer in network:
-        if isinstance(layer, gan.WEIGHTED):
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
-    return network
+    """InfoGAN's pair ([CS] 4.2) at step 0; latents are uniform on (-1, 1). real: images (N, 1, 28, 28) in [-1, 1]."""
+    g = build(lambda: infogan_generator(width, hidden), seed)
+    d = build(lambda: infogan_discriminator(width, hidden), seed + 100)
+    return Trainer(g, d, gan.images_of(real), gan.uniform(LATENT_DIM), training, seed)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import fastrefine as fr
 from benchmarks.papers.cells import Cells
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row
-from benchmarks.papers.table import Made, Table
+from benchmarks.papers.run import Made, Recipe, Table
 from fastrefine.demo.judge import Judge
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Sampler
@@ -54,17 +53,7 @@ class _Drawn:
     images: Tensor
     logits: Tensor
     before: Tensor
-    told: Row
-
-
-@dataclass
-class _Shared:
-    """What a row and those that select among its samples have in common, made when first asked for."""
-
-    key: Any
-    refiner: fr.Refiner
-    drawn: _Drawn | None = None
-    proposals: Tensor | None = None
+    figures: Row
 
 
 class ImageTable(Table):
@@ -78,7 +67,8 @@ class ImageTable(Table):
         self.judge, self.prior, self.labels = judge, prior, labels
         self.real, self.real_labels = real[: recipe.reference], real_labels
         self.chains = recipe.samples // recipe.chain_length  # outputs of a row that selects among refined samples
-        self._latest: _Shared | None = None
+        self._latest: Any = None  # what tells its rows, and what they share: a refiner, and samples when first asked for
+        self._shared: dict[str, Any] = {}
 
     def rows(
         self, facts: Mapping[str, Any], generator: nn.Module, discriminator: nn.Module, shaped: Callable[[], nn.Module],
@@ -93,12 +83,12 @@ class ImageTable(Table):
 
             def make(way: Way = way) -> Made:
                 key = (tuple(facts.items()), replace(way, name="", select=""))
-                if self._latest is None or self._latest.key != key:
-                    self._latest = None  # free the other one first
+                if self._latest != key:
+                    self._shared.clear()  # free the other ones first
                     d = shaped() if way.shaped else discriminator
-                    self._latest = _Shared(key, self.refiner(way, generator, d))
-                images, told = self._drawn(way, self._latest)
-                return {"images": images}, {"samples": len(images), **self.judge(images, self.chains), **told}
+                    self._latest, self._shared["refiner"] = key, self.refiner(way, generator, d)
+                images, figures = self._drawn(way, self._shared)
+                return {"images": images}, {"samples": len(images), **self.judge(images, self.chains), **figures}
 
             yield self.kept({**facts, "name": way.name}, make)
 
@@ -115,18 +105,18 @@ class ImageTable(Table):
             num_slots=recipe.num_slots, precision=recipe.precision or "float32",
         )  # fmt: skip
 
-    def _drawn(self, way: Way, shared: _Shared) -> tuple[Tensor, Row]:
+    def _drawn(self, way: Way, shared: dict[str, Any]) -> tuple[Tensor, Row]:
         if way.select and way.sampler is None:
             assert self.labels is None, "raw samples are selected without labels only"
             return self._selected(way, shared)
-        if shared.drawn is None:
-            shared.drawn = self._refined(way, shared.refiner)
-        drawn, told = shared.drawn, dict(shared.drawn.told)
-        chosen = torch.arange(len(drawn.logits))
+        if "drawn" not in shared:
+            shared["drawn"] = self._refined(way, shared["refiner"])
+        drawn: _Drawn = shared["drawn"]
+        chosen, figures = torch.arange(len(drawn.logits)), dict(drawn.figures)
         if way.select:
-            chosen, told["acceptance"] = self._choose(way, drawn.logits, shared.refiner)
-        told |= {"logit_before": float(drawn.before[chosen].mean()), "logit_after": float(drawn.logits[chosen].mean())}
-        return drawn.images[chosen], told
+            chosen, figures["acceptance"] = self._choose(way, drawn.logits, shared["refiner"])
+        figures |= {"logit_before": float(drawn.before[chosen].mean()), "logit_after": float(drawn.logits[chosen].mean())}
+        return drawn.images[chosen], figures
 
     def _refined(self, way: Way, refiner: fr.Refiner) -> _Drawn:
         images, logits, before, steps, acceptance = [], [], [], [], []
@@ -139,22 +129,23 @@ class ImageTable(Table):
             steps.append(part.steps)
             if part.acceptance is not None:
                 acceptance.append(part.acceptance)
-        told: Row = {"sampler_acceptance": float(torch.cat(acceptance).mean())} if acceptance else {}
-        told |= {
+        figures: Row = {"sampler_acceptance": float(torch.cat(acceptance).mean())} if acceptance else {}
+        figures |= {
             "mean_steps": float(torch.cat(steps).double().mean()), "backend": part.report["backend"],
             "images_per_second": part.report["images_per_second"],
         }  # fmt: skip
-        return _Drawn(torch.cat(images), torch.cat(logits), torch.cat(before), told)
+        return _Drawn(torch.cat(images), torch.cat(logits), torch.cat(before), figures)
 
-    def _selected(self, way: Way, shared: _Shared) -> tuple[Tensor, Row]:
+    def _selected(self, way: Way, shared: dict[str, Any]) -> tuple[Tensor, Row]:
         """Raw proposals are scored first; only those that were chosen are made again, from their latents."""
-        if shared.proposals is None:
+        refiner: fr.Refiner = shared["refiner"]
+        if "proposals" not in shared:
             count = (way.samples or self.recipe.samples) * self.recipe.chain_length
-            stream = shared.refiner.stream(count, seed=self.seed, chunk=PART)
-            shared.proposals = torch.cat([part.logits for part in stream])
-        logits = shared.proposals
-        chosen, acceptance = self._choose(way, logits, shared.refiner)
-        images = shared.refiner.refine(self.prior.sample(chosen, self.seed), seed=self.seed).images
+            stream = refiner.stream(count, seed=self.seed, chunk=PART)
+            shared["proposals"] = torch.cat([part.logits for part in stream])
+        logits: Tensor = shared["proposals"]
+        chosen, acceptance = self._choose(way, logits, refiner)
+        images = refiner.refine(self.prior.sample(chosen, self.seed), seed=self.seed).images
         return images, {"acceptance": acceptance, "mean_steps": 0.0, "logit_after": float(logits[chosen].mean())}
 
     def _choose(self, way: Way, logits: Tensor, refiner: fr.Refiner) -> tuple[Tensor, float]:

@@ -32,15 +32,19 @@ class LatentGrid:
         """p(z) proportional to p0(z) exp(scale d(G(z))) ([DDLS] Eq. 5), logits: d at ``images`` (points^2,)."""
         log_weights = self.log_prior + scale * logits.double()
         log_normaliser = torch.logsumexp(log_weights, 0)
-        return LatentLaw(torch.exp(log_weights - log_normaliser), float(log_normaliser))
+        potential = 0.5 * self.latents.square().sum(1) - scale * logits.double()
+        return LatentLaw(torch.exp(log_weights - log_normaliser), float(log_normaliser), potential)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatentLaw:
-    """Probabilities (points^2,) float64 of a grid's cells, and log of the integral of p0(z) exp(scale d(G(z)))."""
+    """Probabilities (points^2,) float64 of a grid's cells, log of the integral of p0(z) exp(scale d(G(z))), and the potential
+    -log p0(z) - scale d(G(z)) of the cells, p0 without its constant.
+    """
 
     probabilities: Tensor
     log_normaliser: float
+    potential: Tensor
 
     def mean(self, values: Tensor) -> float:
         """Expectation of a function given by its values (points^2,) at the grid."""
@@ -75,15 +79,18 @@ class Energy:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A latent law, and what a perfect sampler of it would show."""
+    """A latent law, and the shares (25,) of the modes that a perfect sampler of it would show."""
 
     law: LatentLaw
     shares: Tensor
-    energy: float  # mean of -log p0(z) - scale d(G(z)), p0 without its constant
 
     @property
     def high_quality(self) -> float:
         return float(self.shares.sum())
+
+    @property
+    def energy(self) -> float:
+        return self.law.mean(self.law.potential)
 
     def distance(self, shares: list[float]) -> float:
         """The largest of all modes' between these shares and the law's."""
@@ -98,7 +105,5 @@ class Law:
 
 def law_of(grid: LatentGrid, modes: Tensor, energy: Energy) -> Law:
     """The law of an energy; modes (points^2,): of the grid's images, as ``Mixture.modes_of`` tells them."""
-    logits = energy.logits(grid.images)
-    law = grid.law(logits, energy.scale)
-    potential = 0.5 * grid.latents.square().sum(1) - energy.scale * logits.double()
-    return Law(law, law.shares(modes, 25), law.mean(potential))
+    law = grid.law(energy.logits(grid.images), energy.scale)
+    return Law(law, law.shares(modes, 25))

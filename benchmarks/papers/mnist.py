@@ -17,9 +17,8 @@ import torch
 from benchmarks.papers import plots
 from benchmarks.papers.image_networks import INFO_TRAINING
 from benchmarks.papers.mnist_rows import AT, FIXED, Mnist
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim, pick
-from benchmarks.papers.run import Run
+from benchmarks.papers.run import Recipe, Run
 from fastrefine import datasets
 from fastrefine.datasets import Images
 

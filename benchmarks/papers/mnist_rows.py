@@ -8,19 +8,18 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import image_networks, training
-from benchmarks.papers.cells import Cells
+from benchmarks.papers import image_networks
+from benchmarks.papers.cells import Cells, checkpoints, trained_judge
 from benchmarks.papers.image_rows import ImageTable, Way
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row
-from benchmarks.papers.table import SHOWN, Table
+from benchmarks.papers.run import SHOWN, Recipe, Table
 from fastrefine.datasets import Images
 from fastrefine.demo.gan import Pair, Trainer
 from fastrefine.demo.judge import accuracy
-from fastrefine.models import digits
+from fastrefine.models import digits, infogan
 
 AT = "map7"  # the 7x7x128 map that [CS] refines
-PRIOR = fr.Uniform(image_networks.INFO_LATENT)
+PRIOR = fr.Uniform(infogan.LATENT_DIM)
 FIXED = ", fixed steps"  # ends the names of the ways with fixed steps
 FAINT = 1_000_000  # ids from here on: the latents of the faint images, which no other row has
 
@@ -31,11 +30,11 @@ class Mnist(Table):
     def __init__(self, cells: Cells, recipe: Recipe, seed: int, data: Images):
         super().__init__(cells, recipe, seed)
         self.data = data
-        self.judge = training.trained_judge(cells, digits.mnist_classifier, data, seed=seed, steps=recipe.classifier_steps)
+        self.judge = trained_judge(cells, digits.mnist_classifier, data, seed=seed, steps=recipe.classifier_steps)
         self.table = ImageTable(cells, recipe, seed, self.judge, PRIOR, data.train)
         few = recipe.but(samples=self.table.chains, chain_length=1)
         self.small = ImageTable(cells, few, seed, self.judge, PRIOR, data.train)
-        self.pairs: dict[int, Pair] = training.checkpoints(cells, f"gan-{seed}", self._trainer, recipe.checkpoints)
+        self.pairs: dict[int, Pair] = checkpoints(cells, f"gan-{seed}", self._trainer, recipe.checkpoints)
 
     def rows(self) -> list[Row]:
         """The table in order of checkpoints, then the rest; what the claims need is made first."""

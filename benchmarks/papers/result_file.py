@@ -6,7 +6,6 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import fastrefine as fr
+from benchmarks.machine import commit, cpu_flags
 
 Row = dict[str, Any]
 
@@ -26,8 +26,8 @@ def write(outdir: Path, experiment: str, *, cores: int = 1, **content: Any) -> d
     record = plain({
         "experiment": experiment,
         **content,
-        "commit": _commit(),
-        "hardware": {"cpu": _cpu(), "cores": cores},
+        "commit": commit(),
+        "hardware": {"cpu": cpu_flags()[0], "cores": cores},
         "versions": {"fastrefine": fr.__version__, "torch": torch.__version__, "python": platform.python_version()},
     })  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
@@ -92,25 +92,3 @@ def _text(record: Mapping[str, Any]) -> str:
             found = json.dumps(value)
         parts.append(f" {json.dumps(key)}: {found}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+" where tracked files differ from it; None outside one."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import fastrefine as fr
-from benchmarks.papers import cases, plots, training
+from benchmarks.papers import cases, plots
 from benchmarks.papers.cases import CONTROLS, QUICK_RING, Case, Quality, curve
+from benchmarks.papers.cells import trained_judge
 from benchmarks.papers.plane import EARLY, RING
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Made, Table
+from benchmarks.papers.run import Made, Recipe, Run, Table
 from fastrefine.demo.recipes import DIGITS, MNIST
 
 GOOD = Quality("good", "good samples", 0.05, higher=True)
@@ -50,7 +49,7 @@ REDUCTIONS = ()
 def rows(run: Run, seed: int) -> Iterator[Row]:
     """Of every case; seed: of the trainings, and the first of the sampling seeds. Without data MNIST is left out."""
     recipe, table = run.recipe, Table(run.cells(), run.recipe, seed)
-    run.told["data"] = None if run.data is None else "mnist"
+    run.extra["data"] = None if run.data is None else "mnist"
     ring = cases.ring(table, recipe.ring, recipe.ring_steps)
     yield from sweep(table, ring, recipe.point_sizes, recipe.samples, recipe.point_seeds)
     for case in (
@@ -62,7 +61,7 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
     for images in (DIGITS, MNIST) if run.data is not None else (DIGITS,):
         loaded, steps = images.load(run.data if images is MNIST else None), recipe.classifier_steps or images.classifier_steps
         own = run.cells(recipe.but(name=images.name))  # each set has a classifier of its own
-        judge = training.trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
+        judge = trained_judge(own, images.classifier, loaded, seed=seed, steps=steps)
         case = cases.images(images, loaded.train, judge)
         yield from sweep(table, case, recipe.image_sizes, recipe.images, recipe.image_seeds)
 
@@ -83,11 +82,11 @@ def sweep(table: Table, case: Case, sizes: Sequence[float], samples: int, seeds:
 
 def _measured(case: Case, refiner: fr.Refiner, samples: int, seed: int) -> Made:
     out = refiner.sample(samples, seed=seed)
-    told = fr.diagnose_steps(out, refiner.sampler)
+    report = fr.diagnose_steps(out, refiner.sampler)
     return {}, {
-        **case.measure(out.images), "mean_steps": float(out.steps.double().mean()), "falls": told.falls,
-        "reached": told.reached, "nonfinite": told.nonfinite, "gain": told.gain, "stable": told.stable,
-        "step_sizes_reached": told.step_sizes, "backend": out.report["backend"],
+        **case.measure(out.images), "mean_steps": float(out.steps.double().mean()), "falls": report.falls,
+        "reached": report.reached, "nonfinite": report.nonfinite, "gain": report.gain, "stable": report.stable,
+        "step_sizes_reached": report.step_sizes, "backend": out.report["backend"],
     }  # fmt: skip
 
 
@@ -102,20 +101,20 @@ def claims(rows: Sequence[Row]) -> list[Row]:
             best, worst = min(ours.values(), key=q.loss), max(ours.values(), key=q.loss)
             exceptions = [size for size in ours if q.loss(ours[size]) > q.loss(fixed[size]) + q.bound]
             below = [size for size in ours if q.loss(ours[size]) > q.loss(raw) + q.bound]
-            told: Row = {"set": name, "quality": q.key}
+            facts: Row = {"set": name, "quality": q.key}
             of, margin = f"{name}, {q.label}", q.margin
             found += [
                 claim(f"{of}: backtracking's worst is within {margin} of its best",
-                      q.loss(worst) <= q.loss(best) + q.bound, **told, best=best, worst=worst),
+                      q.loss(worst) <= q.loss(best) + q.bound, **facts, best=best, worst=worst),
                 claim(f"{of}: fixed steps' worst is worse than backtracking's worst by more than {margin}",
-                      q.loss(worst_fixed) > q.loss(worst) + q.bound, **told, fixed_best=best_fixed, fixed_worst=worst_fixed,
+                      q.loss(worst_fixed) > q.loss(worst) + q.bound, **facts, fixed_best=best_fixed, fixed_worst=worst_fixed,
                       worst=worst),
                 claim(f"{of}: backtracking's best is within {margin} of fixed steps' best, or better",
-                      q.loss(best) <= q.loss(best_fixed) + q.bound, **told, fixed_best=best_fixed, best=best),
+                      q.loss(best) <= q.loss(best_fixed) + q.bound, **facts, fixed_best=best_fixed, best=best),
                 claim(f"{of}: at no step size is backtracking worse than fixed steps by more than {margin}",
-                      not exceptions, **told, exceptions=exceptions),
+                      not exceptions, **facts, exceptions=exceptions),
                 claim(f"{of}: at no step size is backtracking worse than no refinement by more than {margin}",
-                      not below, **told, raw=raw, exceptions=below),
+                      not below, **facts, raw=raw, exceptions=below),
             ]  # fmt: skip
     return found
 

@@ -16,13 +16,12 @@ from typing import Any
 from torch import Tensor
 
 import fastrefine as fr
-from benchmarks.papers import cases, plots, training
+from benchmarks.papers import cases, plots
 from benchmarks.papers.cases import CONTROLS, QUICK_RING, Case, Quality, curve
+from benchmarks.papers.cells import trained_judge
 from benchmarks.papers.plane import RING
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim, mean, pick
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Table
+from benchmarks.papers.run import Recipe, Run, Table
 from fastrefine.demo.gan import build
 from fastrefine.demo.recipes import DIGITS
 from fastrefine.stopping import StopRule
@@ -72,7 +71,7 @@ def trained_case(table: Table, base: str, shaped_at: str) -> Case:
     if base == "ring":
         return cases.shaped_points(table, key, name, cases.ring(table, recipe.ring, recipe.ring_steps), stop)
     data = DIGITS.load(None)
-    judge = training.trained_judge(table.cells, DIGITS.classifier, data, seed=JUDGE, steps=recipe.classifier_steps)
+    judge = trained_judge(table.cells, DIGITS.classifier, data, seed=JUDGE, steps=recipe.classifier_steps)
     digits = cases.images(DIGITS, data.train, judge)
     shaped = table.trained(
         key, build(DIGITS.discriminator, 0), digits.refiner("backtracking", DIGITS.step_size, DIGITS.max_steps, stop),
@@ -91,15 +90,15 @@ def sweep(table: Table, case: Case, sizes: Mapping[str, float], samples: int) ->
     ]  # fmt: skip
     for control, size in sizes.items():
         for rule, p, stop in rules:
-            told = {"set": case.name, "rule": rule, "control": control, "parameter": p, "seed": seed, "step_size": size}
+            facts = {"set": case.name, "rule": rule, "control": control, "parameter": p, "seed": seed, "step_size": size}
 
-            def make(c: str = control, z: float = size, s: StopRule | None = stop, told: Row = told) -> list[Row]:
+            def make(c: str = control, z: float = size, s: StopRule | None = stop, facts: Row = facts) -> list[Row]:
                 refiner, ks = case.refiner(c, z, max(recipe.ks), s), recipe.ks if s is None else ()
-                out, told = refiner.sample(samples, seed=seed, snapshots=ks), {**told, "samples": samples}
+                out, facts = refiner.sample(samples, seed=seed, snapshots=ks), {**facts, "samples": samples}
                 if s is not None:
-                    return [{**told, **_figures(case, out.images, out.steps, max(recipe.ks))}]
+                    return [{**facts, **_figures(case, out.images, out.steps, max(recipe.ks))}]
                 return [
-                    {**told, "parameter": k, **_figures(case, out.snapshots[k].images, out.steps.clamp(max=k), k)} for k in ks
+                    {**facts, "parameter": k, **_figures(case, out.snapshots[k].images, out.steps.clamp(max=k), k)} for k in ks
                 ]
 
             yield from table.cells.row(f"{seed}-{case.name}-{control}-{rule}-{p}", make)

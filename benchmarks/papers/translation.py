@@ -6,7 +6,7 @@ map is known, every translated pixel has a true colour, and the domain a palette
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
-from benchmarks.papers import plots, result_file, training
+from benchmarks.papers import plots, result_file
+from benchmarks.papers.cells import checkpoints, trained_judge
 from benchmarks.papers.image_networks import PictureClassifier
-from benchmarks.papers.recipe import Recipe
 from benchmarks.papers.result_file import Row, against, claim
-from benchmarks.papers.run import Run
-from benchmarks.papers.table import Made, Table, moved
+from benchmarks.papers.run import Made, Recipe, Run, Table, moved
 from fastrefine.datasets import Images, load_digits, load_mnist
 from fastrefine.demo.gan import Pair, Trainer, Training, build, descend, images_of
 from fastrefine.demo.judge import accuracy
@@ -105,11 +104,11 @@ class Translation(Table):
         data = load_digits() if run.quick or run.data is None else load_mnist(run.data)
         self.domain, self.target = domains(data, recipe.size)
         self.source, self.labels = self.domain.test[: recipe.samples], self.domain.test_labels[: recipe.samples]
-        self.judge = training.trained_judge(
+        self.judge = trained_judge(
             cells, lambda: PictureClassifier(recipe.size, recipe.classifier_width), self.target, seed=seed,
             steps=recipe.classifier_steps, batch_size=100,
         )  # fmt: skip
-        found = training.checkpoints(cells, f"cyclegan-{seed}", self._trainer, recipe.checkpoints)
+        found = checkpoints(cells, f"cyclegan-{seed}", self._trainer, recipe.checkpoints)
         # of each checkpoint: to the target domain, and the D of that domain
         self.pairs: dict[int, Pair] = {k: (g[0], d[1]) for k, (g, d) in found.items()}  # type: ignore[index]
 
@@ -136,19 +135,20 @@ class Translation(Table):
 
     def rows(self) -> Iterator[Row]:
         """At each checkpoint: translated, refined with D as it is, with the shaped one at a feature map and on the image."""
-        at = self.recipe.at
-        for k, (g, d) in self.pairs.items():
-            ways: dict[str, Callable[[], fr.Refiner]] = {
-                "translated": lambda: self.refiner(g, d, at=at, max_steps=0),  # noqa: B023
-                "refine, D as it is": lambda: self.refiner(g, d, at=at, loss="least_squares"),  # noqa: B023
-                "refine, shaped": lambda: self.refiner(g, self.shaped(k, at), at=at),  # noqa: B023
-                "refine, shaped, on the image": lambda: self.refiner(g, self.shaped(k, "output"), at="output"),  # noqa: B023
-            }
-            for name, refiner in ways.items():
-                yield self.kept({"checkpoint": k, "name": name}, lambda k=k, r=refiner: self._figures(k, r()))  # type: ignore[misc]
+        for k in self.pairs:
+            for name in ("translated", "refine, D as it is", "refine, shaped", "refine, shaped, on the image"):
+                yield self.kept({"checkpoint": k, "name": name}, lambda k=k, name=name: self._figures(k, name))  # type: ignore[misc]
 
-    def _figures(self, checkpoint: int, refiner: fr.Refiner) -> Made:
-        out, (g, d) = refiner.refine(self.source, seed=self.seed), self.pairs[checkpoint]
+    def _refiner(self, checkpoint: int, name: str) -> fr.Refiner:
+        (g, d), at = self.pairs[checkpoint], "output" if name.endswith("image") else self.recipe.at
+        if name == "translated":
+            return self.refiner(g, d, at=at, max_steps=0)
+        if name == "refine, D as it is":
+            return self.refiner(g, d, at=at, loss="least_squares")
+        return self.refiner(g, self.shaped(checkpoint, at), at=at)
+
+    def _figures(self, checkpoint: int, name: str) -> Made:
+        out, (g, d) = self._refiner(checkpoint, name).refine(self.source, seed=self.seed), self.pairs[checkpoint]
         with torch.no_grad():
             translated = torch.cat([g(part) for part in self.source.split(100)])
             score = torch.cat([d(part).flatten(1).mean(1) for part in out.images.split(100)])

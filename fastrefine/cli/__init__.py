@@ -1,4 +1,4 @@
-"""The command line. Nothing here imports torch until a command runs, so --help and usage errors answer at once.
+"""The command line. Torch is imported when a command runs, so --help and usage errors answer at once.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 incomplete but resumable, 130 interrupted.
 """
@@ -36,7 +36,7 @@ def cli() -> None:
 def demo(
     outdir: Path, data: Path | None, samples: int | None, seed: int, retrain: bool, converged: bool, as_json: bool
 ) -> None:
-    """From a trained GAN to a picture, a table of metrics and a measured speed-up, offline, on a CPU.
+    """Refine a trained GAN and compare: a picture, a table of metrics and a measured speed-up, offline, on a CPU.
 
     Four rows with the same generator: its raw samples; refined with the discriminator as it is; with the discriminator
     shaped for refinement; the same, then Metropolis-Hastings selection.
@@ -48,7 +48,7 @@ def demo(
 
 @cli.command()
 def doctor() -> None:
-    """What runs here: versions, devices, and which backend serves; include it in bug reports."""
+    """Print versions, devices and the backends that are used here; include it in bug reports."""
     from fastrefine.cli.doctor import report
 
     for name, value in report().items():
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def guarded(command: click.Command) -> None:
-    """Run a command and exit: an error of ours is one line on stderr and exit code 1, a warning of ours is one line too."""
+    """Run a command and exit. Errors of fastrefine are one line on stderr and exit code 1; its warnings are one line too."""
     usual = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:

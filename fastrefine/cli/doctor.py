@@ -1,4 +1,4 @@
-"""What runs here, in a few lines."""
+"""What `fastrefine doctor` prints."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ def report() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    bf16 = (
-        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
-        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)(),
-    )
+    avx512, amx = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
     facts = {
         "fastrefine": __version__,
         "python": platform.python_version(),
@@ -29,7 +26,7 @@ def report() -> dict[str, str]:
         "triton": triton,
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
-        "cpu bfloat16": "AMX" if bf16[1] else "AVX-512" if bf16[0] else "emulated",
+        "cpu bfloat16": "AMX" if amx else "AVX-512" if avx512 else "emulated",
         "gpus": ", ".join(devices) or "none",
     }
     facts |= {f"backend {name}": state for name, state in ops.available().items()}

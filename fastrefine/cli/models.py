@@ -1,4 +1,4 @@
-"""The commands around a pair: layers, shape, evaluate, bench. Nothing here imports torch until a command runs."""
+"""Commands that look at a pair or change it: layers, shape, evaluate, bench. Torch is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from fastrefine.cli.production import FOLDER, configuration_of, model_options, usual_device
+from fastrefine.cli.production import FOLDER, configuration_of, model_options, worker_of
 
 PATH = click.Path(exists=True, path_type=Path)
-TELL_EVERY = 10.0  # seconds, where there is no terminal for a bar
+TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
 @click.command()
@@ -21,7 +21,7 @@ TELL_EVERY = 10.0  # seconds, where there is no terminal for a bar
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
-    """The places where the generator can be cut (usable as --at), with shapes and what a step costs from there.
+    """List the places where the generator can be cut (for --at), with shapes and the cost of a step from there.
 
     \b
     fastrefine layers --pair digits
@@ -36,7 +36,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     from fastrefine.networks.calls import attempt, takes_labels
     from fastrefine.production import saved_pair
 
-    if flags["generator"] and not flags["discriminator"]:  # none is read here, but a configuration has two networks
+    if flags["generator"] and not flags["discriminator"]:  # not used here, but a configuration has two networks
         flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
     allow_pickle, _ = flags.pop("allow_pickle"), flags.pop("device")
     pair, configuration = saved_pair.configured(configuration_of(ctx, flags), allow_pickle=allow_pickle)
@@ -64,7 +64,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
 def shape(
     ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, outdir: Path, **flags: Any
 ) -> None:
-    """Shape the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator stays as it is.
+    """Train the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator is not changed.
 
     With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. Otherwise pass
     the same --discriminator with --discriminator-weights OUTDIR/discriminator.safetensors.
@@ -79,49 +79,43 @@ def shape(
         if (outdir / name).exists():
             raise click.UsageError(f"{outdir} holds a {what} already; wanted a new or empty --outdir")
     import csv
-    import shutil
 
-    import torch
     from safetensors.torch import save_file
 
     import fastrefine as fr
     from fastrefine.production import saved_pair
-    from fastrefine.production.worker import Worker
 
-    started = told = time.monotonic()
-    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
-    worker = Worker(configuration_of(ctx, flags), device=device or usual_device(), allow_pickle=allow_pickle, labels=True)
-    refiner = worker.refiner
+    started = last_line = time.monotonic()
+    worker = worker_of(ctx, flags, labels=True)
+    refiner, c = worker.refiner, worker.configuration
     curve: list[dict[str, float]] = []
 
     def note(facts: dict[str, float]) -> None:
-        nonlocal told
+        nonlocal last_line
         curve.append(facts)
-        if time.monotonic() - told >= TELL_EVERY and not sys.stderr.isatty():
-            told = time.monotonic()
-            click.echo(f"shaping: {len(curve)} of {iterations} iterations in {told - started:.0f} s", err=True)
+        if time.monotonic() - last_line >= TELL_EVERY and not sys.stderr.isatty():
+            last_line = time.monotonic()
+            click.echo(f"shaping: {len(curve)} of {iterations} iterations in {last_line - started:.0f} s", err=True)
 
     shaped = fr.shape_discriminator(
         refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
         seed=seed, progress=None, callback=note,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
-    part = outdir / "discriminator.part"
-    save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
-    part.replace(outdir / "discriminator.safetensors")
+    if c.pair:
+        pair, (g, d) = worker.pair, worker.pair.specs
+        saved_pair.save_pair(
+            outdir, pair.generator, shaped.cpu(), code=(g.code, d.code), arguments=(g.arguments, d.arguments),
+            prior=saved_pair.make_prior(pair.prior), **{**pair.defaults, "at": c.at},
+        )  # fmt: skip
+    else:
+        part = outdir / "discriminator.part"
+        save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
+        part.replace(outdir / "discriminator.safetensors")
     with (outdir / "curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(curve[0]))
         writer.writeheader()
         writer.writerows(curve)
-    c = worker.configuration
-    if c.pair and (Path(c.pair) / saved_pair.CONFIG).is_file():
-        for name in ("generator.safetensors", saved_pair.CONFIG):
-            shutil.copyfile(Path(c.pair) / name, outdir / name)
-    elif c.pair:  # embedded
-        assert isinstance(refiner.generator, torch.nn.Module)
-        networks = f"fastrefine.models.digits:{c.pair}"
-        code = (f"{networks}_generator", f"{networks}_discriminator")
-        saved_pair.save_pair(outdir, refiner.generator, shaped, code=code, prior=saved_pair.make_prior(c.prior), at=c.at)
     use = f"fastrefine refine --pair {outdir}"
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
@@ -144,7 +138,7 @@ def shape(
               "torch.nn.Module with its weights loaded: images -> features, or (features, logits). Default: a classifier "
               "trained here on --train.")  # fmt: skip
 @click.option("--train", help="Labelled real images for the default features (default: --real, if it is labelled).")
-@click.option("--baseline", type=PATH, help="Unrefined images, to tell when score and distance part ways.")
+@click.option("--baseline", type=PATH, help="Unrefined images: warns where refining raised both score and distance.")
 @click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most, drawn from all of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with torch-fidelity's names.")
 def evaluate(
@@ -152,7 +146,7 @@ def evaluate(
 ) -> None:
     """Frechet distance, score, KID, precision and recall of DIR (a run, pictures or .npz) against real images.
 
-    The figures are on the features named beside them and compare only with figures of the same ones.
+    The figures depend on the network of the features, which is printed with them: compare only figures of one network.
 
     \b
     fastrefine evaluate run --real held-out/ --features mymodule:network
@@ -169,18 +163,18 @@ def evaluate(
         if given is not None:
             evaluation.check(given, truth)
     if features:
-        judge = evaluation.given_features(features)
+        network = evaluation.given_features(features)
     else:
-        shown, labels = load_labelled(train or real, signed=True)
+        examples, labels = load_labelled(train or real, signed=True)
         if labels is None:
             raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
-        evaluation.check(ours, shown)
-        judge = evaluation.trained_features(shown, labels)
-    found = evaluation.measure(ours, truth, judge)
-    raw = None if unrefined is None else evaluation.measure(unrefined, truth, judge)
-    told = evaluation.warnings_of(found, raw)
+        evaluation.check(ours, examples)
+        network = evaluation.trained_features(examples, labels)
+    found = evaluation.measure(ours, truth, network)
+    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network)
+    warnings = evaluation.warnings_of(found, raw)
     if as_json:
-        click.echo(json.dumps({**found, "baseline": raw, "warnings": told}))
+        click.echo(json.dumps({**found, "baseline": raw, "warnings": warnings}))
     else:
         n = found["num_samples"]
         click.echo(f"{n} images against {found['num_real']} real ones, features {found['features']}")
@@ -188,7 +182,7 @@ def evaluate(
             if isinstance(value, float):
                 beside = f"   baseline {raw[key]:.4f}" if raw is not None and key in raw else ""
                 click.echo(f"  {f'{key}-{n}':<46}{value:.4f}{beside}")
-    for line in told:
+    for line in warnings:
         click.echo(f"warning: {line}", err=True)
 
 
@@ -204,29 +198,24 @@ def evaluate(
 def bench(
     ctx: click.Context, steps: int, names: str | None, precisions: str, seconds: float, as_json: bool, **flags: Any
 ) -> None:
-    """Images per second of YOUR pair at candidate layers and precisions, beside B0, the usual loop, in one run.
+    """Measure images per second of YOUR pair at several layers and precisions, and of the usual loop (B0) beside them.
 
     \b
     fastrefine bench --pair mypair --steps 20
     fastrefine bench --pair mypair --layers layer2,output --precisions float32
     """
-    from fastrefine.production import bench
-    from fastrefine.production.worker import Worker
+    names = names or flags["at"]
+    worker = worker_of(ctx, flags, labels=True)
+    from fastrefine.production.bench import Bench
 
-    at, allow_pickle, device = flags["at"], flags.pop("allow_pickle"), flags.pop("device")
-    worker = Worker(configuration_of(ctx, flags), device=device or usual_device(), allow_pickle=allow_pickle, labels=True)
-    ours = bench.Bench(worker.refiner, steps, seconds, labelled=worker.labelled)
-    names = names or at
+    ours = Bench(worker.refiner, steps, seconds, labelled=worker.labelled)
     rows = ours.rows(names.split(",") if names else ours.candidates(), precisions.split(","))
-    found = []
-    if not as_json:
-        click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
-    for row in rows:
-        found.append(row)
-        if not as_json:
-            click.echo(
-                f"{row['at']:<20}{row['precision']:<11}{row['images_per_second']:>12.1f}{row['b0_images_per_second']:>12.1f}"
-                f"{row['ratio_b0']:>7.2f}x  {row['backend']}, {row['driver']}, {row['threads']}, {row['num_slots']}"
-            )
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(list(rows)))
+        return
+    click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
+    for row in rows:
+        click.echo(
+            f"{row['at']:<20}{row['precision']:<11}{row['images_per_second']:>12.1f}{row['b0_images_per_second']:>12.1f}"
+            f"{row['ratio_b0']:>7.2f}x  {row['backend']}, {row['driver']}, {row['threads']}, {row['num_slots']}"
+        )

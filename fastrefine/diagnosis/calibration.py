@@ -1,4 +1,4 @@
-"""How far a discriminator may be trusted as a density ratio, and maps that make its logits more trustworthy."""
+"""Whether a discriminator's logits may be read as log density ratios, and maps that calibrate them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastrefine import checks
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.result import Result
 
-TOLERANCE = 0.05  # of the calibration error: the density ratio off by a fifth where D is undecided
-BOUNDED = 2000  # images, as many as z is judged on at most: a bias of 0.03 in the mean probability, however many there are
+TOLERANCE = 0.05  # largest trusted calibration error: near s(d) = 0.5 the density ratio is then wrong by a fifth
+BOUNDED = 2000  # images: z of more is scaled down to so many, so that the bound is a bias of 0.03 in the mean probability
 
 _Map = Callable[[np.ndarray], np.ndarray]
 
 
-def logits_of(logits: Tensor | Result, what: str) -> Tensor:
-    """(N,) float64 logits of a tensor, taken as logits, or of a result; InputError for a critic's scale."""
+def logits_of(logits: Tensor | Result, what: str, *, critic: bool = False) -> Tensor:
+    """(N,) float64 logits of a tensor or a result; InputError for a critic's result unless ``critic`` allows its scores."""
     if isinstance(logits, Result):
-        if logits.scale == "critic":
+        if logits.scale == "critic" and not critic:
             raise InputError(
                 f"{what} needs logits of a probability, but the result comes from a Wasserstein critic; calibrate its "
                 "scores and pass them as a tensor"
@@ -39,13 +39,13 @@ def logits_of(logits: Tensor | Result, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Calibration of s(d) as the probability of being real; real and generated images weigh the same, whatever their numbers.
+    """How well s(d) is calibrated as the probability of being real. Both sides weigh the same, whatever their numbers.
 
-    brier: mean squared error of the probability, 0 best (Brier 1950) = reliability - resolution + uncertainty up to the
-    spread within bins (Murphy 1973). z: sum(y - p) / sqrt(sum p (1 - p)) at equal numbers ([MHGAN] 3.2); its spread is at
-    most 1 when calibrated, and it grows with the root of the numbers when not.
-    ece, mce: mean (weighted) and largest |mean p - share of real| over equal-width bins (Guo et al. 2017).
-    calibration_error: root of the reliability without what chance adds to it (Kumar et al. 2019), 0 where chance explains it.
+    brier: mean squared error of the probability, 0 best (Brier 1950) = reliability - resolution + uncertainty, up to the
+    spread within bins (Murphy 1973). z: sum(y - p) / sqrt(sum p (1 - p)) ([MHGAN] 3.2); its standard deviation is at most 1
+    for calibrated logits; for others it grows with the square root of the number of images.
+    ece, mce: weighted mean and maximum of |mean p - share of real| over equal-width bins (Guo et al. 2017).
+    calibration_error: square root of the reliability minus its expectation by chance (Kumar et al. 2019), at least 0.
     bin_predicted, bin_share: (bins,) mean p and share of real, NaN in empty bins. bin_real, bin_fake: (bins,) images.
     """
 
@@ -66,11 +66,10 @@ class Diagnosis:
 
     @property
     def trusted(self) -> bool:
-        """Whether exp(d) may be read as a density ratio: by the size of what is wrong, not by its significance.
+        """Whether exp(d) may be read as a density ratio: calibration_error is at most 0.05, and |z| at most 3.
 
-        calibration_error at most 0.05, and |z| at most 3, z being scaled down to that of 2000 images where there are more:
-        a bound on z itself would refuse any bias, however small, on enough images, and one on ece any D on few. Below about
-        200 images a side chance has its say.
+        z is first scaled down to 2000 images where there are more: otherwise enough images would refuse any bias, however
+        small. With fewer than about 200 images a side the verdict depends on chance.
         """
         effective = 4 / (1 / self.num_real + 1 / self.num_fake)
         return abs(self.z) * math.sqrt(min(1, BOUNDED / effective)) <= 3 and self.calibration_error <= TOLERANCE
@@ -87,7 +86,7 @@ def diagnose(real_logits: Tensor | Result, fake_logits: Tensor | Result, *, bins
 
 
 def _diagnose(real: Tensor, fake: Tensor, real_weight: Tensor, fake_weight: Tensor, bins: int = 10) -> Diagnosis:
-    """Each side's weights are scaled to a sum of one half."""
+    """``diagnose`` of weighted logits; the weights of each side are scaled to a sum of one half."""
     if not len(real) or not len(fake):
         raise InputError(f"diagnose wants real and generated logits, got {len(real)} and {len(fake)}")
     logits = torch.cat([real, fake])
@@ -106,8 +105,8 @@ def _diagnose(real: Tensor, fake: Tensor, real_weight: Tensor, fake_weight: Tens
     filled = mass > 0
     mean_p, mean_y = binned(w * p) / mass, binned(w * y) / mass
     gap = torch.where(filled, (mean_p - mean_y).abs(), 0)
-    # variance of w (y - p) over draws of either side when calibrated: there a real image at p stands for (1 - p) / p
-    # generated ones, so that all images tell of both sides
+    # Variance of w (y - p) if the logits are calibrated. One real image at p then stands for (1 - p) / p generated ones,
+    # so the images of both sides serve to estimate the variance of either.
     per_real, per_fake = (float((side**2).sum()) for side in sides)
     chance = w * p * (1 - p) * ((1 - p) * per_real + p * per_fake) / 2
     variance, excess = float(chance.sum()), float((w * (y - p)).sum())
@@ -130,10 +129,10 @@ def _diagnose(real: Tensor, fake: Tensor, real_weight: Tensor, fake_weight: Tens
     )
 
 
-def judge(logits: Tensor | Result, what: str, untrusted: str) -> None:
-    """Warn ("warn") or raise InputError ("refuse") where a result's real logits speak against its own; "allow" asks nothing.
+def check_trust(logits: Tensor | Result, what: str, untrusted: str) -> None:
+    """Warn ("warn") or raise InputError ("refuse") where ``diagnosis_of`` a result is not trusted; "allow" skips the check.
 
-    Real images weigh as the classes of the samples do where both are labelled. Tensors are taken as calibrated.
+    Tensors are taken as calibrated.
     """
     checks.choice("untrusted", untrusted, ("warn", "refuse", "allow"))
     if untrusted == "allow" or not isinstance(logits, Result):
@@ -153,7 +152,10 @@ def judge(logits: Tensor | Result, what: str, untrusted: str) -> None:
 
 
 def diagnosis_of(result: Result) -> Diagnosis | None:
-    """Diagnosis of a result's logits against its ``real_logits``; None without them, or where no class is on both sides."""
+    """Diagnosis of a result's logits against its ``real_logits``; None without them, or where no class is on both sides.
+
+    Where both sides are labelled, every class weighs among the real images as much as among the samples.
+    """
     if result.real_logits is None:
         return None
     real, fake = result.real_logits.double().cpu(), result.logits.double().cpu()
@@ -182,10 +184,10 @@ def classes_of(labels: Any, name: str, n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Logits (n,) -> calibrated logits (n,), monotone; what ``calibrate`` returns.
+    """Monotone map of logits (n,) to calibrated logits (n,), as ``calibrate`` returns it. Non-finite logits stay as they are.
 
-    before, after: diagnosis of the logits that were given, and of the same calibrated by a map fitted on the other half of
-    them: what to expect on new images. Non-finite logits stay as they are.
+    before: diagnosis of the logits that it was fitted on. after: diagnosis of the same logits, each half calibrated by a map
+    that was fitted on the other half; so it estimates the calibration on new images.
     """
 
     method: str
@@ -207,38 +209,36 @@ class Calibration:
 def calibrate(real_logits: Tensor | Result, fake_logits: Tensor | Result, method: str = "isotonic") -> Calibration:
     """Fit a map of logits after which exp(d) is nearer to the density ratio of real to generated images ([MHGAN] 3.2).
 
-    real_logits (N,), fake_logits (M,): two or more each, of images that D was not trained on; also a critic's scores, as
-    tensors. Both sides weigh the same, whatever N and M. With s the sigmoid:
+    real_logits (N,), fake_logits (M,): two or more each, of images that D was not trained on; a critic's scores may be given
+    too. Both sides weigh the same, whatever N and M. With s the sigmoid:
 
     "temperature"  w d, w >= 0 (Guo et al. 2017)      "platt"  w d + b, w >= 0 (Platt 1999)
     "beta"         a log s(d) - b log(1 - s(d)) + c, a, b >= 0 (Kull et al. 2017)
-    "isotonic"     the best non-decreasing step function (Zadrozny & Elkan 2002), with one more generated image above all and
-                   one more real image below: else the topmost real ones get an endless density ratio, and hold every chain
+    "isotonic"     the best non-decreasing step function (Zadrozny & Elkan 2002). One generated image is added at the highest
+                   logit and one real image at the lowest, or the highest real logits would get an infinite density ratio
 
     Raises InputError for fewer, for non-finite logits and for another method.
     """
     checks.choice("method", method, tuple(_FITS))
-    given = [
-        torch.as_tensor(x.logits if isinstance(x, Result) else x).detach().double().cpu() for x in (real_logits, fake_logits)
-    ]
-    if any(x.dim() != 1 or len(x) < 2 or not bool(torch.isfinite(x).all()) for x in given):
+    given = [logits_of(x, "calibrate", critic=True).cpu() for x in (real_logits, fake_logits)]
+    if any(len(x) < 2 or not bool(torch.isfinite(x).all()) for x in given):
         raise InputError("calibrate wants two or more finite logits (N,) of real and of generated images")
-    halves = [[x[0::2].numpy() for x in given], [x[1::2].numpy() for x in given]]
-    maps = [_FITS[method](*half) for half in halves]
-    crossed = [np.concatenate([maps[1](halves[0][k]), maps[0](halves[1][k])]) for k in range(2)]
-    after = diagnose(torch.from_numpy(crossed[0]), torch.from_numpy(crossed[1]))
-    return Calibration(method, diagnose(*given), after, _FITS[method](given[0].numpy(), given[1].numpy()))
+    even, odd = ([x[start::2].numpy() for x in given] for start in (0, 1))
+    fit = _FITS[method]
+    of_even, of_odd = fit(*even), fit(*odd)
+    crossed = [torch.from_numpy(np.concatenate([of_odd(even[k]), of_even(odd[k])])) for k in range(2)]
+    return Calibration(method, diagnose(*given), diagnose(*crossed), fit(*(x.numpy() for x in given)))
 
 
 def _training(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(logits, targets, weights); both sides weigh half."""
+    """(logits, targets, weights); the weights of each side sum to half of all."""
     y = np.concatenate([np.ones(len(real)), np.zeros(len(fake))])
     w = np.concatenate([np.full(len(real), 0.5 / len(real)), np.full(len(fake), 0.5 / len(fake))])
     return np.concatenate([real, fake]), y, w * len(y)
 
 
 def _logistic(columns: Callable[[np.ndarray], list[np.ndarray]], real: np.ndarray, fake: np.ndarray, intercept: bool) -> _Map:
-    """Logistic regression on columns of the logits, with weights that are not negative: such a column is left out."""
+    """Logistic regression on columns of the logits; a column whose weight would be negative is left out."""
     from sklearn.linear_model import LogisticRegression
 
     d, y, w = _training(real, fake)
@@ -251,7 +251,7 @@ def _logistic(columns: Callable[[np.ndarray], list[np.ndarray]], real: np.ndarra
             constant = float(fit.intercept_[0]) if intercept else 0.0
             return lambda x: sum((s * columns(x)[k] for s, k in zip(slopes, kept, strict=True)), np.zeros_like(x)) + constant
         kept.pop(int(slopes.argmin()))
-    return np.zeros_like  # nothing speaks for higher logits: it knows nothing
+    return np.zeros_like  # no column rises with the probability of being real: every image gets logit 0
 
 
 def _isotonic(real: np.ndarray, fake: np.ndarray) -> _Map:
@@ -270,13 +270,9 @@ def _isotonic(real: np.ndarray, fake: np.ndarray) -> _Map:
     return apply
 
 
-def _softplus(x: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0.0, x)
-
-
 _FITS: dict[str, Callable[[np.ndarray, np.ndarray], _Map]] = {
     "isotonic": _isotonic,
     "platt": lambda real, fake: _logistic(lambda x: [x], real, fake, True),
-    "beta": lambda real, fake: _logistic(lambda x: [-_softplus(-x), _softplus(x)], real, fake, True),
+    "beta": lambda real, fake: _logistic(lambda x: [-np.logaddexp(0.0, -x), np.logaddexp(0.0, x)], real, fake, True),
     "temperature": lambda real, fake: _logistic(lambda x: [x], real, fake, False),
 }

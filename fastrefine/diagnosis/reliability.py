@@ -18,12 +18,10 @@ GREY, BLUE, ORANGE = "0.6", "#1f77b4", "#d95f02"
 
 
 def reliability_plot(found: Diagnosis | Calibration, path: str | Path | None = None, ax: Axes | None = None) -> Figure:
-    """Share of real images against mean s(d), bin by bin; below, where the probabilities lie ([MHGAN] Fig. 3, Guo et al. 2017).
+    """Share of real images against mean s(d) in each bin; below it a histogram of s(d) ([MHGAN] Fig. 3, Guo et al. 2017).
 
-    found: a diagnosis, or a calibration, of which "before" and "after" are drawn. Bars: standard deviation of a share on so
-    many images. path: where the figure is written, in the format of its suffix. ax: axes to draw on, in place of a new
-    figure. Returns the figure.
-
+    found: a diagnosis, or a calibration, whose "before" and "after" are drawn. The bars are standard deviations of the
+    shares. path: the figure is written there, in the format of its suffix. ax: draw on these axes instead of a new figure.
     Raises InputError for anything else, and without matplotlib.
     """
     if isinstance(found, Calibration):
@@ -55,9 +53,9 @@ def reliability_plot(found: Diagnosis | Calibration, path: str | Path | None = N
 
 
 def _curve(ax: Axes, diagnosis: Diagnosis, color: str, name: str) -> None:
-    """Dots as large as the share of the images in their bin."""
+    """Dots whose area grows with the share of the images in their bin."""
     x, y, count = diagnosis.bin_predicted, diagnosis.bin_share, diagnosis.bin_real + diagnosis.bin_fake
-    near = (y * count + 1) / (count + 2)  # a share of 0 or 1 among few images is not certain
+    near = (y * count + 1) / (count + 2)  # so that a share of 0 or 1 among few images has a deviation too
     spread = np.where(count > 0, np.sqrt(near * (1 - near) / (count + 2)), np.nan)
     text = f"ECE {diagnosis.ece:.3f}, Z {diagnosis.z:.1f}, Brier {diagnosis.brier:.3f}"
     text = f"{name}: {text}" if name else text

@@ -1,4 +1,4 @@
-"""Whether a sampler's steps were of a good size, told from its results."""
+"""Whether a sampler's step size was good, judged by its results."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from fastrefine.result import Result, Status
 from fastrefine.samplers.base import Sampler
 from fastrefine.samplers.hmc import HMC
 
-RARE, SURE = 0.1, 0.98  # acceptance below and above which a step size is called too large, or needlessly small
-RESONANCE = 0.3  # how far from a multiple of pi, in radians, trajectories of one length are said to come back
-ERRORS, FEWEST = 4.0, 16  # standard errors by which the mean logit must fall, at least, and of how many samples
+RARE, SURE = 0.1, 0.98  # a step size with less acceptance is called too large, one with more needlessly small
+RESONANCE = 0.3  # radians: how near to a multiple of pi a trajectory of fixed length counts as coming back
+ERRORS, FEWEST = 4.0, 16  # the mean logit counts as fallen by so many standard errors, of so many samples at least
 
 
 @dataclass(frozen=True)
 class StepDiagnosis:
     """How the updates of a run went.
 
-    updates: proposals made, by all samples. falls: share of them whose logit was below the sample's standing one (0 ... 1;
-    about a half of a noisy sampler's at equilibrium). gain: mean of final minus initial logit; gain_error: its standard
-    error. acceptance: mean share of accepted tests, None without any. step_sizes: 10 %, 50 % and 90 % quantile of those
-    reached under backtracking or adaptation, else None. reached, nonfinite: share of samples that met the stop rule's
-    threshold, and that ended at a number that is not finite.
-    stable: nothing says that the step size is too large. advice: what to change, or empty.
+    updates: of all samples together. falls: share of them, 0 ... 1, that gave a logit below the sample's current one (about
+    one half for a noisy sampler at equilibrium). gain: mean of final minus initial logit; gain_error: its standard error.
+    acceptance: mean share of accepted tests, None without tests. step_sizes: 10 %, 50 % and 90 % quantile of the last steps
+    under backtracking or adaptation, else None. reached, nonfinite: share of samples with that status.
+    stable: False where the step size is too large. advice: what to change, or empty.
     """
 
     updates: int
@@ -43,7 +42,7 @@ class StepDiagnosis:
 
 
 class Tally:
-    """Sums over the parts of a run, kept where the results are: nothing waits for a device before ``diagnosis``."""
+    """Sums over the parts of a run, on the device of the results: only ``diagnosis`` waits for it."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -65,7 +64,7 @@ class Tally:
         self.samples += len(part)
 
     def diagnosis(self, sampler: Sampler, step_sizes: tuple[float, float, float] | None = None) -> StepDiagnosis:
-        """Of all parts so far, which came from ``sampler``."""
+        """Of all parts added so far; ``sampler`` made them."""
         sums = [0.0] * 11 if self._sums is None else self._sums.tolist()
         updates, falls, known, gain, square, tested, accepted, reached, nonfinite, first, first_square = sums
         mean = gain / known if known else math.nan
@@ -80,15 +79,14 @@ class Tally:
 
 
 def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
-    """Diagnose the step size of ``sampler`` from a result of its, whose latents were drawn from the prior.
+    """Diagnose the step size of ``sampler`` from one of its results, whose latents were drawn from the prior.
 
-    A fixed step without noise is beyond stability where most updates lower the logit; fewer falls do not prove that it is
-    sound (docs/samplers.md shows steps that ruin samples at a sixth). MALA and HMC accept less than a tenth of their
-    proposals where a step is too large; that nearly all are accepted tells of one that is needlessly small, or, under a
-    normal prior and with HMC's jitter=0, of trajectories that come back to where they began. The law of DDLS with
-    noise_scale 1 has a mean logit at least that of the prior (its derivative in the tilt by exp(w d) is a variance), and
-    DGflow ascends: a mean logit that fell by more than the proposals' standard deviation, of 16 samples or more, tells of
-    steps that are too large.
+    Fixed steps without noise are too large where most updates lower the logit. Fewer falls do not prove that they are good
+    (docs/samplers.md shows steps that ruin samples with a sixth). Steps of MALA and HMC are too large where fewer than a
+    tenth of the proposals are accepted, and needlessly small where nearly all are. Nearly all are also accepted where HMC's
+    trajectories come back to their start, as they may under a normal prior with jitter=0. DDLS with noise_scale 1 has a mean
+    logit of at least the prior's in the limit, and DGflow ascends: their steps are too large where the mean logit fell by
+    more than its standard deviation over the proposals (16 samples or more).
 
     Raises InputError for anything but a Result and a sampler.
     """
@@ -96,8 +94,11 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
         raise InputError(f"wanted a Result and the sampler it came from, got {type(result).__name__}, {type(sampler).__name__}")
     tally = Tally()
     tally.add(result)
-    sizes = result.step_sizes
-    return tally.diagnosis(sampler, None if sizes is None or not len(sizes) else _quantiles(sizes))
+    if result.step_sizes is None or not len(result.step_sizes):
+        return tally.diagnosis(sampler)
+    sizes = result.step_sizes.double().sort().values
+    low, middle, high = (sizes[int(q * (len(sizes) - 1))].item() for q in (0.1, 0.5, 0.9))
+    return tally.diagnosis(sampler, (low, middle, high))
 
 
 def _spread(count: float, total: float, square: float) -> float:
@@ -106,7 +107,7 @@ def _spread(count: float, total: float, square: float) -> float:
 
 
 def _problem(sampler: Sampler, falls: float, gain: float, least: float, acceptance: float | None) -> str:
-    """What says that the step size is too large, or nothing; least: how much the mean logit must fall to count."""
+    """Why the step size is too large, or ""; least: the smallest fall of the mean logit that counts."""
     if acceptance is not None and acceptance < RARE:
         advice = "adapt for longer, or from a smaller one" if getattr(sampler, "adapt", 0) else "adapt= finds one by itself"
         return f"{acceptance:.1%} of the proposals were accepted: the step size is too large; {advice}"
@@ -125,19 +126,15 @@ def _hint(sampler: Sampler, acceptance: float | None) -> str:
         return ""
     found = f"{acceptance:.1%} of the proposals were accepted: "
     if isinstance(sampler, HMC) and _resonates(sampler):
-        turn = "leapfrog x step_size is near a multiple of pi"
-        return f"{found}{turn}, where trajectories under a normal prior come back to z or -z; jitter= mends it"
+        return (
+            f"{found}leapfrog x step_size is near a multiple of pi, where trajectories under a normal prior come back to z or "
+            "-z; jitter= mends it"
+        )
     return f"{found}a larger step size would mix faster"
 
 
 def _resonates(sampler: HMC) -> bool:
-    """Whether every trajectory turns a normal direction in which d is flat by nearly a multiple of pi, the same for all."""
-    turn = 2 * sampler.leapfrog * math.asin(min(sampler.step_size / 2, 1.0))  # exactly: about leapfrog x eps
+    """Whether a trajectory returns to nearly z or -z where d is flat and the prior normal."""
+    turn = 2 * sampler.leapfrog * math.asin(min(sampler.step_size / 2, 1.0))  # rotation in radians, about leapfrog x step_size
     turns = round(turn / math.pi)
     return not sampler.jitter and turns > 0 and abs(turn - turns * math.pi) < RESONANCE
-
-
-def _quantiles(values: Tensor) -> tuple[float, float, float]:
-    values = values.double().sort().values
-    low, middle, high = (values[int(q * (len(values) - 1))].item() for q in (0.1, 0.5, 0.9))
-    return low, middle, high

@@ -1,4 +1,4 @@
-"""Proposals by sample id: blocks of num_slots consecutive ids through the prefix, with what each id drew."""
+"""Proposals by sample id: blocks of num_slots consecutive ids that go through the prefix together."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DRAWN_TOGETHER = 16  # blocks
 
 @dataclass(frozen=True)
 class Block:
-    """The block that covers ids [index * size, (index + 1) * size), of which [start, stop) were asked for."""
+    """The samples with ids from index * size to (index + 1) * size - 1, of which those in [start, stop) were asked for."""
 
     index: int
     size: int
     start: int
     stop: int
-    whole: bool  # admit every id, so that lock-step groups are complete
+    whole: bool  # every id enters the pool, so that lock-step groups are complete
     latents: Tensor
     labels: Tensor | None
     activation: Tensor | None  # (size, F); None once every row is in the pool
@@ -68,7 +68,7 @@ class Source:
 
 
 class Proposals:
-    """Blocks of a source. A sample's place in its block is id % size, so the prefix gives it the same bits in any run."""
+    """Blocks of a source. A sample has place id % size in its block, so that the prefix gives it equal bits in any run."""
 
     def __init__(
         self, source: Source, generator: PreparedGenerator, stop: StopRule, real: RealLogits | None,
@@ -88,7 +88,7 @@ class Proposals:
         return None if source.labels is None else source.labels[(ids - source.first).clamp(0, source.count - 1)]
 
     def _draws(self, index: int) -> tuple[Tensor, ...]:
-        """(threshold, last step, reference logit) of a block; drawn for many blocks at once, for a draw is many small ops."""
+        """(threshold, last step, reference logit) of a block. Many blocks are drawn at once: a draw is many small ops."""
         group = index - (index - self.indices.start) % DRAWN_TOGETHER
         if group != self._drawn_from or self._drawn is None:
             ids = torch.arange(group * self.size, min(group + DRAWN_TOGETHER, self.indices.stop) * self.size)
@@ -102,7 +102,7 @@ class Proposals:
         return tuple(drawn[rows] for drawn in self._drawn)
 
     def block(self, index: int) -> Block:
-        """Run the prefix for one block; the rows outside the source are neighbours that nobody reads."""
+        """Run the prefix for one block. Rows outside the source are padding: they repeat the nearest sample."""
         source, base = self.source, index * self.size
         ids = torch.arange(base, base + self.size)
         labels = self._labels(ids)

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,20 +28,6 @@ from fastrefine.ops.slots import Rule
 from fastrefine.result import Progress, Result
 
 
-class Waiting(NamedTuple):
-    """A block in the pool or in the slots."""
-
-    block: Block
-    since: int  # readings requested before it was admitted say nothing about its rows
-
-
-class Reading(NamedTuple):
-    """Counters and status on their way to the host."""
-
-    number: int
-    values: Transfer
-
-
 class Run:
     """One pass over the proposals with one target; ``parts`` yields a Result for each block of ids, in order."""
 
@@ -51,17 +36,15 @@ class Run:
         output_device: torch.device, idle: IdleMachines, on_step: Callable[[int, int], None], may_fall_back: bool,
     ):  # fmt: skip
         self.proposals, self.size, self.progress, self.on_step, self.idle = proposals, target.num_slots, progress, on_step, idle
-        self.waiting: dict[int, Waiting] = {}  # blocks that were admitted and are not harvested yet
-        self.unread: deque[Reading] = deque()
-        self.requested = 0  # readings
+        self.waiting: dict[int, tuple[Block, int]] = {}  # blocks in pool and slots, and how many readings were requested before
+        self.unread: deque[tuple[int, Transfer]] = deque()  # counters and status on their way to the host, numbered
+        self.requested = 0  # readings so far
         self.unfilled = iter(proposals.indices)
         self.next_block = next(self.unfilled, None)
         self.end = proposals.first_id  # the first id that is not in the pool yet
-        on_gpu = proposals.device.type == "cuda"
-        self.stream = torch.cuda.current_stream(proposals.device) if on_gpu else None
-        self.side = torch.cuda.Stream(proposals.device) if on_gpu and driver.lag else None
-        assert self.next_block is not None
-        first = proposals.block(self.next_block)
+        self.stream = torch.cuda.current_stream(proposals.device) if proposals.device.type == "cuda" else None
+        self.side = torch.cuda.Stream(proposals.device) if self.stream is not None and driver.lag else None
+        first = proposals.block(proposals.indices[0])
         self._allocate(target, rule, backend, driver, first, may_fall_back)
         self.delivery = Delivery(self.machine, output_device, self.side, self.driver.lag)
         self.admit(first)
@@ -125,7 +108,7 @@ class Run:
         self.machine.admit(block)
         if block.admitted == slice(0, block.size):
             block = replace(block, activation=None)
-        self.waiting[block.index] = Waiting(block, self.requested)
+        self.waiting[block.index] = (block, self.requested)
         self.end = block.base + block.admitted.stop
         self.next_block = next(self.unfilled, None)
 
@@ -155,7 +138,7 @@ class Run:
         """Read counters and status as they are after what was launched so far."""
         self.requested += 1
         seen = [self.machine.pool.counters, self.machine.outputs.status]
-        self.unread.append(Reading(self.requested, Transfer(seen, torch.device("cpu"))))
+        self.unread.append((self.requested, Transfer(seen, torch.device("cpu"))))
         self.pacing.in_flight.append(schedule)
 
     def read(self) -> None:
@@ -166,19 +149,18 @@ class Run:
             idle = not pacing.steps_in_flight or pacing.steps(self.end, self.more, self.room) <= 0
             keep = 0 if over or idle or pacing.drains(self.end, self.more) else keep
         while len(self.unread) > keep:
-            reading = self.unread.popleft()
+            number, values = self.unread.popleft()
             pacing.in_flight.popleft()
-            counters, status = reading.values.wait()
+            counters, status = values.wait()
             self._account(counters.tolist())
-            while self.waiting and self._complete(next(iter(self.waiting)), reading.number, status):
-                self.delivery.harvest(self.waiting.pop(next(iter(self.waiting))).block, self.requested)
+            while self.waiting and self._complete(next(iter(self.waiting)), number, status):
+                self.delivery.harvest(self.waiting.pop(next(iter(self.waiting)))[0], self.requested)
 
     def _complete(self, index: int, number: int, status: Tensor) -> bool:
-        block, since = self.waiting[index]
+        block, since = self.waiting[index]  # an earlier reading says nothing about the rows of this block
         return number > since and bool((status[self.machine.rows(block, block.admitted)] >= 0).all())
 
     def _account(self, counters: list[int]) -> None:
         before, self.pacing.known = self.pacing.known, counters
-        steps = self.progress.add(counters, before, self.size)
-        if steps:
+        if self.progress.add(counters, before, self.size):
             self.on_step(counters[slots.ITERATIONS], self.progress.finished)

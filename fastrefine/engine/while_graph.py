@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from fastrefine.errors import BackendError
 
 _MODULE = "fastrefine._device_loop"
-STEPS, CAP, LOW = range(3)  # of control
+CAP, LOW = 1, 2  # of control, whose entry 0 counts the steps of the last launch
 
 
 def _load() -> Any:
@@ -41,26 +40,20 @@ def available() -> str:
     return "ok"
 
 
-def census(graph: torch.cuda.CUDAGraph) -> dict[str, int]:
-    """Type of node -> how many the captured graph holds, child graphs included; needs ``keep_graph=True``."""
-    return _load().census(graph.raw_cuda_graph())
-
-
 class WhileGraph:
-    """Repeats a captured step on the GPU, without the host, and owns what the step's kernels read and write.
+    """Repeats a captured step on the GPU, without the host.
 
     graph     captured with ``CUDAGraph(keep_graph=True)``; its memory pool lives until ``close``
     counters  int64 (3 or more,), contiguous, on the GPU, written by the step; order as in ``slots.py``
-    keep      whatever else the captured kernels use: static tensors, compiled kernels
-    unroll    steps between two looks at the counters
 
+    The caller keeps whatever else the captured kernels read and write: static tensors, compiled kernels.
     Raises BackendError when the device loop is absent here, when the step holds a node that a WHILE body may not
     (events, allocations, host functions, conditionals), or when CUDA refuses the graph.
     """
 
     _loop: Any = None
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, counters: Tensor, *, keep: Iterable[object] = (), unroll: int = 1) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, counters: Tensor) -> None:
         if counters.device.type != "cuda" or counters.dtype != torch.int64 or not counters.is_contiguous():
             raise ValueError(f"counters: wanted contiguous int64 on a GPU, got {counters.dtype} on {counters.device}")
         if counters.numel() < 3:
@@ -68,8 +61,6 @@ class WhileGraph:
         module = _load()
         self.graph: torch.cuda.CUDAGraph | None = graph
         self.counters = counters
-        self.keep = tuple(keep)
-        self.unroll = unroll
         self.device = counters.device
         self.control = counters.new_zeros(3)
         self._written = [0, 0, 0]  # what control holds once the stream has come so far
@@ -77,20 +68,15 @@ class WhileGraph:
         stream = torch.cuda.current_stream(self.device).cuda_stream
         given = graph.raw_cuda_graph(), counters.data_ptr(), self.control.data_ptr()
         try:
-            self._loop = module.WhileGraph(*given, unroll=unroll, device=self.device.index, stream=stream)
+            self._loop = module.WhileGraph(*given, device=self.device.index, stream=stream)
         except (RuntimeError, ValueError) as cause:
             raise BackendError(f"device loop: {cause}") from cause
-
-    @property
-    def steps(self) -> Tensor:
-        """() int64 on the GPU: steps of the last launch, once the stream has come so far."""
-        return self.control[STEPS]
 
     def launch(self, cap: int, low: int = 0) -> None:
         """Queue steps on the current stream of the device until LIVE is 0, ``cap`` steps are done or fewer than ``low``
         ids wait (END - NEXT); whichever holds at the start, no step runs. Returns at once.
 
-        ``cap`` is rounded up to a multiple of ``unroll``. ``low`` = 0: no more proposals are to come.
+        ``low`` = 0: no more proposals are to come.
         Launches must follow one another: on one stream, or on streams that wait for each other.
         """
         if self._loop is None:
@@ -107,12 +93,12 @@ class WhileGraph:
         self._launched.record(stream)
 
     def close(self) -> None:
-        """Wait for the last launch, then give up the graphs and all that was kept. A second time does nothing."""
+        """Wait for the last launch, then give up the graphs. A second time does nothing."""
         loop, self._loop = self._loop, None
         if loop is not None:
             self._launched.synchronize()
             loop.destroy()
-            self.graph, self.keep = None, ()
+            self.graph = None
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

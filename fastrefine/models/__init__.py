@@ -9,17 +9,7 @@ from fastrefine.models.sngan import SNGANDiscriminator, SNGANGenerator
 from fastrefine.models.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 __all__ = [
-    "CycleGANGenerator",
-    "SAGANDiscriminator",
-    "SAGANGenerator",
-    "SNGANDiscriminator",
-    "SNGANGenerator",
-    "StyleGAN2Discriminator",
-    "StyleGAN2Generator",
-    "dcgan_discriminator",
-    "dcgan_generator",
-    "default_discriminator",
-    "mlp_discriminator",
-    "mlp_generator",
-    "patchgan_discriminator",
-]
+    "CycleGANGenerator", "SAGANDiscriminator", "SAGANGenerator", "SNGANDiscriminator", "SNGANGenerator",
+    "StyleGAN2Discriminator", "StyleGAN2Generator", "dcgan_discriminator", "dcgan_generator", "default_discriminator",
+    "mlp_discriminator", "mlp_generator", "patchgan_discriminator",
+]  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,15 +15,27 @@ from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.errors import CouplingError, InputError
+from fastrefine.networks.copies import unwrap
+from fastrefine.networks.split import Split
 from fastrefine.options import OutputKey
 
 # of an optional second parameter, which may also be noise, a truncation, a step
 _LABELS = re.compile("label|class|cond|target|categor|attr|one_?hot|domain|context|^(y|c|cls|emb|embedding)$", re.IGNORECASE)
 
 
-def takes_labels(module: Any, known: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether ``module(x, labels)`` is a valid call, and whether labels are required: an optional one is told by its name."""
-    function = module.forward if isinstance(module, nn.Module) else module
+def takes_labels(network: Any, known: Mapping[str, Any] = MappingProxyType({})) -> tuple[bool, bool]:
+    """(whether ``network(x, labels)`` is a valid call, whether labels are required); an optional one is told by its name.
+
+    known: arguments that are given by name. A module may say so itself, by an attribute ``takes_labels`` of this form.
+    """
+    if network is None:
+        return False, False
+    network = network.prefix if isinstance(network, Split) else network
+    network = unwrap(network) if isinstance(network, nn.Module) else network
+    own = getattr(network, "takes_labels", None)
+    if isinstance(own, tuple):
+        return own
+    function = network.forward if isinstance(network, nn.Module) else network
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):

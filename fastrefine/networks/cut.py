@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastrefine import checks
 from fastrefine.errors import FastrefineError, InputError, SplitError
 from fastrefine.networks.copies import unwrap
-from fastrefine.networks.cut_check import HookedGenerator, check_gradient, difference, seed_noise
+from fastrefine.networks.cut_check import HookedGenerator, check_gradient, difference
 from fastrefine.networks.graph import cut_graph
 from fastrefine.networks.split import (
     ADVICE,
@@ -27,6 +27,7 @@ from fastrefine.networks.split import (
     bind,
     unchanging,
 )
+from fastrefine.networks.torch_state import seed_torch
 from fastrefine.networks.tracing import Traced, trace_with_export, trace_with_fx
 
 _PROBE_SIZES = (3, 5)  # odd and different: a dimension that follows both is the batch
@@ -188,7 +189,7 @@ def _inner_cut(call: GeneratorCall, at: str, inputs: tuple[Tensor, ...]) -> Cut:
     ]
     reasons = []
     for route, description, trace in routes:
-        seed_noise(inputs[0].device, seed=0)  # unlike the check's: noise baked in by a trace must not pass it
+        seed_torch(inputs[0].device, seed=0)  # unlike the check's: noise baked in by a trace must not pass it
         try:
             prefix, tail = cut_graph(trace(), samples)  # type: ignore[arg-type]
             with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastrefine.errors import GradientError, SplitError
+from fastrefine.networks.torch_state import seed_torch
 
 _SEED = 20_240_229  # of the random cotangent, and of both sides where a generator draws noise
 
@@ -24,7 +25,7 @@ class HookedGenerator:
         """(image, activation); a given activation replaces the module's output. Costs a whole forward."""
         if self.module is None:
             activation = inputs[0].clone() if activation is None else activation
-            seed_noise(inputs[0].device)
+            seed_torch(inputs[0].device, _SEED)
             return self.generator(activation.clone(), *inputs[1:]), activation
         calls, seen = 0, activation
 
@@ -39,7 +40,7 @@ class HookedGenerator:
 
         handle = self.module.register_forward_hook(replace)
         try:
-            seed_noise(inputs[0].device)
+            seed_torch(inputs[0].device, _SEED)
             image = self.generator(*inputs)
         finally:
             handle.remove()
@@ -57,14 +58,6 @@ class HookedGenerator:
         return activation, image.detach(), cotangent, gradient
 
 
-def seed_noise(device: torch.device, seed: int = _SEED) -> None:
-    """Seed the generators of the CPU and of this device alone; torch.manual_seed would disturb the other GPUs'."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
 def random_like(value: Tensor) -> Tensor:
     """Standard normal numbers in the shape of ``value``, from a generator of their own."""
     source = torch.Generator().manual_seed(_SEED)
@@ -75,7 +68,7 @@ def difference(oracle: HookedGenerator, prefix: nn.Module, tail: nn.Module, inpu
     """What differs between a cut and the oracle on ``inputs``, in words; ``None`` if nothing does."""
     expected_activation, expected_image, cotangent, expected_gradient = oracle.image_and_gradient(inputs)
     with torch.no_grad():
-        seed_noise(inputs[0].device)
+        seed_torch(inputs[0].device, _SEED)
         activation, context = prefix(*inputs)
     leaf = activation.detach().clone().requires_grad_()
     image = tail(leaf, *context)

@@ -93,3 +93,11 @@ def _tf32(on: bool) -> Iterator[None]:
         cudnn.allow_tf32 = convolution
         for place, precision in zip(places, was, strict=True):
             place.fp32_precision = precision
+
+
+def seed_torch(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of this device alone; torch.manual_seed would disturb the other GPUs'."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -1,7 +1,5 @@
 """One step of the engine after the networks were evaluated (DESIGN: evaluate -> observe -> retire or propose)."""
 
-from collections.abc import Hashable
-
 import torch
 from torch import Tensor
 
@@ -67,21 +65,6 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     pool.counters[S.LIVE] = occupied.sum()
     pool.counters[S.SHORTEST] = torch.where(occupied.any(), least, 0)
     pool.counters[S.LONGEST] = torch.where(occupied.any(), most, 0)
-
-
-def baked(rule: Rule, backend: str) -> Hashable:
-    """What a captured step has baked in: it serves another rule that has the same.
-
-    The Triton kernels read hyper-parameters and the seed from device memory, which any later call with the other rule
-    loads, so only what selects their code counts.
-    """
-    kernel = rule.sampler.kernel()
-    if backend != "triton" or kernel is None:
-        return rule
-    options = kernel.noise, kernel.clamp is not None, rule.max_grad_norm is not None
-    length = None if kernel.schedule is None else kernel.schedule.shape[1]
-    tables = kernel.latent is not None, length
-    return kernel.rule, kernel.scalars, kernel.vectors, *options, *tables, rule.keep_best, rule.lockstep, rule.snapshots
 
 
 def _of_view(slots: Slots, grad: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ import contextvars
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
 from fastrefine.errors import BackendError
+from fastrefine.ops.slots import Rule
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _MODULES = {"cpu": "fastrefine.ops.native", "triton": "fastrefine.kernels"}
@@ -109,3 +110,18 @@ def op(reference: Callable[..., R]) -> Callable[..., R]:
         return implementation(*args, **kwargs)
 
     return entry
+
+
+def baked(rule: Rule, backend: str) -> Hashable:
+    """What a captured step has baked in: it serves another rule that has the same.
+
+    The Triton kernels read hyper-parameters and the seed from device memory, which any later call with the other rule
+    loads, so only what selects their code counts.
+    """
+    kernel = rule.sampler.kernel()
+    if backend != "triton" or kernel is None:
+        return rule
+    options = kernel.noise, kernel.clamp is not None, rule.max_grad_norm is not None
+    length = None if kernel.schedule is None else kernel.schedule.shape[1]
+    tables = kernel.latent is not None, length
+    return kernel.rule, kernel.scalars, kernel.vectors, *options, *tables, rule.keep_best, rule.lockstep, rule.snapshots

@@ -94,17 +94,9 @@ class Snapshots(NamedTuple):
 
 
 def allocate(
-    num_slots: int,
-    features: int,
-    pool_rows: int,
-    output_rows: int,
-    rule: Rule,
-    dtype: torch.dtype,
-    device: torch.device,
-    labels: Tensor | None = None,
-    view: torch.dtype | None = None,
-    view_channels: int = 0,
-) -> tuple[Slots, Pool, Outputs]:
+    num_slots: int, features: int, pool_rows: int, output_rows: int, rule: Rule, dtype: torch.dtype, device: torch.device,
+    labels: Tensor | None = None, view: torch.dtype | None = None, view_channels: int = 0,
+) -> tuple[Slots, Pool, Outputs]:  # fmt: skip
     """All tensors of a run, empty; labels: some (n, ...), for their shape and dtype.
 
     view, view_channels: dtype and order of the networks' own copy of the activation (see Slots), if they want one.
@@ -134,14 +126,8 @@ def allocate(
         label=label, view=None if view is None else torch.zeros(s, features, dtype=view, device=device),
         view_channels=view_channels,
     )  # fmt: skip
-    pool = Pool(
-        real(pool_rows, features),
-        integer(pool_rows),
-        real(pool_rows),
-        real(pool_rows),
-        integer(8, dtype=torch.int64),
-        pool_label,
-    )
+    p, counters = pool_rows, integer(8, dtype=torch.int64)
+    pool = Pool(real(p, features), integer(p), real(p), real(p), counters, pool_label)
     status, columns = integer(w, fill=PENDING), real(len(scalar_names), w)
     outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), status, columns)
     return slots, pool, outputs

@@ -1,4 +1,4 @@
-"""How fast a pair is refined here: candidate layers and precisions against B0, the usual loop, in one run."""
+"""Measures how fast a pair is refined here, by layer and precision, and the usual loop (B0) beside it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BATCHES = (64, 256, 1024)
 
 
 class Bench:
-    """Images/s of a refiner's networks with ``steps`` updates for every sample, each figure taken in about ``seconds``.
+    """Images/s of a refiner's networks with ``steps`` updates for every sample; each figure takes about ``seconds``.
 
-    labelled: networks that take labels get them, of class 0. Wall clock, so nothing else should run.
+    labelled: networks that take labels get those of class 0. Wall-clock time, so nothing else should run.
     """
 
     def __init__(self, refiner: Refiner, steps: int, seconds: float = 2.0, *, labelled: bool = False):
@@ -35,21 +35,20 @@ class Bench:
         self.labels = torch.zeros(max(BATCHES), dtype=torch.int64) if g or d else None
         self.to_g, self.to_d = (self.labels if takes else None for takes in (g, d))
 
-    def candidates(self, most: int = 4) -> list[str]:
-        """The input, the output, and layers between whose tails cost visibly less than the one before."""
+    def candidates(self) -> list[str]:
+        """The input, the output, and up to two layers between whose tail costs clearly less than that of the one before."""
         z, y = self._example()
         found, share = [], 2.0
         for layer in layers(self.generator, z, y):
             if layer.name in ("input", "output") or layer.tail_share < 0.95 * share - 0.02:
                 found.append(layer.name)
                 share = layer.tail_share
-        return [found[0], *found[1:-1][: most - 2], found[-1]] if len(found) > most else found
+        return [*found[:3], found[-1]] if len(found) > 4 else found
 
     def rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """For each layer and precision: images/s of ours and of B0 (float32).
+        """For each layer and precision: images/s of fastrefine and of ``b0``.
 
-        B0: prefix once a batch, ``.backward()`` with parameter gradients on, at the best of three batch sizes. Names and
-        precisions are checked at once, by SplitError and InputError, before anything is measured.
+        Raises SplitError and InputError at once, before anything is measured, where a name or a precision does not fit.
         """
         z, y = self._example()
         for name in names:
@@ -59,7 +58,7 @@ class Bench:
         return self._rows(names, precisions)
 
     def _example(self) -> tuple[Tensor, Tensor | None]:
-        """A few latents and their labels, where the generator lies."""
+        """A few latents and their labels, on the generator's device."""
         device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
         y = None if self.to_g is None else self.to_g[:8].to(device)
         return self.prior.sample(torch.arange(8), 0).to(device), y
@@ -79,7 +78,7 @@ class Bench:
                 ours = self._ours(name, precision)
                 ours.sample(ours.num_slots, labels=label)
                 n, speed = ours.num_slots, 0.0
-                for _ in range(2):  # the first says how many make up the time
+                for _ in range(2):  # the first pass shows how many images take ``seconds``
                     out = ours.sample(n, labels=label)
                     speed = out.report["images_per_second"]
                     n = max(int(speed * self.seconds) // ours.num_slots, 1) * ours.num_slots
@@ -91,7 +90,10 @@ class Bench:
 
     @torch_state.arithmetic("float32", False)
     def b0(self, name: str) -> float:
-        """Images/s of the peers' loop at a layer, in float32, at the best of three batch sizes."""
+        """Images/s of the usual loop at a layer: float32, prefix once a batch, ``.backward()`` with parameter gradients.
+
+        It runs a fixed number of steps for all samples, at the best of three batch sizes.
+        """
         device = self.refiner.device
         g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
                 for net in (self.generator, self.discriminator))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run of ``fastrefine refine`` is made of: the flags, --config's file and the manifest are this one dataclass.
+"""The configuration of a run of ``fastrefine refine``: flags, the file of --config and the manifest all become this dataclass.
 
 Nothing here imports torch.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fastrefine import checks
 from fastrefine.errors import InputError
 
 FORMATS = ("npz", "png", "wds", "safetensors")
@@ -21,9 +23,9 @@ STOPS = ("none", "median", "reference", "uniform")
 CHOICES = {
     "format": FORMATS, "select": SELECTIONS, "keep": ("last", "best"),
     "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
-    "discriminator_output": ("", "logit", "probability", "critic"),  # "": the pair's
+    "discriminator_output": ("", "logit", "probability", "critic"),  # "": as the pair says
 }  # fmt: skip
-COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1}  # at least
+COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1}  # minimum
 USUAL_RANGE = (-1.0, 1.0)
 
 
@@ -31,8 +33,8 @@ USUAL_RANGE = (-1.0, 1.0)
 class Network:
     """Where a network comes from.
 
-    code: "package.module:callable", called with ``arguments``, or the path of a torch.export archive (.pt2), which brings
-    its weights. weights: a .safetensors or torch.save file; key: of the state dict in it, where there are several.
+    code: "package.module:callable", called with ``arguments``, or the path of a torch.export archive (.pt2), which holds
+    the weights too. weights: a .safetensors or torch.save file; key: which state dict of it, where it holds several.
     """
 
     code: str
@@ -47,13 +49,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Everything that the bytes of a run's files depend on, but for machine and versions.
+    """Everything that the bytes of a run's files depend on, except machine and versions.
 
-    pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; or generator and discriminator. prior,
-    sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: images that stop, step or select by.
-    seeds: "0-49999", "3,7,10-12": one image each. classes: None, a class for all, or "random" (drawn by seed).
-    select: with chain_length proposals for each image; budget: of obrs. image_range: of what G makes; None: the pair's, or
-    -1 to 1 (``pairs.configured``). Raises InputError on values of the wrong kind or out of range.
+    pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
+    sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: real images, for stop, steps and select.
+    seeds: "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
+    select: among chain_length proposals of each image; budget: of obrs. image_range: of the generator's images; None: the
+    pair's, or -1 to 1 (``saved_pair.configured``). Raises InputError on values of the wrong kind or out of range.
     """
 
     pair: str = ""
@@ -95,12 +97,10 @@ class Configuration:
         if self.stop not in STOPS and not _is_number(self.stop):
             raise InputError(f"stop is {self.stop!r}; wanted a logit or one of {', '.join(STOPS)}")
         for name, least in COUNTS.items():
-            if not _is_count(getattr(self, name), least):
-                raise InputError(f"{name} is {getattr(self, name)!r}; wanted a whole number of at least {least}")
-        if self.classes not in (None, "random") and not _is_count(self.classes, 0):
+            object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
+        if self.classes not in (None, "random") and (type(self.classes) is not int or self.classes < 0):
             raise InputError(f"classes is {self.classes!r}; wanted a class for all, a whole number of at least 0, or random")
-        if not _is_number(self.budget) or not 0 < self.budget <= 1:
-            raise InputError(f"budget is {self.budget!r}; wanted the accepted share, more than 0 and at most 1")
+        checks.number("budget", self.budget, 0, 1, open_low=True)
         if not _is_number(self.percentile) or not 0 <= self.percentile <= 100:
             raise InputError(f"percentile is {self.percentile!r}; wanted 0 to 100")
         ranges(self.seeds)
@@ -112,7 +112,7 @@ class Configuration:
 
     @property
     def proposals(self) -> int:
-        """Proposals for each image."""
+        """How many proposals each image has."""
         return 1 if self.select == "none" else self.chain_length
 
     @property
@@ -121,12 +121,12 @@ class Configuration:
         return self.image_range or USUAL_RANGE
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """The configuration as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Configuration:
-        """The configuration of a JSON object; InputError names what it does not know."""
+        """The configuration of a JSON object; InputError names unknown entries."""
         if not isinstance(values, Mapping):
             raise InputError(f'a configuration is {values!r}; wanted a JSON object, as a manifest\'s "configuration"')
         known = {f.name for f in fields(cls)}
@@ -143,13 +143,13 @@ class Configuration:
             raise InputError(f"the configuration does not fit: {error}") from error
 
     def identity(self, facts: Mapping[str, Any]) -> str:
-        """sha256 of the configuration without paths, and of what they lead to (code, digests of networks and images)."""
+        """sha256 of the configuration without paths, and of ``facts``: code and digests of the networks and images there."""
         text = json.dumps({"configuration": without_paths(self.to_json()), **facts}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's JSON without where pair, weights and real images lie: a run depends on what is there."""
+    """A configuration's JSON without the paths of pair, weights and real images: a run depends on their content only."""
     kept = {name: value for name, value in values.items() if name not in ("pair", "real")}
     for role in ("generator", "discriminator"):
         if isinstance(kept.get(role), Mapping):
@@ -165,16 +165,12 @@ def _check_kinds(given: Any, kind: Any, names: Iterable[str]) -> None:
             raise InputError(f"{name} is {getattr(given, name)!r}; wanted {wanted}")
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ranges(text: str) -> list[range]:
-    """ "0-49999" or "3,7,10-12" as ascending ranges; InputError unless they ascend without overlap."""
+    """Seeds such as "0-49999" or "3,7,10-12" as ranges; InputError unless they ascend without overlap."""
     found = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
@@ -188,7 +184,7 @@ def ranges(text: str) -> list[range]:
 
 @dataclass(frozen=True)
 class Shard:
-    """The seeds of one shard: those of the run within [index * size, (index + 1) * size), in runs of consecutive ones."""
+    """The seeds of one shard: those of the run from index * size up to (index + 1) * size, as ranges of consecutive seeds."""
 
     index: int
     runs: tuple[range, ...]
@@ -196,23 +192,21 @@ class Shard:
     @property
     def count(self) -> int:
         """Images in it."""
-        return sum(len(run) for run in self.runs)
+        return len(self.seeds)
 
     @property
     def seeds(self) -> list[int]:
-        """One after the other."""
+        """All seeds in ascending order."""
         return [seed for run in self.runs for seed in run]
 
 
 def shards(configuration: Configuration) -> Iterator[Shard]:
-    """All shards in ascending order; which seeds lie in one does not depend on where the run begins or ends."""
+    """All shards in ascending order; which seeds a shard holds does not depend on where the run begins or ends."""
     size = configuration.shard_size
-    pending: dict[int, list[range]] = {}
-    for run in ranges(configuration.seeds):
-        for index in range(run.start // size, -(-run.stop // size)):
-            for done in [i for i in pending if i < index]:
-                yield Shard(done, tuple(pending.pop(done)))
-            part = range(max(run.start, index * size), min(run.stop, (index + 1) * size))
-            pending.setdefault(index, []).append(part)
-    for index, runs in pending.items():
+    parts = (
+        range(max(run.start, index * size), min(run.stop, (index + 1) * size))
+        for run in ranges(configuration.seeds)
+        for index in range(run.start // size, -(-run.stop // size))
+    )
+    for index, runs in itertools.groupby(parts, lambda part: part.start // size):
         yield Shard(index, tuple(runs))

@@ -1,16 +1,16 @@
-"""Quality of a set of images against real ones: Frechet distance, score, KID, precision and recall, on any features.
+"""Quality of images against real ones: Frechet distance, score, KID, precision and recall, on the features of any network.
 
-The estimators are torchmetrics' and scikit-learn's; the features are a classifier's, so figures compare only with those
-of the same one. With the original Inception network these are FID, IS and KID: see docs/evaluation.md for that.
+Compare only figures of one network. With the original Inception network they are FID, IS and KID: see docs/evaluation.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastrefine.datasets import from_pixels
 from fastrefine.errors import InputError
+from fastrefine.metrics import classifier_score
+from fastrefine.models.digits import Classifier
 from fastrefine.networks.calls import attempt
+from fastrefine.production.configuration import Network
+from fastrefine.production.images import FILES, load_images, some
+from fastrefine.production.run_folder import MANIFEST, Folder
+from fastrefine.production.saved_pair import build
 
-FEW = 10_000  # images, below which a Frechet distance says little
+FEW = 10_000  # images: of fewer, the Frechet distance is biased
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
-BLOCK = 500
+BLOCK = 500  # images, or rows of a matrix of distances, at once
 
 
 @dataclass(frozen=True)
 class Features:
-    """A network that images are judged by. name: goes beside every figure.
+    """The network on whose features images are compared. name: is reported with every figure.
 
-    module: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
+    network: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
     """
 
-    module: nn.Module
+    network: Callable[[Tensor], Any]
     name: str
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(features (N, F), class probabilities (N, classes) or None), float32."""
-        parts = [
-            attempt("network of the features", lambda: self.module(part), part)  # noqa: B023
-            for part in images.split(BLOCK)
-        ]
+        parts = [attempt("network of the features", partial(self.network, part), part) for part in images.split(BLOCK)]
         if isinstance(parts[0], tuple):
             return torch.cat([f.flatten(1) for f, _ in parts]), torch.cat([logits for _, logits in parts]).softmax(1)
         return torch.cat([f.flatten(1) for f in parts]), None
@@ -51,69 +55,69 @@ class Features:
 def given_features(code: str) -> Features:
     """Features by "package.module:callable": called without arguments, it returns a module with its trained weights.
 
-    Raises InputError where it does not, also where a second call gives other weights, which then are random ones.
+    Raises InputError where it does not, also where two calls give different weights: then they are random ones.
     """
-    module, _, name = code.partition(":")
     wanted = "wanted package.module:callable that, called without arguments, returns a torch.nn.Module with its weights loaded"
-    try:
-        make = getattr(importlib.import_module(module), name)
-        with torch.random.fork_rng(devices=[]):
-            made, again = make(), make()
-    except ImportError as error:
-        raise InputError(f"--features {code!r} cannot be imported ({error}); is its folder on PYTHONPATH? {wanted}") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"--features {code!r} cannot be used ({error}); {wanted}") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"--features {code!r} gave a {type(made).__name__}; {wanted}")
-    if not _same(made.state_dict(), again.state_dict()):
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            try:
+                made.append(build(Network(code), "network of the features"))
+            except ValueError as error:  # InputError is one
+                raise InputError(f"--features {code!r} cannot be used: {error}; {wanted}") from error
+    one, other = (module.state_dict() for module in made)
+    if not all(torch.equal(value, other[name]) for name, value in one.items() if isinstance(value, Tensor)):
         raise InputError(f"--features {code!r} makes other weights at each call: wanted it to load trained weights")
-    return Features(made.eval(), code)
-
-
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    pairs = [(value, other.get(name)) for name, value in one.items() if isinstance(value, Tensor)]
-    return all(isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
+    return Features(made[0], code)
 
 
 def trained_features(images: Tensor, labels: Tensor, steps: int = 600, seed: int = 0) -> Features:
-    """A small convolutional classifier trained here on labelled real images (N, C, H, W); repeats its bits for one seed."""
-    classes = int(labels.max()) + 1
+    """A small convolutional classifier, trained here on labelled real images (N, C, H, W); bitwise the same for one seed."""
+    layers: list[nn.Module] = []
+    channels = images.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Classifier(images.shape[1], classes)
-        optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            rows = torch.randint(len(images), (128,))
-            batch = images[rows] + 0.1 * torch.randn_like(images[rows])
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(network(batch)[1], labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.ReLU()]
+            channels = width
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 64), nn.ReLU()]
+        network = Classifier(nn.Sequential(*layers), 64, int(labels.max()) + 1)
+        train_classifier(network, images, labels, steps=steps, noise=0.1)
+
+    def features_and_logits(x: Tensor) -> tuple[Tensor, Tensor]:
+        features = network.features(x)
+        return features, network.head(features)
+
     total = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:8]
-    return Features(network.eval(), f"classifier-{total}-{steps}-{seed}")
+    return Features(features_and_logits, f"classifier-{total}-{steps}-{seed}")
 
 
-class Classifier(nn.Module):
-    """(N, C, H, W) -> (features (N, 64), logits (N, classes)); three strided convolutions, mean over the map."""
+def train_classifier(
+    classifier: nn.Module, images: Tensor, labels: Tensor, *, steps: int, batch_size: int = 128, learning_rate: float = 2e-3,
+    noise: float = 0.15, random: torch.Generator | None = None,
+) -> None:  # fmt: skip
+    """Train ``classifier`` (images -> logits of classes) in place with cross entropy and leave it in eval mode.
 
-    def __init__(self, channels: int, classes: int, width: int = 16):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for i in range(3):
-            layers += [nn.Conv2d(channels, width << i, 3, 1 if i == 0 else 2, 1), nn.ReLU()]
-            channels = width << i
-        self.convolutions = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        self.features = nn.Sequential(nn.Linear(4 * channels, 64), nn.ReLU())
-        self.head = nn.Linear(64, classes)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features(self.convolutions(images))
-        return features, self.head(features)
+    images: (N, C, H, W), labels: (N,) int64. Adam, the rate falling to 0 along a cosine. Gaussian noise of standard
+    deviation ``noise`` is added to the images, so that features do not depend on single pixels. random: None: torch's own.
+    """
+    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    classifier.train()
+    for _ in range(steps):
+        rows = torch.randint(len(images), (batch_size,), generator=random)
+        batch = images[rows]
+        batch = batch + noise * torch.randn(batch.shape, generator=random)
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(classifier(batch), labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval()
 
 
 def check(images: Tensor, real: Tensor) -> None:
-    """Raise InputError unless the two sets can be compared; costs nothing."""
+    """Raise InputError unless the two sets can be compared."""
     if images.shape[1:] != real.shape[1:]:
         raise InputError(f"images are {tuple(images.shape[1:])}, real ones {tuple(real.shape[1:])}; wanted one size")
     if min(len(images), len(real)) < 2:
@@ -123,52 +127,48 @@ def check(images: Tensor, real: Tensor) -> None:
 
 
 def measure(images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000) -> dict[str, Any]:
-    """torch-fidelity's names: inception_score_mean/_std, frechet_inception_distance, kernel_inception_distance_mean/_std,
-    precision, recall, f_score; of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1].
+    """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1], under torch-fidelity's names:
+    inception_score_mean/_std, frechet_inception_distance, kernel_inception_distance_mean/_std, precision, recall, f_score.
 
-    "inception" is part of the names only: what was measured by stands under "features". num_samples is N. Precision and
-    recall are of 10,000 images of each set at most, drawn from all of them, like the subsets of KID. The score is left out
-    where the features give no logits. Raises InputError on sets of different shape, or too small for a covariance.
+    Despite these names the network is the one under "features". num_samples is N. Precision and recall are of at most 10,000
+    images drawn from each set. The score is left out where the network gives no logits. Raises InputError on sets of
+    different shape, or of fewer than two images.
     """
     check(images, real)
     ours, probabilities = features(images)
     theirs, _ = features(real)
-    # files often lie class by class, and some estimators read parts: mixed by torch-fidelity's permutation
+    # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
     found: dict[str, Any] = {"num_samples": len(images), "num_real": len(real), "features": features.name}
     if probabilities is not None:
-        found |= _score(_mixed(probabilities))
+        parts = _mixed(probabilities).tensor_split(min(10, len(probabilities)))
+        scores = [classifier_score(part) for part in parts]
+        found |= {"inception_score_mean": float(np.mean(scores)), "inception_score_std": float(np.std(scores))}
     subset = min(kid_subset, len(images), len(real))
     return found | _distances(ours, theirs, subset) | _precision_recall(ours.numpy(), theirs.numpy())
 
 
 def warnings_of(found: dict[str, Any], raw: dict[str, Any] | None) -> list[str]:
-    """What a reader should be told: too few images; a score that rises while the distance does too (over-refinement)."""
-    told = []
+    """Warnings for a reader: too few images; score and distance both higher than those of ``raw``, unrefined images."""
+    warnings = []
     if found["num_samples"] < FEW:
-        told.append(f"{found['num_samples']} images: the Frechet distance is biased upwards; compare sets of one size only")
-    score = "inception_score_mean"
-    if raw is not None and score in found:
-        better = found[score] > raw[score]
-        worse = found["frechet_inception_distance"] > raw["frechet_inception_distance"]
-        if better and worse:
-            told.append(
-                f"score and distance part ways: the score rose from {raw[score]:.3f} to {found[score]:.3f}, but the distance "
-                f"too, from {raw['frechet_inception_distance']:.3f} to {found['frechet_inception_distance']:.3f}: "
-                "over-refined? Fewer or smaller steps, or a shaped discriminator"
-            )
-    return told
+        warnings.append(f"{found['num_samples']} images: the Frechet distance is biased upwards; compare sets of one size only")
+    score, distance = "inception_score_mean", "frechet_inception_distance"
+    if raw is not None and score in found and found[score] > raw[score] and found[distance] > raw[distance]:
+        warnings.append(
+            f"score and distance part ways: the score rose from {raw[score]:.3f} to {found[score]:.3f}, but the distance "
+            f"too, from {raw[distance]:.3f} to {found[distance]:.3f}: over-refined? Fewer or smaller steps, or a shaped "
+            "discriminator"
+        )
+    return warnings
 
 
-class _Given(nn.Module):
-    """torchmetrics wants a network; the features are there already."""
+class _Given(nn.Identity):
+    """The network that torchmetrics asks for; it is called with features, which are computed already."""
 
     def __init__(self, num_features: int):
         super().__init__()
         self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def _distances(ours: Tensor, theirs: Tensor, subset: int) -> dict[str, float]:
@@ -197,16 +197,8 @@ def _mixed(x: Tensor) -> Tensor:
     return x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
 
 
-def _score(probabilities: Tensor, splits: int = 10) -> dict[str, float]:
-    from fastrefine.metrics import classifier_score
-
-    splits = min(splits, len(probabilities))
-    scores = [classifier_score(part) for part in probabilities.tensor_split(splits)]
-    return {"inception_score_mean": float(np.mean(scores)), "inception_score_std": float(np.std(scores))}
-
-
 def _precision_recall(ours: np.ndarray, theirs: np.ndarray, limit: int = 10_000) -> dict[str, float]:
-    """Share of either set within the NEIGHBOURS-th neighbour's distance of one of the other [Kynkaanniemi et al. 2019]."""
+    """Shares of each set that the other set covers, and their harmonic mean [Kynkaanniemi et al. 2019]."""
     ours, theirs = ours[:limit], theirs[:limit]
     if min(len(ours), len(theirs)) <= NEIGHBOURS:
         return {}
@@ -216,7 +208,8 @@ def _precision_recall(ours: np.ndarray, theirs: np.ndarray, limit: int = 10_000)
 
 
 def _covered(x: np.ndarray, manifold: np.ndarray) -> float:
-    offset = manifold.mean(0, dtype=np.float64)  # a common one would cost cdist the digits that tell points apart
+    """Share of x within the distance of a point of ``manifold`` to its NEIGHBOURS-th neighbour there."""
+    offset = manifold.mean(0, dtype=np.float64)  # without it a large common offset would cost cdist its precision
     centres, points = (torch.from_numpy((np.asarray(a, np.float64) - offset).astype(np.float32)) for a in (manifold, x))
     radius = torch.cat(
         [torch.cdist(part, centres).kthvalue(NEIGHBOURS + 1).values for part in centres.split(BLOCK)]
@@ -226,10 +219,7 @@ def _covered(x: np.ndarray, manifold: np.ndarray) -> float:
 
 
 def images_of(path: Path, limit: int | None = None) -> Tensor:
-    """Images of a run's folder, of pictures, or of a file, float32 (N, C, H, W) in [-1, 1]; limit: as ``pictures.some``."""
-    from fastrefine.production.images import FILES, from_pixels, load_images, some
-    from fastrefine.production.run_folder import MANIFEST, Folder
-
+    """Images float32 (N, C, H, W) in [-1, 1] of a run's folder, a folder of pictures or a file; limit: see ``images.some``."""
     if (path / MANIFEST).is_file():
         pixels = np.concatenate([pixels for pixels, _ in Folder.open(path).parts()])
         return from_pixels(pixels[some(len(pixels), limit)])

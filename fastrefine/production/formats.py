@@ -1,6 +1,6 @@
-"""Files of images: a shard as .npz, PNG folder, .tar (webdataset) or .safetensors, each the same bytes for the same images.
+"""Files of images: a shard as .npz, PNG folder, .tar (webdataset) or .safetensors; equal images give equal bytes.
 
-Images are quantised as floor(127.5 x + 128), clipped, of x in [-1, 1]; .safetensors keeps the float32 values.
+Pixels are floor(127.5 x + 128), clipped to 0..255, of x in [-1, 1]; .safetensors keeps the float32 values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import tarfile
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +22,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors import numpy as safetensors
 from torch import Tensor
 
 from fastrefine.errors import InputError
 
-PER_FOLDER = 1000  # of PNG files
+PER_FOLDER = 1000  # PNG files
 COLUMNS = ("ids", "labels", "logits", "steps", "status", "selected")
 SUFFIX = {"npz": ".npz", "png": "", "wds": ".tar", "safetensors": ".safetensors"}
+Part = tuple[np.ndarray, dict[str, np.ndarray]]  # pixels (N, H, W, C) uint8, columns
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of consecutive ids and what is known of each.
+    """The images of a shard, with what is known of each.
 
-    images: (N, C, H, W) float32 in [low, high] of ``image_range``. columns: of COLUMNS, each (N,).
+    images: (N, C, H, W) float32 in [low, high] of ``image_range``. columns: some of COLUMNS, each (N,).
     """
 
     images: Tensor
@@ -62,23 +65,29 @@ def check_channels(kind: str, channels: int) -> None:
 
 
 def write(kind: str, path: Path, batch: Batch) -> None:
-    """The shard at its final name, which it gets when it is complete and on the disk."""
+    """Write a shard; it gets its name when it is complete and on the disk."""
+    columns, content = batch.columns, io.BytesIO()
     if kind == "png":
-        pngs = zip(_pngs(batch.pixels()), batch.columns["ids"], strict=True)
-        publish_all(path, [*((f"{number:06d}.png", png) for png, number in pngs), ("columns.json", _json(batch.columns))])
+        files = {f"{number:06d}.png": png for png, number in zip(_pngs(batch.pixels()), columns["ids"], strict=True)}
+        files["columns.json"] = json.dumps({name: values.tolist() for name, values in columns.items()}).encode()
+        with _replacing(path) as part, ThreadPoolExecutor(16) as pool:  # one disk flush serves several waiting threads
+            part.mkdir()
+            list(pool.map(lambda name: _write(part / name, files[name]), files))
         return
     if kind == "npz":
-        content = _npz(batch)
+        arrays: dict[str, Any] = {"arr_0": batch.pixels()}
+        if "labels" in columns:
+            arrays["arr_1"] = columns["labels"].astype(np.int64)
+        np.savez(content, **arrays, **columns)  # every member is dated 1980, so the bytes do not depend on the time
     elif kind == "wds":
-        content = _tar(batch)
+        with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            _fill(archive, batch.pixels(), columns)
     else:
-        from safetensors.numpy import save
-
-        content = save({"images": batch.images.numpy(), **batch.columns})
-    publish(path, content)
+        content.write(safetensors.save({"images": batch.images.numpy(), **columns}))
+    publish(path, content.getvalue())
 
 
-def read(kind: str, path: Path, image_range: tuple[float, float]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def read(kind: str, path: Path, image_range: tuple[float, float]) -> Part:
     """(pixels (N, H, W, C) uint8, columns) of a shard."""
     if kind == "npz":
         with np.load(path) as content:
@@ -88,15 +97,13 @@ def read(kind: str, path: Path, image_range: tuple[float, float]) -> tuple[np.nd
         return np.stack([_decoded((path / f"{number:06d}.png").read_bytes()) for number in columns["ids"]]), columns
     if kind == "wds":
         return _untar(path)
-    from safetensors.numpy import load_file
-
-    content = load_file(path)
-    images = torch.from_numpy(content.pop("images"))
-    return Batch(images, content, image_range).pixels(), content
+    columns = safetensors.load_file(path)
+    images = torch.from_numpy(columns.pop("images"))
+    return Batch(images, columns, image_range).pixels(), columns
 
 
 def digest(path: Path) -> str:
-    """sha256 of a shard's bytes; of a folder over its files in order of names, each with its name."""
+    """sha256 of a shard's bytes; of a folder: over the names and bytes of its files, in order of names."""
     total = hashlib.sha256()
     files = sorted(p for p in path.iterdir() if p.suffix in (".png", ".json")) if path.is_dir() else [path]
     for file in files:
@@ -109,40 +116,14 @@ def digest(path: Path) -> str:
 
 
 def publish(path: Path, content: bytes, *, new: bool = False) -> None:
-    """``content`` at ``path``: under a name that nobody else has, to the disk, then renamed.
-
-    new: raises FileExistsError where ``path`` is there already.
-    """
-    part = part_of(path)
-    try:
+    """Write ``content`` to ``path``, which appears when all is on the disk. new: FileExistsError where it exists already."""
+    with _replacing(path, new=new) as part:
         _write(part, content)
-        (os.link if new else os.replace)(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def part_of(path: Path) -> Path:
-    """A name beside ``path`` to write it under, unique among threads, processes and machines."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
 
 
 def whole_of(name: str) -> str:
-    """The name that a file ``part_of`` is to get; of other files their own."""
+    """The final name of a file that is being written; other names as they are."""
     return name.rsplit(".", 2)[0] if name.endswith(".part") else name
-
-
-def publish_all(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
-    """As ``publish``, (name, content) of many files of a folder; what else lies in it stays."""
-    part = part_of(folder)
-    try:
-        part.mkdir()
-        with ThreadPoolExecutor(16) as pool:  # a disk takes what several threads wait for in one go
-            list(pool.map(lambda file: _write(part / file[0], file[1]), files))
-        folder.mkdir(exist_ok=True)
-        for name, _ in files:
-            os.replace(part / name, folder / name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -152,14 +133,33 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def merge_npz(
-    output: Path, count: int, shape: tuple[int, ...], parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
-) -> None:
-    """ADM's reference format: arr_0 uint8 (count, H, W, C), arr_1 int64 labels (count,) where there are any; streamed."""
+@contextlib.contextmanager
+def _replacing(output: Path, *, new: bool = False) -> Iterator[Path]:
+    """A path to write to, unique among threads, processes and machines. It becomes ``output``, or is removed on an error.
+
+    A folder that exists keeps its other files.
+    """
+    part = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        try:
+            (os.link if new else os.replace)(part, output)
+        except OSError:
+            if not (part.is_dir() and output.is_dir()):
+                raise
+            for child in sorted(part.iterdir()):  # a folder with files in it, or a mount point, cannot be replaced
+                shutil.move(child, output / child.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def merge_npz(output: Path, count: int, shape: tuple[int, ...], parts: Iterator[Part]) -> None:
+    """ADM's format: arr_0 uint8 (count, H, W, C), arr_1 int64 labels (count,) where there are any; part by part."""
     labels = []
     with _replacing(output) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            _header(member, np.dtype(np.uint8), (count, *shape))
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+            np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
             for pixels, columns in parts:
                 member.write(pixels.tobytes())
                 if "labels" in columns:
@@ -169,7 +169,7 @@ def merge_npz(
                 np.lib.format.write_array(member, np.concatenate(labels).astype(np.int64))
 
 
-def merge_png(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
+def merge_png(output: Path, parts: Iterator[Part]) -> None:
     """output/000000/000123.png, as NVlabs' tools write them; output: absent, or an empty folder."""
     with _replacing(output.resolve()) as part:
         for pixels, columns in parts:
@@ -179,44 +179,11 @@ def merge_png(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarr
                 path.write_bytes(png)
 
 
-def merge_tar(output: Path, parts: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> None:
+def merge_tar(output: Path, parts: Iterator[Part]) -> None:
     """One .tar as webdataset reads it."""
     with _replacing(output) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive:
         for pixels, columns in parts:
             _fill(archive, pixels, columns)
-
-
-@contextlib.contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``output`` when all went well and is gone otherwise."""
-    part = part_of(output)
-    try:
-        yield part
-        try:
-            os.replace(part, output)
-        except OSError:
-            if not (part.is_dir() and output.is_dir()):
-                raise
-            for child in sorted(part.iterdir()):  # a mount point cannot be replaced
-                shutil.move(child, output / child.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-
-
-def _npz(batch: Batch) -> bytes:
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"arr_0": batch.pixels()}
-    if "labels" in batch.columns:
-        arrays["arr_1"] = batch.columns["labels"].astype(np.int64)
-    np.savez(buffer, **arrays, **batch.columns)  # its members are dated 1980: no time enters
-    return buffer.getvalue()
-
-
-def _tar(batch: Batch) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        _fill(archive, batch.pixels(), batch.columns)
-    return buffer.getvalue()
 
 
 def _fill(archive: tarfile.TarFile, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
@@ -231,7 +198,7 @@ def _fill(archive: tarfile.TarFile, pixels: np.ndarray, columns: dict[str, np.nd
             archive.addfile(info, io.BytesIO(content))
 
 
-def _untar(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _untar(path: Path) -> Part:
     pixels, rows = [], []
     with tarfile.open(path) as archive:
         for member in archive:
@@ -246,8 +213,6 @@ def _untar(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _pngs(pixels: np.ndarray) -> Iterator[bytes]:
-    from PIL import Image
-
     check_channels("png", pixels.shape[-1])
     for image in pixels:
         buffer = io.BytesIO()
@@ -256,17 +221,5 @@ def _pngs(pixels: np.ndarray) -> Iterator[bytes]:
 
 
 def _decoded(png: bytes) -> np.ndarray:
-    from PIL import Image
-
     image = np.asarray(Image.open(io.BytesIO(png)))
     return image[..., None] if image.ndim == 2 else image
-
-
-def _json(columns: dict[str, np.ndarray]) -> bytes:
-    return json.dumps({name: values.tolist() for name, values in columns.items()}).encode()
-
-
-def _header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )

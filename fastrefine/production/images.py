@@ -1,4 +1,4 @@
-"""Images from files: a folder of pictures, .npz, .npy or .safetensors, as float32 (N, C, H, W) in [-1, 1]."""
+"""Reads images, float32 (N, C, H, W) in [-1, 1], from a folder of pictures, .npz, .npy or .safetensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.numpy import load_file
 from torch import Tensor
 
-from fastrefine.datasets import SUFFIXES, load_digits
+from fastrefine.datasets import from_pixels, load_digits
 from fastrefine.errors import InputError
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")  # of pictures
 FILES = (".npz", ".npy", ".safetensors")
 WANTED = f"wanted a folder of pictures, {', '.join(FILES[:-1])} or {FILES[-1]}"
 
@@ -21,14 +24,13 @@ def load_images(path: str | Path, limit: int | None = None, *, signed: bool = Fa
 
 
 def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1], float32, and their labels (N,) int64 where there are any; see ``some`` on limit.
+    """Images (N, C, H, W) in [-1, 1], float32, and their labels (N,) int64 or None; limit: how many at most, see ``some``.
 
-    A folder: its pictures, those of subfolders too, in order of names, all of one size, grey ones with one channel;
-    subfolders are classes where every picture lies in one and there are two or more. A .npz (labels: arr_1 or "labels")
-    or .npy: its first array, uint8 (N, H, W, C), or (N, C, H, W) where that is the only
-    reading, 1 or 3 channels. A .safetensors: "images", float32 in [-1, 1] or uint8 as
-    above, and "labels". "digits": the training images of scikit-learn's. Raises InputError on anything else.
-    signed: floats that all lie in 0 to 1 are an error too; for images that no generator's range is compared with.
+    path: a folder of pictures of one size, in order of names, those of subfolders too; grey ones have one channel. Two or more
+    subfolders that hold all pictures are classes. A .npz or .npy: its first array, (N, H, W, C), or (N, C, H, W) where only
+    that gives 1 or 3 channels; labels: arr_1 or "labels". A .safetensors: "images" and "labels". Arrays are uint8, or floats
+    in [-1, 1]. "digits": the training images of scikit-learn's digits. Raises InputError on anything else.
+    signed: also on floats that all lie in 0 to 1, which may be in the wrong range.
     """
     if str(path) == "digits" and not Path(path).exists():
         digits = load_digits()
@@ -42,8 +44,6 @@ def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = 
         raise InputError(f"{path} is not there; {WANTED}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
             content = load_file(path)
             array, labels = content["images"], content.get("labels")
         else:
@@ -63,26 +63,19 @@ def load_labelled(path: str | Path, limit: int | None = None, *, signed: bool = 
 
 
 def some(n: int, limit: int | None) -> np.ndarray | slice:
-    """Which ``limit`` of n rows are taken, in order: drawn once and for all, for files often lie class by class."""
+    """``limit`` of n rows in ascending order, by one fixed random draw: the first rows may all be of one class."""
     if limit is None or limit >= n:
         return slice(None)
     return np.sort(np.random.RandomState(2020).permutation(n)[:limit])
 
 
-def from_pixels(pixels: np.ndarray) -> Tensor:
-    """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
-
-
 def scaled(images: Tensor, image_range: tuple[float, float]) -> Tensor:
-    """Images in [-1, 1] in another range."""
+    """Images in [-1, 1] mapped to another range."""
     low, high = image_range
     return (images + 1) * ((high - low) / 2) + low
 
 
 def _folder(path: Path, limit: int | None) -> tuple[np.ndarray, Tensor | None]:
-    from PIL import Image
-
     found = np.array(sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), dtype=object)
     files: list[Path] = list(found[some(len(found), limit)])
     if not files:
@@ -105,14 +98,14 @@ def _folder(path: Path, limit: int | None) -> tuple[np.ndarray, Tensor | None]:
 
 
 def _signed(array: np.ndarray, path: Path, signed: bool = False) -> Tensor:
-    """(N, C, H, W) in [-1, 1] of what a file held; signed: as in ``load_labelled``."""
+    """(N, C, H, W) in [-1, 1] of the array of a file; signed: as in ``load_labelled``."""
     if array.ndim != 4 or not len(array) or array.dtype.kind not in "biuf":
         raise InputError(f"{path} holds an array of shape {array.shape}, {array.dtype}; wanted (N, H, W, C) or (N, C, H, W)")
     if array.shape[3] in (1, 3) and (array.shape[1] not in (1, 3) or array.dtype == np.uint8):
         array = array.transpose(0, 3, 1, 2)
+    if array.dtype == np.uint8:
+        return from_pixels(array.transpose(0, 2, 3, 1))
     x = torch.from_numpy(np.ascontiguousarray(array))
-    if x.dtype == torch.uint8:
-        return x.float().div_(127.5).sub_(1)
     low, high = float(array.min()), float(array.max())
     holds = f"{path} holds {x.dtype} in {low:g} to {high:g}; wanted uint8, or floats in [-1, 1]"
     if not x.is_floating_point() or not -1.001 <= low <= high <= 1.001:

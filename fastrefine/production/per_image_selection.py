@@ -1,12 +1,13 @@
-"""Accept-reject where image i owns proposals i L ... i L + L - 1: what is chosen of them depends on nothing but them.
+"""Selection in sharded runs: image i owns proposals i L ... i L + L - 1, and the choice among them depends on nothing else.
 
-The functions of ``selection`` read figures of all proposals at once; here those come from a pilot pass, kept in the
-manifest, and every draw is by (seed, image or proposal id), so that shards and workers change nothing.
+``fastrefine.selection`` takes M, gamma and c from all proposals at once. Here a pilot pass gives them, the manifest keeps
+them, and every draw is by (seed, image or proposal id). So neither shard size nor the number of workers changes a choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,23 +16,23 @@ from torch import Tensor
 from fastrefine.errors import InputError
 from fastrefine.noise import Stream
 from fastrefine.production.configuration import Configuration
-from fastrefine.selection import draw, log_scale, quantile, rejection_score, walk
+from fastrefine.selection import draw, finite, log_scale, quantile, rejection_score, walk
 from fastrefine.stopping import RealLogits
 
-PILOT, PER_CLASS = 5000, 200  # proposals at least
+PILOT, PER_CLASS = 5000, 200  # proposals of a pilot pass at least, and of each class of it
 
 
+@dataclass(frozen=True)
 class Chooser:
-    """One of "mh", "drs", "obrs", with its figures of the pilot pass: those of each class where images are labelled.
+    """Chooses one of the proposals of each image, by "mh", "drs" or "obrs".
 
-    figures: of each class, None where there are none: log_m and gamma of "drs", log_scale of "obrs". real: logits that
-    chains of "mh" start from, those of the image's class where they are labelled; None: from the first proposal.
+    figures: of the pilot pass, by class (None without classes): log_m and gamma for "drs", log_scale for "obrs". real: logits
+    that the chains of "mh" start from, of the image's class where they are labelled; None: from the first proposal.
     """
 
-    def __init__(
-        self, configuration: Configuration, figures: Mapping[int | None, Mapping[str, float]], real: RealLogits | None = None
-    ):
-        self.configuration, self.figures, self.real = configuration, dict(figures), real
+    configuration: Configuration
+    figures: Mapping[int | None, Mapping[str, float]]
+    real: RealLogits | None = None
 
     @classmethod
     def piloted(cls, configuration: Configuration, pilot: Tensor, labels: Tensor | None = None) -> Chooser:
@@ -42,47 +43,33 @@ class Chooser:
         return cls(configuration, {y: _figures(configuration, pilot[labels == y]) for y in classes})
 
     def choose(self, logits: Tensor, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(position (n,) int64 among an image's proposals, whether it was selected (n,) bool).
+        """(column (n,) int64 of the chosen proposal, whether it was selected (n,) bool).
 
-        logits: (n, L) of the proposals of the images with the ids and labels (n,). An image none of whose proposals was
-        accepted, or whose chain never moved, holds its first proposal, unselected.
+        logits: (n, L) of the proposals of the images with these ids and labels (n,). Where no proposal of an image was
+        accepted, or its chain never moved, its first proposal is returned, not selected.
         """
-        table = torch.where(torch.isfinite(logits), logits.double(), -torch.inf)
+        table, seed, length = finite(logits.double()), self.configuration.seed, logits.shape[1]
         if self.configuration.select == "mh":
-            return self._chains(table, images, labels)
-        return self._first_accepted(table, images, labels)
-
-    def _chains(self, table: Tensor, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        seed = self.configuration.seed
-        current, first = table[:, 0], 1
-        if self.real is not None:
-            u = draw(seed, None, 0, images, Stream.REFERENCE)
-
-            def pick(real: Tensor, at: Tensor) -> Tensor:
-                return real[(u[at] * len(real)).long().clamp(max=len(real) - 1)]
-
-            current, first = self.real.per_sample(labels, pick, len(images)), 0
-        position, accepted = walk(table, current, seed, first, None, images)
-        return position, accepted > 0
-
-    def _first_accepted(self, table: Tensor, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        length = table.shape[1]
+            current, first = table[:, 0], 1
+            if self.real is not None:
+                current, first = self.real.reference(images, seed, labels), 0
+            position, accepted = walk(table, current, seed, first, None, images)
+            return position, accepted > 0
         proposals = images[:, None] * length + torch.arange(length)
-        u = draw(self.configuration.seed, None, 0, proposals.flatten(), Stream.REJECTION).view_as(table)
-        if labels is None:
-            accept = u < self._probability(table, self.figures[None])
-        else:
-            accept = torch.zeros_like(table, dtype=torch.bool)
-            for y in labels.unique().tolist():
-                of = labels == y
-                accept[of] = u[of] < self._probability(table[of], self.figures[y])
+        u = draw(seed, None, 0, proposals.flatten(), Stream.REJECTION).view_as(table)
+        accept = u < self._probability(table, [None] * len(table) if labels is None else labels.tolist())
         return accept.int().argmax(1), accept.any(1)
 
-    def _probability(self, d: Tensor, figures: Mapping[str, float]) -> Tensor:
+    def _probability(self, d: Tensor, classes: list[int | None]) -> Tensor:
+        """(n, L) probabilities of accepting proposals with logits d of images of these classes."""
+
+        def figure(name: str) -> Tensor:
+            return torch.tensor([self.figures[y][name] for y in classes], dtype=torch.float64)[:, None]
+
         if self.configuration.select == "obrs":
-            return torch.exp(torch.clamp(d + figures["log_scale"], max=0))
-        delta = (d - figures["log_m"]).clamp(max=0)  # a logit above the pilot's largest counts as that one
-        return torch.sigmoid(rejection_score(delta) - figures["gamma"])
+            return torch.exp((d + figure("log_scale")).clamp(max=0))
+        delta = (d - figure("log_m")).clamp(max=0)  # a logit above the pilot's largest counts as that one
+        return torch.sigmoid(rejection_score(delta) - figure("gamma"))
 
 
 def pilot_size(configuration: Configuration) -> int:
@@ -103,7 +90,7 @@ def _figures(configuration: Configuration, pilot: Tensor) -> dict[str, float]:
 
 
 def described(chooser: Chooser | None) -> dict[str, Any]:
-    """What goes into the manifest."""
+    """The pilot pass as the manifest keeps it."""
     if chooser is None or not chooser.figures:
         return {}
     of = chooser.figures

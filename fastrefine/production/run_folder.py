@@ -1,29 +1,28 @@
-"""The folder of a run: manifest, shards, their markers; what is done, what is damaged, what is another's."""
+"""The folder of a run: its manifest, its shards and their markers. Tells done, damaged and foreign files apart."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fastrefine.errors import InputError
 from fastrefine.production import formats
 from fastrefine.production.configuration import Configuration, Shard, shards, without_paths
 
 MANIFEST = "manifest.json"
-Part = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
 class Folder:
-    """A run's folder: one configuration, a marker beside every finished shard.
+    """A run's folder: one configuration, and a marker beside every finished shard.
 
-    A marker holds count, sha256 and the run's identity; a shard counts as done where all three hold. Nothing that the run
-    did not write is ever touched.
+    A marker holds the shard's count and sha256 and the run's identity; a shard counts as done where all three are right. Files
+    that the run did not write are never changed.
     """
 
     def __init__(self, path: Path, configuration: Configuration, identity: str):
@@ -31,10 +30,10 @@ class Folder:
 
     @classmethod
     def claim(cls, path: Path, configuration: Configuration, facts: dict[str, Any]) -> Folder:
-        """The folder of this configuration, made if need be; facts: what the identity depends on besides, and the pilot's.
+        """The folder of this configuration, made if need be; facts: what else the identity depends on.
 
-        Raises InputError where the folder belongs to a run of another configuration, or to none and holds files with names
-        of this one's.
+        Raises InputError where the folder has a manifest of another configuration, or has none but holds files with names
+        that this run would use.
         """
         path.mkdir(parents=True, exist_ok=True)
         identity = configuration.identity(facts)
@@ -42,7 +41,7 @@ class Folder:
         text = json.dumps(manifest, indent=1) + "\n"
         target = path / MANIFEST
         taken = sorted(cls(path, configuration, identity).names() & {p.name for p in path.iterdir()} - {MANIFEST})
-        if taken and not target.exists():  # looked for after the files: a worker writes its manifest before them
+        if taken and not target.exists():  # read after the files' names: a worker writes its manifest before them
             raise InputError(
                 f"{path} has no {MANIFEST}, but holds {taken[0]}, which the run would write over; wanted a new or empty "
                 "--outdir, or that file elsewhere"
@@ -74,7 +73,7 @@ class Folder:
         return {MANIFEST}.union(*({self.file(shard).name, self.marker(shard).name} for shard in self.shards()))
 
     def share(self, worker: int, workers: int) -> list[Shard]:
-        """The shards of one worker of several: consecutive ones, as many for each as there are of them all."""
+        """The shards of one worker of several: consecutive ones, equally many for each as far as the number allows."""
         every = self.shards()
         return every[len(every) * worker // workers : len(every) * (worker + 1) // workers]
 
@@ -86,12 +85,13 @@ class Folder:
         """Where its marker is."""
         return self.path / f"{formats.name_of(self.configuration.format, shard.index)}.done.json"
 
-    def write(self, shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> None:
-        """The shard, then its marker."""
-        path = self.file(shard)
+    def write(self, shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> float:
+        """Write the shard, then its marker; returns the seconds that it took."""
+        began, path = time.perf_counter(), self.file(shard)
         formats.write(self.configuration.format, path, batch)
         marker = {"identity": self.identity, "count": shard.count, "sha256": formats.digest(path), **facts}
         formats.publish(self.marker(shard), (json.dumps(marker) + "\n").encode())
+        return time.perf_counter() - began
 
     def problem(self, shard: Shard) -> str:
         """Why a shard does not count as done; empty if it does."""
@@ -99,8 +99,8 @@ class Folder:
         if not marker.exists():
             return "no marker" if path.exists() else "missing"
         try:
-            told = json.loads(marker.read_text())
-            identity, count, sha256 = told["identity"], told["count"], told["sha256"]
+            facts = self.facts(shard)
+            identity, count, sha256 = facts["identity"], facts["count"], facts["sha256"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             return f"its marker cannot be read ({error})"
         if identity != self.identity:
@@ -111,24 +111,29 @@ class Folder:
             return f"holds {count} images, wanted {shard.count}"
         return "" if formats.digest(path) == sha256 else "its sha256 is not its marker's: cut short or changed"
 
+    def check(self, shard: Shard) -> None:
+        """Raise InputError unless the shard is done."""
+        problem = self.problem(shard)
+        if problem:
+            raise InputError(f"{self.file(shard)}: {problem}; the command of the run, given again, makes it anew")
+
     def facts(self, shard: Shard) -> dict[str, Any]:
-        """What its marker tells."""
+        """The content of its marker."""
         return json.loads(self.marker(shard).read_text())
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[formats.Part]:
         """(pixels, columns) of shard after shard. Raises InputError at the first that is not done."""
         for shard in self.shards():
-            problem = self.problem(shard)
-            if problem:
-                raise InputError(f"{self.file(shard)}: {problem}; the command of the run, given again, makes it anew")
+            self.check(shard)
             yield formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``verify`` found. damaged, missing: (file, why). foreign: names that are not the run's.
+    """What ``verify`` found. total: shards of the run; images: in shards that are done. damaged: (file, why).
 
-    leftovers: parts of its files, which a killed worker left, or which workers write now.
+    missing: files that are not there. foreign: names of files that are not the run's. leftovers: half-written files of the
+    run, of workers that were killed or are writing now.
     """
 
     total: int
@@ -145,27 +150,26 @@ class Verdict:
 
 
 def verify(path: Path) -> Verdict:
-    """Every shard against its marker. Raises InputError where there is no run."""
+    """Check every shard against its marker. Raises InputError where there is no run."""
     folder = Folder.open(path)
-    damaged, missing, images, own = [], [], 0, folder.names()
-    every = folder.shards()
-    for shard in every:
-        problem = folder.problem(shard)
-        if not problem:
-            images += shard.count
-        elif problem == "missing":
-            missing.append(folder.file(shard).name)
-        else:
-            damaged.append((folder.file(shard).name, problem))
+    every, own = folder.shards(), folder.names()
+    problems = [folder.problem(shard) for shard in every]
+    files = [(folder.file(shard).name, problem) for shard, problem in zip(every, problems, strict=True) if problem]
     others = sorted(p.name for p in path.iterdir() if p.name not in own)
-    leftovers = [name for name in others if formats.whole_of(name) in own]
-    return Verdict(len(every), images, damaged, missing, [n for n in others if n not in leftovers], leftovers)
+    return Verdict(
+        total=len(every),
+        images=sum(shard.count for shard, problem in zip(every, problems, strict=True) if not problem),
+        damaged=[(name, problem) for name, problem in files if problem != "missing"],
+        missing=[name for name, problem in files if problem == "missing"],
+        foreign=[name for name in others if formats.whole_of(name) not in own],
+        leftovers=[name for name in others if formats.whole_of(name) in own],
+    )
 
 
 def merge(path: Path, output: Path) -> int:
-    """The run's images in one: .npz (ADM's), .tar (webdataset), or a folder of PNG files; returns how many.
+    """Join the run's images in one .npz (ADM's), .tar (webdataset) or folder of PNG files; returns how many.
 
-    Streamed shard by shard. Raises InputError where a shard is not done; nothing is written at ``output`` then.
+    Reads shard by shard. Raises InputError where a shard is not done, before anything is written to ``output``.
     """
     folder = Folder.open(path)
     if output.suffix not in (".npz", ".tar", ""):
@@ -173,25 +177,18 @@ def merge(path: Path, output: Path) -> int:
     if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; wanted a new folder for the PNG files")
     for shard in folder.shards():
-        problem = folder.problem(shard)
-        if problem:
-            raise InputError(f"{folder.file(shard)}: {problem}; the command of the run, given again, makes it anew")
+        folder.check(shard)
     count = sum(shard.count for shard in folder.shards())
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = folder.parts()
     if output.suffix == ".npz":
         first = next(parts)
-        formats.merge_npz(output, count, first[0].shape[1:], _chain(first, parts))
+        formats.merge_npz(output, count, first[0].shape[1:], itertools.chain([first], parts))
     elif output.suffix == ".tar":
         formats.merge_tar(output, parts)
     else:
         formats.merge_png(output, parts)
     return count
-
-
-def _chain(first: Part, rest: Iterator[Part]) -> Iterator[Part]:
-    yield first
-    yield from rest
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -209,4 +206,4 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     mine, other = ({**m, "configuration": None, **without_paths(m["configuration"])} for m in (a, b))
     keys = dict.fromkeys([*mine, *other])
-    return [key for key in keys if mine.get(key) != other.get(key) and key not in ("identity", "seconds")]
+    return [key for key in keys if mine.get(key) != other.get(key) and key != "identity"]

@@ -1,7 +1,7 @@
-"""A generator and a discriminator as files: saved pairs, the embedded ones, and networks named by a configuration.
+"""A generator and a discriminator in files: saved pairs, the embedded pairs, and networks named by a configuration.
 
-A saved pair is a folder: config.json (where the architectures come from, prior, defaults) and two .safetensors files. It
-is data: loading it imports the named modules, and runs no code from the folder.
+A saved pair is a folder: config.json (where the architectures come from, prior, defaults) and two .safetensors files.
+Loading it imports the modules that config.json names; no code in the folder runs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastrefine.production.weights_file import load_weights, read_weights
 from fastrefine.samplers.base import Sampler
 
 CONFIG = "config.json"
+EMBEDDED = {"digits": (32, "act2"), "mnist": (64, "act7")}  # elements of a latent, default place
 ROLES = ("generator", "discriminator")
 DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes")
 PRIORS = {"normal": priors.Normal, "uniform": priors.Uniform, "truncated_normal": priors.TruncatedNormal}
@@ -41,7 +43,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two networks in eval mode, with the prior and the defaults that they were saved with, and what made them."""
+    """Two networks in eval mode, their prior and the defaults of a run as they were saved, and where the networks come from."""
 
     generator: nn.Module
     discriminator: nn.Module
@@ -55,14 +57,14 @@ def save_pair(
     arguments: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}), at: str = "input",
     discriminator_output: str = "logit", image_range: tuple[float, float] = (-1.0, 1.0), num_classes: int = 0,
 ) -> Path:  # fmt: skip
-    """Writes a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``.
+    """Write a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``; returns the folder.
 
-    code: "package.module:callable" of (generator, discriminator), which ``arguments`` (keywords, JSON values) make the
-    architectures with. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
+    code: "package.module:callable" of (generator, discriminator). Called with ``arguments`` (keywords, JSON values), it makes
+    the architecture. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
 
-    Wrapped networks (DataParallel, torch.compile) are saved as what is in them. Returns the folder. Raises InputError where
-    the code does not give modules that the weights fit, so a pair that was saved can be loaded, or has no module ``at``. What
-    the folder held of an earlier pair is replaced when all of the new one is written.
+    Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Raises InputError where the weights do not
+    fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. An earlier pair
+    in the folder is replaced when all of the new one is written.
     """
     folder = Path(folder)
     if not isinstance(code, tuple | list) or [type(part) for part in code] != [str, str]:
@@ -81,14 +83,15 @@ def save_pair(
     defaults = Configuration(
         pair=str(folder), at=at, discriminator_output=discriminator_output, image_range=image_range, num_classes=num_classes
     )  # which checks them
-    described, weights = {}, {}
+    config: dict[str, Any] = {}
+    weights = {}
     for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
         state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
-        load_weights(_built(Network(where, given), name), state, f"the {name}")
+        load_weights(build(Network(where, given), name), state, f"the {name}")
         weights[f"{name}.safetensors"] = state
-        described[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
-    config = {
-        **described, "prior": describe_prior(prior), "at": at, "discriminator_output": discriminator_output,
+        config[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
+    config |= {
+        "prior": describe_prior(prior), "at": at, "discriminator_output": discriminator_output,
         "image_range": list(defaults.value_range), "num_classes": num_classes,
     }  # fmt: skip
     text = json.dumps(config, indent=1) + "\n"
@@ -105,8 +108,8 @@ def save_pair(
 
 def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
     """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong."""
-    if str(folder) in ("digits", "mnist") and not Path(folder).exists():
-        return _embedded(str(folder))
+    if str(folder) in EMBEDDED and not Path(folder).exists():
+        return embedded_pair(str(folder))
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
@@ -116,18 +119,20 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
         prior = dict(config["prior"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / CONFIG} is no configuration of a pair ({type(error).__name__}: {error})") from error
-    networks = [
-        load_network(replace(spec, weights=str(folder / spec.weights)), name, allow_pickle=allow_pickle)
-        for spec, name in zip((g, d), ROLES, strict=True)
-    ]
-    return Pair(networks[0], networks[1], prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
+    here = [replace(spec, weights=str(folder / spec.weights)) for spec in (g, d)]
+    return Pair(*_loaded(here, allow_pickle), prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
+
+
+def _loaded(specs: Sequence[Network], allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
+    g, d = (load_network(spec, name, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
+    return g, d
 
 
 def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:
-    """The network of a specification, on the CPU in eval mode; name: for errors."""
+    """The network of a specification, on the CPU in eval mode; name: its role, for errors."""
     if network.code.endswith(".pt2"):
         return _exported(Path(network.code), name)
-    module = _built(network, name)
+    module = build(network, name)
     if not network.weights:
         raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
     load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
@@ -135,29 +140,22 @@ def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> 
 
 
 def configured(configuration: Configuration, *, allow_pickle: bool = False) -> tuple[Pair, Configuration]:
-    """The networks of a configuration, and it with the pair's own values where it gives none."""
+    """The networks of a configuration, and the configuration with the pair's values filled in where it has none."""
     if configuration.pair:
         pair = load_pair(configuration.pair, allow_pickle=allow_pickle)
     else:
         assert configuration.generator and configuration.discriminator
         specs = configuration.generator, configuration.discriminator
-        g, d = (load_network(spec, name, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
-        pair = Pair(g, d, {}, {}, specs)
+        pair = Pair(*_loaded(specs, allow_pickle), {}, {}, specs)
     at, generator = configuration.at, configuration.generator
     if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
         raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
-    own: dict[str, Any] = {}
+    usual = {"at": "input", "discriminator_output": "logit", "image_range": USUAL_RANGE, **pair.defaults}
+    own = {name: value for name, value in usual.items() if not getattr(configuration, name)}
     if not configuration.prior:
         if not pair.prior:
             raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')
         own["prior"] = pair.prior
-    for name, usual in (("at", "input"), ("discriminator_output", "logit")):
-        if not getattr(configuration, name):
-            own[name] = pair.defaults.get(name, usual)
-    if configuration.image_range is None:
-        own["image_range"] = pair.defaults.get("image_range", USUAL_RANGE)
-    if not configuration.num_classes and pair.defaults.get("num_classes"):
-        own["num_classes"] = pair.defaults["num_classes"]
     return pair, replace(configuration, **own)
 
 
@@ -174,7 +172,7 @@ def make_prior(values: Mapping[str, Any]) -> Prior:
 
 
 def describe_prior(prior: Prior) -> dict[str, Any]:
-    """What ``make_prior`` makes it of."""
+    """The JSON values from which ``make_prior`` makes this prior."""
     for name, kind in PRIORS.items():
         if type(prior) is kind:
             extra = {key: value for key, value in vars(prior).items() if key != "shape"}
@@ -196,8 +194,8 @@ def make_sampler(values: Mapping[str, Any]) -> Sampler:
         raise InputError(f"sampler {name}: {error}") from error
 
 
-def _built(network: Network, name: str) -> nn.Module:
-    """The architecture, with whatever weights it starts from; torch's random state comes back as it was."""
+def build(network: Network, name: str) -> nn.Module:
+    """The architecture in eval mode, with the weights that its code gives it; torch's random state is not changed."""
     module_name, colon, attribute = network.code.partition(":")
     if not colon or not attribute:
         raise InputError(f"the {name} is {network.code!r}; wanted package.module:callable, or a torch.export archive (.pt2)")
@@ -242,16 +240,13 @@ def _exported(path: Path, name: str) -> nn.Module:
     return module
 
 
-def _embedded(name: str) -> Pair:
-    from importlib.resources import files
-
-    recipe = {"digits": ("digits", 32, "act2"), "mnist": ("mnist", 64, "act7")}[name]
+def embedded_pair(name: str) -> Pair:
+    """The pair "digits" or "mnist" that the package carries."""
+    latent, at = EMBEDDED[name]
     path = Path(str(files("fastrefine"))) / "weights" / f"{name}.safetensors"
     weights = read_weights(path)
-    g, d = (Network(f"fastrefine.models.digits:{recipe[0]}_{role}") for role in ROLES)
-    networks = []
-    for spec, role in zip((g, d), ROLES, strict=True):
-        module = _built(spec, role)
-        load_weights(module, {k: v for k, v in weights.items() if k.startswith(f"{role}.")}, str(path))
-        networks.append(module)
-    return Pair(networks[0], networks[1], {"name": "normal", "shape": [recipe[1]]}, {"at": recipe[2]}, (g, d))
+    specs = Network(f"fastrefine.models.digits:{name}_generator"), Network(f"fastrefine.models.digits:{name}_discriminator")
+    networks = [build(spec, role) for spec, role in zip(specs, ROLES, strict=True)]
+    for role, network in zip(ROLES, networks, strict=True):
+        load_weights(network, {k: v for k, v in weights.items() if k.startswith(f"{role}.")}, str(path))
+    return Pair(networks[0], networks[1], {"name": "normal", "shape": [latent]}, {"at": at}, specs)

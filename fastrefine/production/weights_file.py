@@ -1,4 +1,4 @@
-"""Checkpoint files of other people: read without running any code in them, refused with the reason where they are none."""
+"""Reads checkpoint files of other people without running code in them, and says why a file is no checkpoint."""
 
 from __future__ import annotations
 
@@ -9,52 +9,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastrefine.errors import InputError
 
-PREFIXES = ("module.", "_orig_mod.", "generator.", "discriminator.", "netG.", "netD.")
-SHOWN = 5
+PREFIXES = ("module.", "_orig_mod.", "generator.", "discriminator.", "netG.", "netD.")  # that wrappers add to names
+SHOWN = 5  # names in a message at most
 
 
 def read_weights(path: Path, key: str = "", *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The state dict in a .safetensors or torch.save file, on the CPU.
 
-    key: where a checkpoint holds several, e.g. "g_ema" ("a.b" for one inside another). allow_pickle: unpickle files that
-    hold more than tensors, which runs whatever code they bring; otherwise they are refused.
+    key: which one, where a checkpoint holds several, e.g. "g_ema" ("a.b" for one inside another). allow_pickle: unpickle
+    files that hold more than tensors; this runs any code in them. Without it they are refused.
 
-    Raises InputError that says what the file is instead: absent, empty, an HTML page, a Git LFS pointer, cut short, a
-    pickle with code, or without the key.
+    Raises InputError that says what is wrong: absent, empty, an HTML page, a Git LFS pointer, cut short, a pickle with code,
+    or without the key.
     """
-    _looks_like_weights(path)
-    if path.suffix == ".safetensors":
-        return _chosen(_safetensors(path), key, path)
-    return _chosen(_torch(path, allow_pickle), key, path)
+    _check_head(path)
+    if path.suffix != ".safetensors":
+        return _chosen(_torch(path, allow_pickle), key, path)
+    try:
+        return _chosen(load_file(path), key, path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict into ``module`` in place; prefixes that wrappers add to every name are taken off.
+    """Load a state dict into ``module`` in place; PREFIXES that all names share are removed.
 
     Raises InputError with the first missing and unexpected names, or the shapes that differ.
     """
     own = module.state_dict()
-    found = _without_prefix(dict(weights), set(own))
+    found = dict(weights)
+    while not own.keys() & found.keys():
+        prefix = next((p for p in PREFIXES if found and all(name.startswith(p) for name in found)), None)
+        if prefix is None:
+            break
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     missing, unexpected = [n for n in own if n not in found], [n for n in found if n not in own]
     if missing or unexpected:
         raise InputError(
             f"{source} does not fit {type(module).__name__}: {len(missing)} missing{_first(missing)}, {len(unexpected)} "
             f"unexpected{_first(unexpected)}; is it the other network's file, or of another size?"
         )
-    shapes = [
-        f"{n} {tuple(found[n].shape)}, wanted {tuple(t.shape)}" for n, t in own.items() if found[n].shape != t.shape
-    ]  # fmt: skip
+    shapes = [f"{n} {tuple(found[n].shape)}, wanted {tuple(t.shape)}" for n, t in own.items() if found[n].shape != t.shape]
     if shapes:
         raise InputError(f"{source} does not fit {type(module).__name__}: {'; '.join(shapes[:SHOWN])}")
     module.load_state_dict(found)
 
 
 def digest(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of parameters and buffers: what the output depends on."""
+    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers."""
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         x = tensor.detach().cpu().contiguous()
@@ -63,7 +71,8 @@ def digest(module: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _looks_like_weights(path: Path) -> None:
+def _check_head(path: Path) -> None:
+    """Raise InputError where the first bytes show that this is no file of weights."""
     if not path.is_file():
         raise InputError(f"{path} is not there; wanted a .safetensors or torch.save file")
     with path.open("rb") as file:
@@ -77,34 +86,24 @@ def _looks_like_weights(path: Path) -> None:
         raise InputError(f"{path} is an HTML page, not weights; the download gave an error or a log-in page")
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
-
-
 def _torch(path: Path, allow_pickle: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except pickle.UnpicklingError as error:
-        if allow_pickle:
-            raise InputError(f"{path} cannot be unpickled ({_line(error)}); fetch it again") from error
-        if "weights only" not in str(error).lower() and "weights_only" not in str(error):
-            raise InputError(f"{path} is no torch.save file, or cut short ({_line(error)})") from error
-        raise InputError(
-            f"{path} is a pickle that holds more than tensors, and loading it could run code: nothing was executed. "
-            "Convert it to safetensors, or pass --allow-pickle if you trust where it comes from"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, ImportError) as error:
-        wanted = "wanted one, or .safetensors"
-        raise InputError(f"{path} is no torch.save file, or cut short ({type(error).__name__}); {wanted}") from error
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, ImportError
+    ) as error:  # fmt: skip
+        refused = not allow_pickle and isinstance(error, pickle.UnpicklingError)
+        if refused and "weights only" in str(error).lower().replace("_", " "):
+            raise InputError(
+                f"{path} is a pickle that holds more than tensors, and loading it could run code: nothing was executed. "
+                "Convert it to safetensors, or pass --allow-pickle if you trust where it comes from"
+            ) from error
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+        raise InputError(f"{path} is no torch.save file, or cut short ({why}); wanted one, or .safetensors") from error
 
 
 def _chosen(content: Any, key: str, path: Path) -> dict[str, Tensor]:
+    """The state dict at ``key`` of a file's content; without a key the only one in it."""
     for part in key.split(".") if key and not (isinstance(content, Mapping) and key in content) else [key] * bool(key):
         if not isinstance(content, Mapping) or part not in content:
             names = list(content) if isinstance(content, Mapping) else []
@@ -121,18 +120,5 @@ def _chosen(content: Any, key: str, path: Path) -> dict[str, Tensor]:
     raise InputError(f"{path} holds {type(content).__name__}, not one state dict; pass its key: {choice}")
 
 
-def _without_prefix(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    while not wanted & set(weights):
-        prefix = next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None)
-        if prefix is None:
-            break
-        weights = {name[len(prefix) :]: tensor for name, tensor in weights.items()}
-    return weights
-
-
 def _first(names: list[str]) -> str:
     return f" ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})" if names else ""
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120]

@@ -1,4 +1,4 @@
-"""The extended latent space: a generator whose output has noise of its own, so that its samples fill data space."""
+"""Networks made of others: a generator with noise on its output, a discriminator that adds logits."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.calls import Readout, takes_labels
+from fastrefine.networks.copies import unwrap
 
 
 class NoisyOutput(nn.Module):
@@ -24,12 +26,6 @@ class NoisyOutput(nn.Module):
     Raises InputError when it cannot be read off, and when widths do not fit.
     """
 
-    def __new__(cls, generator: nn.Module | None = None, *args: Any, **kwargs: Any) -> NoisyOutput:
-        """The class whose ``forward`` says what the generator takes."""
-        taken, required = takes_labels(generator, {}) if isinstance(generator, nn.Module) else (False, False)
-        kind = _Labelled if required else _MaybeLabelled if taken else NoisyOutput
-        return super().__new__(kind if cls is NoisyOutput else cls)
-
     def __init__(self, generator: nn.Module, scale: float, latent_shape: tuple[int, ...] | None = None):
         super().__init__()
         if not isinstance(generator, nn.Module):
@@ -38,30 +34,19 @@ class NoisyOutput(nn.Module):
         self.generator, self.scale = generator, float(scale)
         self.latent_shape = _first_input(generator) if latent_shape is None else _checked(latent_shape)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        """latent: (N, numel of z + numel of an image) -> images (N, ...)."""
-        return self._noisy(latent)
+        self.takes_labels = takes_labels(generator)
 
-    def _noisy(self, latent: Tensor, *labels: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
+        """latent: (N, numel of z + numel of an image) -> images (N, ...)."""
         own = math.prod(self.latent_shape)
         z, noise = latent[:, :own], latent[:, own:]
-        images = self.generator(z.reshape(len(z), *self.latent_shape), *labels)
+        images = self.generator(z.reshape(len(z), *self.latent_shape), *(() if labels is None else (labels,)))
         if noise.shape[1] != images[0].numel():
             raise InputError(
                 f"latents have {latent.shape[1]} elements; wanted {own} + {images[0].numel()}, one for each element of z and "
                 f"of an image: prior=Product(prior, Normal{tuple(images.shape[1:])})"
             )
         return images + self.scale * noise.view_as(images)
-
-
-class _Labelled(NoisyOutput):
-    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        return self._noisy(latent, labels)
-
-
-class _MaybeLabelled(NoisyOutput):
-    def forward(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self._noisy(latent) if labels is None else self._noisy(latent, labels)
 
 
 def _checked(shape: Any) -> tuple[int, ...]:
@@ -77,3 +62,50 @@ def _first_input(generator: nn.Module) -> tuple[int, ...]:
         if isinstance(module, nn.modules.conv._ConvNd):
             return (module.in_channels, *[1] * len(module.kernel_size))
     raise InputError("the latent's shape cannot be read off the generator; pass latent_shape=, e.g. (100, 1, 1)")
+
+
+class SumDiscriminator(nn.Module):
+    """D(x[, labels]) = the sum of the members' logits: the telescope log p/q + log q/r = log p/r ([DGflow]).
+
+    discriminators: modules D(x) or D(x, labels) that return logits, (N,), (N, 1) or a map (N, 1, h, w) whose mean counts;
+    probabilities do not add. Labels go to the members that take them, and are required where one of them requires them.
+    The members are held, not copied.
+
+    Returns (N, 1), in float32 or the wider dtype of the images. Raises InputError without members, on a member that is no
+    module or that ends in a sigmoid, and on outputs that are not one logit or one map per sample.
+    """
+
+    def __init__(self, *discriminators: nn.Module):
+        super().__init__()
+        if not discriminators:
+            raise InputError("SumDiscriminator got no discriminators; wanted one or more modules that return logits")
+        for i, member in enumerate(discriminators):
+            if not isinstance(member, nn.Module):
+                raise InputError(f"SumDiscriminator: member {i} is a {type(member).__name__}; wanted a torch.nn.Module")
+            if isinstance(_last(member), nn.Sigmoid):
+                raise InputError(f"SumDiscriminator: member {i} ends in a sigmoid; wanted logits, so leave the sigmoid out")
+        self.members = nn.ModuleList(unwrap(member) for member in discriminators)
+        asked = [takes_labels(member) for member in self.members]
+        self._takes_labels = [takes for takes, _ in asked]
+        self.takes_labels = any(self._takes_labels), any(required for _, required in asked)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """images: (N, ...) -> (N, 1)."""
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        logits = []
+        for i, (member, takes) in enumerate(zip(self.members, self._takes_labels, strict=True)):
+            own = images.clone()  # layers may work in place
+            raw = member(own, labels) if takes and labels is not None else member(own)
+            try:
+                logits.append(Readout()(raw, len(images), dtype).mean(1, keepdim=True))
+            except InputError as error:
+                raise InputError(f"SumDiscriminator: member {i} must return its logit alone: {error}") from error
+        return torch.stack(logits).sum(0)
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """What surely runs last: the end of nested Sequentials."""
+    module = unwrap(module)
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    return module

@@ -1,94 +1,20 @@
-"""Density ratios for generators that no discriminator was trained against: logits that add up ([DGflow])."""
+"""The density ratio between two generators, for one that no discriminator was trained against ([DGflow])."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.networks.calls import Readout, takes_labels
-from fastrefine.networks.copies import unwrap
-from fastrefine.networks.split import Split
+from fastrefine.networks.calls import takes_labels
 from fastrefine.priors import Prior
 from fastrefine.refiner import Refiner
-from fastrefine.samplers.collaborative import Collaborative
-from fastrefine.training.shape import fit_discriminator
+from fastrefine.training.fit import fit_discriminator
+from fastrefine.training.trainer import RAW
 
-_RAW = Collaborative(step_size=1.0)  # with max_steps=0 it never moves: the engine is then the generator, by sample id
 _REFERENCE_IDS = 2**31 + 2**30  # ids of the reference's samples: fit_discriminator draws none there, so latents differ
-
-
-class SumDiscriminator(nn.Module):
-    """D(x[, labels]) = the sum of the members' logits: the telescope log p/q + log q/r = log p/r ([DGflow]).
-
-    discriminators: modules D(x) or D(x, labels) that return logits, (N,), (N, 1) or a map (N, 1, h, w) whose mean counts;
-    probabilities do not add. Labels go to the members that take them, and are required where one of them requires them.
-    The members are held, not copied.
-
-    Returns (N, 1), in float32 or the wider dtype of the images. Raises InputError without members, on a member that is no
-    module or that ends in a sigmoid, and on outputs that are not one logit or one map per sample.
-    """
-
-    def __new__(cls, *discriminators: nn.Module) -> SumDiscriminator:
-        """The class whose ``forward`` says what the members take: labels are offered only where they are wanted."""
-        if cls is SumDiscriminator:
-            asked = [takes_labels(unwrap(d), {}) for d in discriminators]
-            if any(required for _, required in asked):
-                cls = _Labelled
-            elif any(taken for taken, _ in asked):
-                cls = _MaybeLabelled
-        return super().__new__(cls)
-
-    def __init__(self, *discriminators: nn.Module):
-        super().__init__()
-        if not discriminators:
-            raise InputError("SumDiscriminator got no discriminators; wanted one or more modules that return logits")
-        for i, member in enumerate(discriminators):
-            if not isinstance(member, nn.Module):
-                raise InputError(f"SumDiscriminator: member {i} is a {type(member).__name__}; wanted a torch.nn.Module")
-            if isinstance(_last(member), nn.Sigmoid):
-                raise InputError(f"SumDiscriminator: member {i} ends in a sigmoid; wanted logits, so leave the sigmoid out")
-        self.members = nn.ModuleList(unwrap(member) for member in discriminators)
-        self._takes_labels = [takes_labels(member, {})[0] for member in self.members]
-
-    def forward(self, images: Tensor) -> Tensor:  # (N, ...) -> (N, 1)
-        return self._sum(images, None)
-
-    def _get_name(self) -> str:
-        return "SumDiscriminator"
-
-    def _sum(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        logits = []
-        for i, (member, takes) in enumerate(zip(self.members, self._takes_labels, strict=True)):
-            own = images.clone()  # layers may work in place
-            raw = member(own, labels) if takes and labels is not None else member(own)
-            try:
-                logits.append(Readout()(raw, len(images), dtype).mean(1, keepdim=True))
-            except InputError as error:
-                raise InputError(f"SumDiscriminator: member {i} must return its logit alone: {error}") from error
-        return torch.stack(logits).sum(0)
-
-
-class _Labelled(SumDiscriminator):
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        return self._sum(images, labels)
-
-
-class _MaybeLabelled(SumDiscriminator):
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self._sum(images, labels)
-
-
-def _last(module: nn.Module) -> nn.Module:
-    """What surely runs last: the end of nested Sequentials."""
-    module = unwrap(module)
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[-1]
-    return module
 
 
 def fit_corrector(
@@ -154,8 +80,8 @@ class _Blind(nn.Module):
 
 def _samples(generator: nn.Module, prior: Prior, n: int, seed: int, labels: Tensor | None, first_id: int) -> Tensor:
     """Images (n, ...) of a generator on the CPU, by (seed, id); labels only where it takes them."""
-    takes, required = takes_labels(generator.prefix if isinstance(generator, Split) else unwrap(generator), {})
+    takes, required = takes_labels(generator)
     if required and labels is None:
         raise InputError(f"{type(generator).__name__} needs labels: pass real_labels=(N,), those of the reference's samples")
-    source = Refiner(generator, _Blind(), _RAW, max_steps=0, prior=prior)
+    source = Refiner(generator, _Blind(), RAW, max_steps=0, prior=prior)
     return source.sample(n, first_id=first_id, seed=seed, labels=labels if takes else None).images

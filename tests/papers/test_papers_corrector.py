@@ -1,16 +1,14 @@
 """The VAE and the flow, and small runs of the experiments with correctors and with fitted discriminators."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
 from torch.func import jacrev, vmap
 
 import fastrefine as fr
-from benchmarks.papers import base_models, corrector
-from benchmarks.papers.base_models import VAE, Flow
+from benchmarks.papers import corrector
 from fastrefine.demo.gan import build
+from fastrefine.models.likelihood import VAE, Flow
 
 IMAGES = torch.rand(60, 1, 2, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -49,7 +47,7 @@ def test_the_flow_learns_a_correlation_that_its_scaling_alone_does_not_hold():
         return float(torch.corrcoef(x.T)[0, 1])
 
     before = correlation()
-    base_models.train(model, pair, steps=150, learning_rate=5e-3)
+    corrector.train_base(model, pair, steps=150, learning_rate=5e-3)
     assert abs(before) < 0.15 and correlation() > 0.8
 
 
@@ -68,7 +66,7 @@ def test_the_vaes_loss_is_misfit_plus_divergence():
 def test_training_repeats_its_bits_and_leaves_torchs_random_state(factory):
     state, models = torch.random.get_rng_state(), [build(factory, 0) for _ in range(3)]
     for model, steps in zip(models, (5, 5, 0), strict=True):
-        base_models.train(model, IMAGES, steps=steps, seed=1)
+        corrector.train_base(model, IMAGES, steps=steps, seed=1)
     a, b, untrained = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models)
     assert torch.equal(a, b) and not torch.equal(a, untrained)
     assert torch.equal(state, torch.random.get_rng_state()) and not models[0].training
@@ -84,7 +82,6 @@ def test_both_are_refined_on_the_flat_route(model):
 
 def test_the_corrector_experiment_has_a_row_for_every_stage_and_a_picture(quick_run):
     folder, found = quick_run("corrector")
-    assert json.loads((folder / "result.json").read_text()) == found
     stages = [(row["seed"], row["model"], row["stage"]) for row in found["rows"]]
     bases = [(0, model, stage) for model in ("vae", "flow") for stage in ("raw", "uncorrected", "refined")]
     assert stages == [(0, "data", "training images"), (0, "gan", "raw"), *bases]
@@ -109,7 +106,6 @@ def test_claims_hold_only_where_both_figures_are_better_for_every_seed():
 
 def test_the_fitted_experiment_has_a_row_for_every_stage_and_a_picture(quick_run):
     folder, found = quick_run("fitted")
-    assert json.loads((folder / "result.json").read_text()) == found
     assert [row["stage"] for row in found["rows"]] == ["raw", "fitted", "fitted, shaped"]
     steps = [row["mean_steps"] for row in found["rows"]]
     assert steps[0] == 0 and min(steps[1:]) > 0

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from benchmarks.papers import gaussians25, plane_rows, toy_data
+from benchmarks.papers import gaussians25, imbalanced8
 from benchmarks.papers.latent_law import LatentGrid
+from benchmarks.papers.plane import DOT25, at_random25, earth_mover, evenly25, quality25
+from benchmarks.papers.run import run
 from fastrefine.networks import recording
 
 
@@ -18,20 +20,20 @@ def random(seed=0):
 
 
 def test_real_samples_are_of_high_quality_in_all_modes():
-    measured = toy_data.measure(toy_data.draw(200_000, random()))
+    measured = quality25(at_random25(200_000, random()))
     inside = 1 - math.exp(-8)  # Rayleigh, 4 sigma
     assert abs(measured["high_quality"] - inside) < 3.9 * math.sqrt(inside * (1 - inside) / 200_000)
     assert measured["modes"] == 25
     assert max(abs(share - 0.04) for share in measured["shares"]) < 4.8 * math.sqrt(0.04 * 0.96 / 200_000)
-    assert measured["std"] == pytest.approx(toy_data.SIGMA, rel=0.01)
+    assert measured["std"] == pytest.approx(DOT25.sigma, rel=0.01)
 
 
 def test_a_sample_is_good_up_to_four_sigma_and_counts_for_its_mode_alone():
-    middle = toy_data.centres()
-    away = torch.tensor([[0.999], [1.001], [5.0]]) * torch.tensor([[0.6, 0.8]]) * 4 * toy_data.SIGMA
+    middle = DOT25.points().float()
+    away = torch.tensor([[0.999], [1.001], [5.0]]) * torch.tensor([[0.6, 0.8]]) * 4 * DOT25.sigma
     x = torch.cat([middle[7] + away, middle[24:]])
-    assert toy_data.modes_of(x).tolist() == [7, -1, -1, 24]
-    measured = toy_data.measure(x)
+    assert DOT25.modes_of(x)[0].tolist() == [7, -1, -1, 24]
+    measured = quality25(x)
     assert (measured["high_quality"], measured["modes"]) == (0.5, 2)
     assert [i for i, share in enumerate(measured["shares"]) if share > 0] == [7, 24]
     assert measured["shares"][7] == 0.25
@@ -39,20 +41,20 @@ def test_a_sample_is_good_up_to_four_sigma_and_counts_for_its_mode_alone():
 
 def test_the_std_of_the_good_is_about_their_own_centres():
     offset = torch.tensor([0.01, 0.03])
-    x = torch.cat([toy_data.centres() + offset, torch.full((5, 2), 9.0)])
-    assert toy_data.measure(x)["std"] == pytest.approx(math.sqrt((0.01**2 + 0.03**2) / 2), rel=1e-4)
+    x = torch.cat([DOT25.points().float() + offset, torch.full((5, 2), 9.0)])
+    assert quality25(x)["std"] == pytest.approx(math.sqrt((0.01**2 + 0.03**2) / 2), rel=1e-4)
 
 
 def test_even_batches_hold_every_mode_equally_often():
-    x = toy_data.draw_evenly(100, random(3))
-    nearest = torch.cdist(x, toy_data.centres()).argmin(1)
+    x = evenly25(100, random(3))
+    nearest = torch.cdist(x, DOT25.points().float()).argmin(1)
     assert torch.bincount(nearest).tolist() == [4] * 25
 
 
 def test_earth_movers_distance_of_a_shift_is_its_length():
-    x = toy_data.draw(300, random(1))
+    x = at_random25(300, random(1))
     shift = torch.tensor([0.003, 0.004])
-    assert toy_data.earth_mover(x[torch.randperm(300, generator=random(2))], x + shift) == pytest.approx(0.005, rel=1e-3)
+    assert earth_mover(x[torch.randperm(300, generator=random(2))], x + shift) == pytest.approx(0.005, rel=1e-3)
 
 
 def gaussian_case():
@@ -124,7 +126,7 @@ def test_fitting_a_discriminator_traces_its_networks_no_oftener_for_more_iterati
 
     def times(iterations):
         traced.clear()
-        real = toy_data.draw(64, random())
+        real = at_random25(64, random())
         fr.fit_discriminator(
             nn.Linear(2, 2), real, iterations, prior=fr.Normal(2), discriminator=nn.Linear(2, 1), batch_size=8, check_every=100
         )
@@ -141,9 +143,9 @@ def test_a_run_that_is_cut_in_the_training_of_cs_has_left_the_other_grid(quick_r
     def cut(table):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plane_rows.Table, "rows", cut)
+    monkeypatch.setattr(imbalanced8.MixtureTable, "rows", cut)
     with pytest.raises(KeyboardInterrupt):
-        gaussians25.run(folder, seeds=(0,), quick=True, data=None)
+        run(gaussians25, "gaussians25", folder, seeds=(0,), quick=True)
     left = json.loads((folder / "result.json").read_text())
     assert left["rows"][-1]["status"] == "not run"
     assert [row["name"] for row in left["rows"][:-1]] == [row["name"] for row in record["rows"] if row["version"] == "[DDLS]"]

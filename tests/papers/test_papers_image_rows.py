@@ -1,7 +1,5 @@
 """The image protocol: what a row is of, what rows share, and that none is made twice."""
 
-import math
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,19 +7,22 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from benchmarks.papers import training
-from benchmarks.papers.cells import Cells
-from benchmarks.papers.image_rows import ImageTable, Protocol, Way
+from benchmarks.papers.cells import Cells, trained_judge
+from benchmarks.papers.image_rows import ImageTable, Way
+from benchmarks.papers.run import Recipe
 from fastrefine.datasets import Images
 from fastrefine.demo.gan import build
 from fastrefine.demo.judge import Judge
-from fastrefine.metrics import frechet_distance
 from fastrefine.models.digits import Classifier
 
-PROTOCOL = Protocol(samples=60, chain_length=3, reference=20, num_slots=20)
+RECIPE = Recipe(samples=60, chain_length=3, reference=20, num_slots=20)
 PRIOR = fr.Normal(3)
 REFINED = Way("refined", fr.Collaborative(5.0), at="0", max_steps=3)
-RAW = Way("standard")
+COLLABORATIVE = replace(REFINED, name="collaborative", select="mh")
+WAYS = (
+    Way("standard"), Way("DRS", select="drs"), Way("MH", select="mh"), REFINED, COLLABORATIVE,
+    replace(REFINED, name="shaped", shaped=True), replace(REFINED, name="few", samples=10),
+)  # fmt: skip
 
 
 def classifier():
@@ -36,19 +37,6 @@ DATA = Images(random(0, 50, 1, 2, 2), random(1, 80, 1, 2, 2), torch.arange(50) %
 GENERATOR = build(lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Unflatten(1, (1, 2, 2))), 1).eval()
 DISCRIMINATOR = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), 2).eval()
 OTHER = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), 3).eval()
-
-
-@pytest.fixture
-def table(tmp_path):
-    return ImageTable(Cells(tmp_path, PROTOCOL), PROTOCOL, Judge(build(classifier, 0), DATA), PRIOR, DATA.train, seed=4)
-
-
-@pytest.fixture
-def seen(table, monkeypatch):
-    """All images of each row, in the order in which the rows were made."""
-    found, judge = [], table.judge
-    monkeypatch.setattr(table, "judge", lambda images, small: found.append(images) or judge(images, small))
-    return found
 
 
 def rows(table, *ways, facts=None, generator=GENERATOR, discriminator=DISCRIMINATOR, shaped=lambda: OTHER):
@@ -67,37 +55,9 @@ def places(images, among):
     return distance.argmin(1)
 
 
-# --- the judge
-
-
-def test_the_judge_finds_no_distance_between_the_held_out_images_and_themselves():
-    judge = Judge(build(classifier, 0), DATA)
-    assert judge(DATA.test)["frechet_distance"] == pytest.approx(0, abs=1e-9) and judge(DATA.train)["frechet_distance"] > 1e-3
-
-
-def test_the_judge_tells_the_figures_of_the_first_images_too():
-    judge = Judge(build(classifier, 0), DATA)
-    found, few = judge(DATA.train, 30), judge(DATA.train[:30])
-    assert found["frechet_distance_30"] == few["frechet_distance"] != found["frechet_distance"]
-    assert found["classifier_score_30"] == few["classifier_score"] != found["classifier_score"]
-
-
-def test_the_judges_distance_is_of_the_penultimate_features():
-    net = build(classifier, 0)
-    features = [net.features(x).detach() for x in (DATA.train, DATA.test)]
-    assert Judge(net, DATA)(DATA.train)["frechet_distance"] == pytest.approx(frechet_distance(*features))
-
-
-def test_a_selection_that_leaves_nothing_has_the_worst_figures():
-    judge = Judge(build(classifier, 0), DATA)
-    for images in (DATA.train[:0], DATA.train[:1]):
-        found = judge(images, 30)
-        assert [found["frechet_distance"], found["frechet_distance_30"]] == [math.inf] * 2 and found["classifier_score"] == 1
-
-
 def test_a_classifier_is_trained_once_and_read_afterwards(tmp_path):
-    first = training.trained_judge(Cells(tmp_path, PROTOCOL), classifier, DATA, seed=1, steps=5)
-    again = training.trained_judge(Cells(tmp_path, PROTOCOL), classifier, DATA, seed=1, steps=500)  # would be another one
+    first = trained_judge(Cells(tmp_path, RECIPE), classifier, DATA, seed=1, steps=5)
+    again = trained_judge(Cells(tmp_path, RECIPE), classifier, DATA, seed=1, steps=500)  # would be another one
     assert torch.equal(first.reference, again.reference)
     assert not torch.equal(first.reference, Judge(build(classifier, 1), DATA).reference)
 
@@ -105,90 +65,87 @@ def test_a_classifier_is_trained_once_and_read_afterwards(tmp_path):
 # --- rows
 
 
-def test_the_standard_row_is_of_the_generators_own_samples(table, seen):
-    (row,) = rows(table, RAW)
-    torch.testing.assert_close(seen[0], proposals(60))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(table, name -> row, name -> all images, how often the shaped D was made, names of what was drawn) of every way."""
+    table = ImageTable(
+        Cells(tmp_path_factory.mktemp("rows"), RECIPE), RECIPE, 4, Judge(build(classifier, 0), DATA), PRIOR, DATA.train
+    )
+    seen, shaped, drawn, judge, refined = [], [], [], table.judge, table._refined
+    table.judge = lambda images, small: seen.append(images) or judge(images, small)
+    table._refined = lambda way, refiner: drawn.append(way.name) or refined(way, refiner)
+    found = rows(table, *WAYS, shaped=lambda: shaped.append(1) or OTHER)
+    found += rows(table, REFINED, facts={"checkpoint": 8}, discriminator=OTHER)
+    again = rows(table, *WAYS, generator=None, shaped=None)
+    assert again == found[:-1] and len(seen) == len(found) == len(WAYS) + 1, "a row was made twice"
+    names = [*(way.name for way in WAYS), "of other networks"]
+    return table, dict(zip(names, found, strict=True)), dict(zip(names, seen, strict=True)), shaped, drawn
+
+
+def test_the_standard_row_is_of_the_generators_own_samples(made):
+    _, found, seen, _, _ = made
+    torch.testing.assert_close(seen["standard"], proposals(60))
+    row = found["standard"]
     assert (row["seed"], row["checkpoint"], row["name"], row["samples"], row["mean_steps"]) == (4, 7, "standard", 60, 0)
 
 
-def test_a_row_is_made_once(table, seen):
-    first = rows(table, RAW, REFINED)
-    assert rows(table, RAW, REFINED, generator=None, shaped=None) == first and len(seen) == 2
+def test_rows_of_other_networks_have_cells_of_their_own(made):
+    _, found, seen, _, _ = made
+    assert not torch.equal(seen["refined"], seen["of other networks"])
+    assert found["refined"]["frechet_distance"] != found["of other networks"]["frechet_distance"]
 
 
-def test_rows_of_other_networks_have_cells_of_their_own(table, seen):
-    a, b = (rows(table, REFINED, facts={"checkpoint": k}, discriminator=d)[0] for k, d in ((1, DISCRIMINATOR), (2, OTHER)))
-    assert not torch.equal(*seen) and a["frechet_distance"] != b["frechet_distance"]
-
-
-def test_refined_rows_say_how_the_logit_rose_and_in_how_many_steps(table):
-    (row,) = rows(table, REFINED)
+def test_refined_rows_say_how_the_logit_rose_and_in_how_many_steps(made):
+    row = made[1]["refined"]
     assert row["mean_steps"] == 3 and row["logit_after"] > row["logit_before"] + 0.01
 
 
-def test_the_shaped_discriminator_is_made_only_where_a_row_wants_it(table, seen):
-    calls = []
-    ways = RAW, REFINED, replace(REFINED, name="shaped", shaped=True)
-    for _ in range(2):
-        rows(table, *ways, shaped=lambda: calls.append(1) or OTHER)
-    assert len(calls) == 1 and not torch.equal(seen[1], seen[2])
+def test_the_shaped_discriminator_is_made_once_and_refines_otherwise(made):
+    _, _, seen, shaped, _ = made
+    assert len(shaped) == 1 and not torch.equal(seen["refined"], seen["shaped"])
 
 
-def test_a_way_may_have_fewer_samples(table, seen):
-    rows(table, REFINED, replace(REFINED, name="few", samples=10))
-    assert len(seen[1]) == 10 and torch.equal(seen[0][:10], seen[1])
+def test_a_way_may_have_fewer_samples(made):
+    _, _, seen, _, _ = made
+    assert len(seen["few"]) == 10 and torch.equal(seen["refined"][:10], seen["few"])
 
 
-def test_the_first_images_of_a_row_are_kept(table, seen):
-    rows(table, REFINED)
-    assert torch.equal(table.images({"checkpoint": 7}, "refined"), seen[0][:16])
+def test_the_first_images_of_a_row_are_kept(made):
+    table, _, seen, _, _ = made
+    assert torch.equal(table.images({"checkpoint": 7}, "refined"), seen["refined"][:16])
 
 
 # --- selection
 
 
-def test_a_chain_over_refined_samples_gives_one_of_its_own_proposals(table, seen):
-    _, row = rows(table, REFINED, replace(REFINED, name="collaborative", select="mh"))
-    refined, chosen = seen
+def test_a_chain_over_refined_samples_gives_one_of_its_own_proposals(made):
+    _, found, seen, _, _ = made
+    row, chosen = found["collaborative"], seen["collaborative"]
     assert row["samples"] == len(chosen) == 20 and 0 < row["acceptance"] <= 1
-    assert torch.equal(places(chosen, refined) // 3, torch.arange(20))
+    assert torch.equal(places(chosen, seen["refined"]) // 3, torch.arange(20))
 
 
-def test_a_chain_over_raw_samples_gives_one_of_its_own_proposals(table, seen):
-    (row,) = rows(table, Way("MH", select="mh"))
-    assert row["samples"] == 60 and torch.equal(places(seen[0], proposals(180)) // 3, torch.arange(60))
+def test_a_chain_over_raw_samples_gives_one_of_its_own_proposals(made):
+    _, found, seen, _, _ = made
+    assert found["MH"]["samples"] == 60 and torch.equal(places(seen["MH"], proposals(180)) // 3, torch.arange(60))
 
 
-def test_rejection_gives_what_it_accepts_and_is_not_filled_up(table, seen):
-    (row,) = rows(table, Way("DRS", select="drs"))
-    found = places(seen[0], proposals(180))
+def test_rejection_gives_what_it_accepts_and_is_not_filled_up(made):
+    row, found = made[1]["DRS"], places(made[2]["DRS"], proposals(180))
     assert 2 < len(found) == row["samples"] < 60 and found.unique(sorted=True).equal(found)
     assert row["acceptance"] == len(found) / 180
 
 
-def test_selected_samples_have_higher_logits(table):
-    standard, drs, mh = rows(table, RAW, Way("DRS", select="drs"), Way("MH", select="mh"))
-    assert min(drs["logit_after"], mh["logit_after"]) > standard["logit_after"]
+def test_selected_samples_have_higher_logits(made):
+    standard, drs, mh = (made[1][name]["logit_after"] for name in ("standard", "DRS", "MH"))
+    assert min(drs, mh) > standard
 
 
-def test_a_row_and_the_one_that_selects_from_it_are_drawn_together(table, monkeypatch):
-    drawn, sample = [], table._refined
-    monkeypatch.setattr(table, "_refined", lambda way, refiner: drawn.append(way.name) or sample(way, refiner))
-    rows(table, REFINED, replace(REFINED, name="collaborative", select="mh"))
-    assert drawn == ["refined"]
+def test_a_row_and_the_one_that_selects_from_it_are_drawn_together(made):
+    assert made[4] == ["standard", "refined", "shaped", "few", "refined"]
 
 
-def test_a_selecting_row_is_the_same_whether_or_not_the_other_was_made_before(tmp_path, table):
-    way = replace(REFINED, name="collaborative", select="mh")
-    _, together = rows(table, REFINED, way)
-    alone = ImageTable(Cells(tmp_path / "alone", PROTOCOL), PROTOCOL, table.judge, PRIOR, DATA.train, seed=4)
-    (found,) = rows(alone, way)
-    for row in (found, together):
-        del row["images_per_second"]
-    assert found == together
-
-
-def test_rows_keep_the_librarys_warnings_to_themselves(table):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rows(table, replace(REFINED, sampler=fr.MALA(0.1), at="input", stop="median"))
+def test_a_selecting_row_is_the_same_whether_or_not_the_other_was_made_before(tmp_path, made):
+    alone = ImageTable(Cells(tmp_path, RECIPE), RECIPE, 4, Judge(build(classifier, 0), DATA), PRIOR, DATA.train)
+    (found,) = rows(alone, COLLABORATIVE)
+    assert {**found, "images_per_second": 0} == {**made[1]["collaborative"], "images_per_second": 0}

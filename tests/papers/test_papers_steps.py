@@ -1,6 +1,7 @@
 """The experiments on step control and on stop rules: what a row is made of, and their claims on known rows."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from benchmarks.papers import cases, step_control, steps
 from benchmarks.papers.cases import Case, Quality
 from benchmarks.papers.cells import Cells
+from benchmarks.papers.run import Table
 
 
 def rows_of(values, control, name="ring", key="good", other="kl"):
@@ -88,9 +90,9 @@ NAME = "ring, D shaped at a uniform step"
 
 def test_the_ring_is_trained_once_and_shaped_at_either_stop(tmp_path):
     ring = replace(cases.QUICK_RING, hidden=(8,))
-    recipe = replace(steps.QUICK, ring=ring, ring_steps=2, shaping=cases.Shaping(1, 20, max_steps=2))
-    cells = Cells(tmp_path, recipe)
-    uniform, median = (steps.trained_case(cells, recipe, "ring", at, 0) for at in steps.SHAPED_AT)
+    recipe = steps.QUICK.but(ring=ring, ring_steps=2, shaping_iterations=1, shaping_batch=20, shaping_steps=2)
+    table = Table(Cells(tmp_path, recipe), recipe, 0)
+    uniform, median = (steps.trained_case(table, "ring", at) for at in steps.SHAPED_AT)
     assert [case.name for case in (uniform, median)] == [f"ring, D shaped at {at}" for at in steps.SHAPED_AT]
     assert torch.equal(uniform.generator[0].weight, median.generator[0].weight)
     assert not torch.equal(uniform.discriminator[0].weight, median.discriminator[0].weight)
@@ -98,18 +100,18 @@ def test_the_ring_is_trained_once_and_shaped_at_either_stop(tmp_path):
 
 @pytest.mark.parametrize("control", ["fixed", "backtracking"])
 def test_a_row_of_k_steps_is_what_a_run_of_k_steps_gives(control, tmp_path):
-    recipe, slow = steps.Recipe(ks=(0, 1, 8), hazards=()), case(NAME)
-    rows = list(steps.sweep(Cells(tmp_path, recipe), slow, recipe, {control: 1.0}, 100, seed=5))[:3]
+    recipe, slow = steps.FULL.but(ks=(0, 1, 8), hazards=()), case(NAME)
+    rows = list(islice(steps.sweep(Table(Cells(tmp_path, recipe), recipe, 5), slow, {control: 1.0}, 100), 3))
     assert [(row["rule"], row["parameter"], row["mean_steps"]) for row in rows] == [(steps.FIXED, k, k) for k in recipe.ks]
-    for row in rows:
+    for row in rows[1:]:
         out = slow.refiner(control, 1.0, row["parameter"], None).sample(100, seed=5)
         assert row["js"] == pytest.approx(slow.measure(out.images)["js"], rel=1e-5)
     assert rows[0]["js"] > 1.05 * rows[1]["js"] > 1.1 * rows[2]["js"], "the steps change nothing"
 
 
 def test_every_stop_rule_has_its_rows_and_their_shares_tell_who_moved(tmp_path):
-    recipe, slow, n = steps.Recipe(ks=(0, 6), hazards=(0.4, 1.0)), case(NAME), 400
-    rows = list(steps.sweep(Cells(tmp_path, recipe), slow, recipe, {"fixed": 0.3}, n, seed=0))
+    recipe, slow, n = steps.FULL.but(ks=(0, 6), hazards=(0.4, 1.0)), case(NAME), 400
+    rows = list(steps.sweep(Table(Cells(tmp_path, recipe), recipe, 0), slow, {"fixed": 0.3}, n))
     told = [(row["rule"], row["parameter"]) for row in rows]
     assert told[:2] == [("K steps", 0), ("K steps", 6)]
     assert told[2:] == [("median stop", None), ("reference sample", None), ("hazard", 0.4), ("hazard", 1.0)]
@@ -121,7 +123,7 @@ def test_every_stop_rule_has_its_rows_and_their_shares_tell_who_moved(tmp_path):
 
 def test_step_control_leaves_proposals_alone_where_it_says_none(tmp_path):
     recipe, slow = step_control.QUICK, case()
-    rows = list(step_control.sweep(Cells(tmp_path, recipe), slow, recipe, (0.5,), 100, seed=3, seeds=2))
+    rows = list(step_control.sweep(Table(Cells(tmp_path, recipe), recipe, 3), slow, (0.5,), 100, seeds=2))
     assert [(row["control"], row["step_size"]) for row in rows[::2]] == [("none", None), ("fixed", 0.5), ("backtracking", 0.5)]
     assert [row["sampling_seed"] for row in rows] == [3, 4] * 3
     assert [row["mean_steps"] > 0 for row in rows] == [False] * 2 + [True] * 4

@@ -7,8 +7,8 @@ from torch import nn
 import fastrefine as fr
 from fastrefine.networks.prepared import PROBE
 from fastrefine.noise import Stream
-from tests.closed_forms import serving
-from tests.fault_networks import IMAGE, LATENT, discriminator, generator
+from tests.support.closed_forms import serving
+from tests.support.fault_networks import IMAGE, LATENT, discriminator, generator
 
 G, D = generator().double(), discriminator().double()
 

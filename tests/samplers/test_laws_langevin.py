@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastrefine as fr
-from tests.closed_forms import ALPHA, BACKENDS, GRID, Line, N, Quadratic, Sigmoid, chains, flat, langevin_law, optimal
+from tests.support.closed_forms import ALPHA, BACKENDS, GRID, Line, N, Quadratic, Sigmoid, chains, flat, langevin_law, optimal
 
 F = 100  # the targets factorise: elements are independent samples
 D = optimal()

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import fastrefine as fr
-from tests.closed_forms import ALPHA, BACKENDS, Gaussians, Line, M, Mixture, N, Quadratic, S, chains, gaussian, optimal
+from tests.support.closed_forms import ALPHA, BACKENDS, Gaussians, Line, M, Mixture, N, Quadratic, S, chains, gaussian, optimal
 
 F = 4
 SLOPE, BOUND = 1.5, 1.0

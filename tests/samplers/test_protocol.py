@@ -11,7 +11,7 @@ import fastrefine as fr
 from fastrefine import samplers
 from fastrefine.noise import Noise
 from fastrefine.samplers import Evaluation, Sample, Sampler, Traits
-from tests.step_machine import SAMPLERS, bound
+from tests.support.step_machine import SAMPLERS, bound
 
 S, F, SEED = 6, 5, 2**40 + 7
 DTYPE = torch.float64

@@ -1,5 +1,6 @@
 """Every sampler against its published formula: one sample at a time, textbook formulas, autograd of the stated energy."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine.noise import Stream, normal, uniform
-from tests.closed_forms import BACKENDS, serving
+from tests.support.closed_forms import BACKENDS, serving
 
 DIM, STEPS, SEED, N = 4, 12, 2**40 + 9, 9
 
@@ -193,6 +194,7 @@ RUNS = {
 }
 
 
+@functools.cache
 def published(name):
     """Latents (N, DIM) and numbers of the run ``name``, sample by sample."""
     sampler, prior, method = RUNS[name]
@@ -204,12 +206,16 @@ def published(name):
     return torch.stack([row[0] for row in rows]).detach(), numbers
 
 
+@functools.cache
+def refiner(sampler, prior, **options):
+    """One for all backends: the networks are prepared once."""
+    return fr.Refiner(G, D, sampler, prior=prior, **{"max_steps": STEPS, "num_slots": 16, "precision": "float64"} | options)
+
+
 def run(name, backend="reference", **changes):
     sampler, prior, _ = RUNS[name]
-    sampler = replace(sampler, **changes)
     with serving(backend):
-        options = dict(prior=PRIORS[prior], max_steps=STEPS, num_slots=5, precision="float64")
-        return fr.Refiner(G, D, sampler, **options).sample(N, seed=SEED)
+        return refiner(replace(sampler, **changes), PRIORS[prior], num_slots=5).sample(N, seed=SEED)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -230,7 +236,7 @@ def test_the_runs_meet_acceptance_and_rejection_and_walls(monkeypatch):
     monkeypatch.setitem(globals(), "reflect", lambda *args: seen.append(plain(*args)) or seen[-1])
     for name in ("ddls, scheduled", "hmc on a box"):
         seen.clear()
-        published(name)
+        published.__wrapped__(name)
         assert sum(bounces for _, bounces in seen) > 0.02 * len(seen)
     assert (published("dot on a box")[0].abs() == 1).any()
 
@@ -259,8 +265,7 @@ def test_the_drift_is_autograd_of_the_stated_energy(name, prior):
     prior = PRIORS[prior]
     start = 0.9 * prior.sample(torch.arange(N), SEED, torch.float64)
     with serving("reference"):
-        refiner = fr.Refiner(G, D, sampler, prior=prior, max_steps=1, num_slots=4, precision="float64")
-        moved = refiner.refine(start).latents
+        moved = refiner(sampler, prior, max_steps=1, num_slots=4).refine(start).latents
     wanted = torch.stack([gradient(lambda a, z=z: energy(sampler, prior, a, z), z)[1] for z in start])
     torch.testing.assert_close((start - moved) / size, wanted, rtol=0, atol=1e-9)
 
@@ -268,8 +273,7 @@ def test_the_drift_is_autograd_of_the_stated_energy(name, prior):
 def test_without_noise_ddls_climbs_the_log_posterior():
     prior = PRIORS["normal"]
     with serving("reference"):
-        refiner = fr.Refiner(G, D, fr.DDLS(0.02, 0.0), prior=prior, max_steps=40, num_slots=N, precision="float64")
-        out = refiner.sample(N, snapshots=range(0, 41, 5))
+        out = refiner(fr.DDLS(0.02, 0.0), prior, max_steps=40, num_slots=N).sample(N, snapshots=range(0, 41, 5))
     states = [snapshot.activations for snapshot in out.snapshots.values()]
     values = torch.stack([prior.log_prob(z) + D(G(z))[:, 0] for z in states]).detach()
     assert (values[1:] > values[:-1]).all()
@@ -279,11 +283,10 @@ def test_without_noise_ddls_climbs_the_log_posterior():
 @pytest.mark.parametrize("adapt", [0, 6])
 def test_hmc_of_one_leapfrog_step_is_mala(adapt, backend):
     """Proposals and acceptance are equal when the step sizes are: eps of MALA is the square of HMC's, without jitter."""
-    options = dict(prior=fr.Normal(DIM), max_steps=STEPS, num_slots=16, precision="float64")
     size, found = 1.1, []
     for sampler in (fr.MALA(size**2, adapt=adapt, target=0.6), fr.HMC(size, 1, adapt=0, target=0.6, jitter=0)):
         with serving(backend):
-            found.append(fr.Refiner(G, D, sampler, **options).sample(64, seed=SEED))
+            found.append(refiner(sampler, PRIORS["normal"]).sample(64, seed=SEED))
     if adapt:  # of the step size they adapt different powers: the check must be able to fail
         assert not torch.allclose(found[0].latents, found[1].latents)
         return
@@ -296,9 +299,8 @@ def test_hmc_of_one_leapfrog_step_is_mala(adapt, backend):
 @pytest.mark.parametrize("at", ["input", "output"])
 @pytest.mark.parametrize(("divergence", "loss"), [("KL", "wasserstein"), ("JS", "minimax"), ("logD", "nonsaturating")])
 def test_flows_without_noise_are_collaborative_of_their_loss(divergence, loss, at, backend):
-    options = dict(prior=fr.Normal(DIM), max_steps=STEPS, num_slots=16, precision="float64", at=at)
     found = []
     for sampler in (fr.DGflow(0.1, divergence, 0.0), fr.Collaborative(0.1, loss, control="fixed")):
         with serving(backend):
-            found.append(fr.Refiner(G, D, sampler, **options).sample(30).activations)
+            found.append(refiner(sampler, PRIORS["normal"], at=at).sample(30).activations)
     assert torch.equal(*found)

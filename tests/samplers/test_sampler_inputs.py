@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from tests.closed_forms import serving
-from tests.fault_networks import LATENT, Calls, discriminator, generator
+from tests.support.closed_forms import serving
+from tests.support.fault_networks import LATENT, Calls, discriminator, generator
 
 BAD_STEPS = [0, 0.0, -0.1, math.nan, math.inf, "0.1", None, True]
 

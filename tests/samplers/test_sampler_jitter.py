@@ -12,8 +12,8 @@ from fastrefine import ops
 from fastrefine.noise import Noise, Stream, normal, uniform
 from fastrefine.ops import slots
 from fastrefine.samplers import Evaluation, Latent
-from tests.closed_forms import ALPHA, BACKENDS, chains, gaussian
-from tests.step_machine import device_of
+from tests.support.closed_forms import ALPHA, BACKENDS, chains, gaussian
+from tests.support.step_machine import device_of
 
 SEED, SLOPE = 2**40 + 3, 2.0
 
@@ -148,8 +148,7 @@ def by_the_step(sampler, z, backend):
     return outputs.activation[:N].cpu()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("leapfrog", [1, 3])
+@pytest.mark.parametrize(("leapfrog", "dtype"), [(1, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_without_jitter_hmc_is_the_leapfrog_of_one_length(backend, leapfrog, dtype):
     """Bit by bit where the normals are, in the other backends to their rounding."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from tests.closed_forms import BACKENDS, serving
-from tests.fault_networks import LATENT, discriminator, generator, told
+from tests.support.closed_forms import BACKENDS, serving
+from tests.support.fault_networks import LATENT, discriminator, generator, told
 
 STEPS = 8
 SAMPLERS = {
@@ -33,9 +33,10 @@ def make(name, g=None, d=None, **options):
     return fr.Refiner(generator() if g is None else g, d or discriminator(), sampler, **options)
 
 
-def fewer(refiner, steps):
-    """The same refiner, prepared as it is, with another ``max_steps``."""
-    return refiner.replaced(max_steps=steps)
+@functools.cache
+def prepared(name, **options):
+    """As ``make``, one for all tests that ask for the same: the networks are prepared once."""
+    return make(name, **options)
 
 
 def numbers(result):
@@ -51,9 +52,9 @@ def equal(a, b):
 @every_sampler
 def test_the_number_of_slots_changes_nothing(name, backend):
     with serving(backend):
-        wanted = make(name, num_slots=7).sample(20, seed=3)
+        wanted = prepared(name, num_slots=7).sample(20, seed=3)
         for slots in (1, 64):
-            found = make(name, num_slots=slots).sample(20, seed=3)
+            found = prepared(name, num_slots=slots).sample(20, seed=3)
             for ours, theirs in zip(numbers(found), numbers(wanted), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
 
@@ -62,7 +63,7 @@ def test_the_number_of_slots_changes_nothing(name, backend):
 @every_sampler
 def test_first_id_and_chunks_change_no_bit(name, backend):
     with serving(backend):
-        refiner = make(name, precision="float32")
+        refiner = prepared(name, precision="float32")
         whole = refiner.sample(23, seed=3, snapshots=(2, 4))
         assert equal(refiner.sample(9, first_id=6, seed=3, snapshots=(2, 4)), whole.select(slice(6, 15)))
         parts = list(refiner.stream(23, seed=3, chunk=5, snapshots=(2, 4)))
@@ -77,7 +78,7 @@ def test_neighbours_change_no_bit(name):
     other = z.clone()
     other[:8] *= -1.5
     with serving("reference"):
-        refiner = make(name, precision="float32")
+        refiner = prepared(name, precision="float32")
         assert equal(refiner.refine(z, seed=2).select(slice(8, 9)), refiner.refine(other, seed=2).select(slice(8, 9)))
 
 
@@ -98,10 +99,10 @@ def test_snapshots_are_runs_of_fewer_steps(name, way, backend):
     stop = fr.stopping.Hazard(0.2) if way == "stop, best" else WAYS[way].get("stop")  # a last step that knows no max_steps
     options = WAYS[way] | {"stop": stop}
     with serving(backend):
-        refiner = make(name, **options)
+        refiner = prepared(name) if way == "plain" else make(name, **options)
         long = refiner.sample(10, seed=3, snapshots=times)
         for step in times:
-            short, seen = fewer(refiner, step).sample(10, seed=3), long.snapshots[step]
+            short, seen = refiner.replaced(max_steps=step).sample(10, seed=3), long.snapshots[step]
             assert torch.equal(seen.activations, short.activations) and torch.equal(seen.images, short.images)
             assert torch.equal(seen.logits, short.logits)
     assert not torch.equal(long.snapshots[0].activations, long.snapshots[STEPS].activations)
@@ -113,7 +114,7 @@ def test_acceptance_is_the_counted_share_of_moves(sampler, backend):
     unit = sampler.traits.transition_steps
     times = range(0, 12 * unit + 1, unit)
     with serving(backend):
-        out = make(sampler, max_steps=times[-1]).sample(30, snapshots=times)
+        out = prepared(sampler, max_steps=times[-1]).sample(30, snapshots=times)
     states = torch.stack([out.snapshots[step].activations for step in times])
     share = (states[1:] != states[:-1]).any(2).double().mean(0)
     torch.testing.assert_close(out.acceptance, share, rtol=0, atol=1e-12)
@@ -131,7 +132,7 @@ def test_acceptance_without_a_test_is_unknown(sampler):
 @every_sampler
 def test_numbers_of_a_sampler_survive_select_concatenate_stream_and_no_samples(name):
     with serving("reference"):
-        refiner = make(name)
+        refiner = prepared(name)
         out = refiner.sample(6, snapshots=(2,))
         none = refiner.sample(0, snapshots=(2,))
         parts = list(refiner.stream(6, chunk=4, snapshots=(2,)))
@@ -156,7 +157,7 @@ def test_numbers_of_a_sampler_survive_select_concatenate_stream_and_no_samples(n
 def test_reduced_precision_runs_and_keeps_its_state_in_float32(name):
     with serving("reference"):
         out = make(name, precision="bfloat16").sample(10)
-        exact = make(name, precision="float32").sample(10)
+        exact = prepared(name, precision="float32").sample(10)
     assert out.latents.dtype is torch.float32 and all(t.isfinite().all() for t in (out.images, out.latents, out.logits))
     assert (out.latents != out.latents.bfloat16()).any()
     assert (out.status == fr.Status.EXHAUSTED).all()
@@ -186,10 +187,15 @@ class Faulty(nn.Module):
 
 
 @functools.cache
-def faulty_run(name, kind, backend):
+def faulty(name, kind):
     sampler = replace(SAMPLERS[name], lipschitz=1.0) if name == "dot" else SAMPLERS[name]
+    return make(sampler, d=Faulty(kind))
+
+
+@functools.cache
+def faulty_run(name, kind, backend):
     with serving(backend):
-        return make(sampler, d=Faulty(kind)).sample(40, labels=torch.arange(40) % 2)
+        return faulty(name, kind).sample(40, labels=torch.arange(40) % 2)
 
 
 @every_backend

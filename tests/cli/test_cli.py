@@ -1,0 +1,41 @@
+"""The command line: exit codes, one line for an error, and that help needs no torch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([sys.executable, "-m", "fastrefine", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("doctor", "--help"), ("--version",)])
+def test_help_answers_without_importing_torch(arguments):
+    code = f"""
+import sys
+from fastrefine.cli import cli
+try:
+    cli.main({list(arguments)!r})
+except SystemExit as end:
+    assert not end.code and "torch" not in sys.modules, end.code
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("arguments", [("demo", "--no-such-flag"), ("nonsense",), ("demo", "--samples", "3")])
+def test_wrong_arguments_exit_with_2_and_one_line(arguments):
+    assert "Error: " in run(*arguments, code=2).stderr.splitlines()[-1]
+
+
+def test_errors_of_ours_exit_with_1_and_one_line(tmp_path):
+    done = run("demo", "--data", str(tmp_path), "--outdir", str(tmp_path / "out"), code=1)
+    assert done.stderr.splitlines()[-1].startswith("fastrefine: ") and "Traceback" not in done.stderr
+
+
+def test_doctor_says_which_backend_serves():
+    out = run("doctor").stdout
+    assert "backend reference  ok" in out and "used on cpu" in out and f"torch              {torch.__version__}" in out
