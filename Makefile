@@ -32,16 +32,22 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp  ## the benchmark table of README
-	$(BIN)/python -m benchmarks.table --run
+bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes; options in ARGS
+	$(BIN)/python -m benchmarks run --device cpu $(ARGS)
 
 # A machine with a GPU often has its own torch and no network: these use $(PYTHON) as it is and install nothing.
-gpu-check:  ## build, then every driver and kernel on this GPU against the reference; options in ARGS
-	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+CHECKED = $(shell $(PYTHON) -m benchmarks.machine)
+CUDA_TESTS = $(shell grep -lrE "mark\.cuda|needs_gpu" tests --include="test_*.py")
+WORKERS = $(shell $(PYTHON) -c "import importlib.util, os; print(f'-n {min(8, os.cpu_count())}' * bool(importlib.util.find_spec('xdist')))")
 
-gpu-bench:  ## the benchmarks of this GPU, which need no extension; options in ARGS
-	-FASTREFINE_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m benchmarks.gpu_bench $(ARGS)
+gpu-check:  ## build, then the tests that need a GPU, and a report; options of pytest in ARGS
+	-$(PYTHON) setup.py --quiet build_ext --inplace
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -m "cuda and not slow" $(WORKERS) -o faulthandler_timeout=60 \
+		--junitxml=$(CHECKED)/check.xml $(CUDA_TESTS) $(ARGS)
+
+gpu-bench:  ## the rows of a GPU, each printed as it comes; options in ARGS
+	-$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks run --device cuda --profile $(ARGS)
 
 doctor: $(VENV)/demo.stamp
 	$(BIN)/fastrefine doctor

@@ -49,45 +49,47 @@ class PeersLoop:
 
     def _refine(self, z: Tensor) -> Refined:
         with torch.no_grad():
-            a = self.prefix(z)
+            a, *context = _parts(self.prefix(z))
         for _ in range(self.max_steps):
             a = a.detach().requires_grad_()
-            loss = F.softplus(-self.discriminator(self.tail(a)).flatten()).sum()
+            loss = F.softplus(-self.discriminator(self.tail(a, *context)).flatten()).sum()
             for module in (self.tail, self.discriminator):
                 module.zero_grad(set_to_none=True)
             loss.backward()
             with torch.no_grad():
                 a = a - self.step_size * a.grad
         with torch.no_grad():
-            images = self.tail(a)
+            images = self.tail(a, *context)
             logits = self.discriminator(images).flatten()
         return Refined(images, logits, torch.full((len(z),), self.max_steps, device=z.device))
 
 
 class ExpertLoop:
-    """B1, in ``precision``; the refined activation stays float32 (float64 for float64 networks).
+    """B1, in ``precision`` and the layout that suits the networks.
 
-    Without a stop nothing is tested and nothing masked; with one, "have all stopped?" is asked once per step.
+    The refined activation stays float32 (float64 for float64 networks). Without a stop nothing is tested and nothing
+    masked; with one, "have all stopped?" is asked once per step.
     """
 
     def __init__(
         self, generator: nn.Module, discriminator: nn.Module, at: str, step_size: float, max_steps: int, batch: int,
-        precision: torch.dtype | None = None,
+        precision: torch.dtype | None = None, channels_last: bool = True,
     ):  # fmt: skip
         generator = copy.deepcopy(generator).requires_grad_(False)
         prefix, tail = halves(generator, at)
         self.state = next(discriminator.parameters()).dtype
         self.precision = precision or self.state
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.prefix = prefix
         self.tail = self._quick(tail)
         self.discriminator = self._quick(copy.deepcopy(discriminator).requires_grad_(False))
         self.step_size, self.max_steps, self.batch = step_size, max_steps, batch
-        self.move: Callable[[Tensor], Tensor] = self._move
+        self.move: Callable[..., Tensor] = self._move
         self.advance: Callable[..., tuple[Tensor, ...]] = self._advance
 
     def _quick(self, module: nn.Module) -> nn.Module:
         module = fold(bake(copy.deepcopy(module))).to(self.precision)
-        return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def __call__(self, latents: Tensor, threshold: float = math.inf, last_step: Tensor | None = None) -> Refined:
         """Stop a sample when its logit reaches ``threshold`` or after its own ``last_step`` (N,) updates."""
@@ -99,58 +101,60 @@ class ExpertLoop:
             parts = [self._refine_until(z, threshold, own) for z, own in pieces]
         return Refined(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _start(self, z: Tensor) -> Tensor:
+    def _start(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The activation, then whatever else the tail reads, in the precision of the networks."""
         with torch.no_grad():
-            a = self.prefix(z)
-        return a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a
+            a, *context = _parts(self.prefix(z))
+        a = a.contiguous(memory_format=self.layout) if a.dim() == 4 else a
+        return (a, *(c.to(self.precision) for c in context))
 
     def _refine(self, z: Tensor) -> Refined:
-        a = self._start(z)
+        a, *context = self._start(z)
         for _ in range(self.max_steps):
-            a = self.move(a)
-        images, logits = self._look(a)
+            a = self.move(a, *context)
+        images, logits = self._look(a, *context)
         return Refined(images, logits, torch.full((len(z),), self.max_steps, device=z.device))
 
     def _refine_until(self, z: Tensor, threshold: float, last: Tensor) -> Refined:
-        a = self._start(z)
+        a, *context = self._start(z)
         longest, last = int(last.max()), last.to(a.device)
         steps, moving = torch.zeros_like(last), torch.ones_like(last, dtype=torch.bool)
         limit = torch.full((), threshold, dtype=self.state, device=a.device)
         for _ in range(longest):
-            a, steps, moving, images, logits = self.advance(a, steps, moving, last, limit)
+            a, steps, moving, images, logits = self.advance(a, steps, moving, last, limit, *context)
             if not bool(moving.any()):
                 return Refined(images.to(self.state), logits, steps)
-        images, logits = self._look(a)
+        images, logits = self._look(a, *context)
         return Refined(images, logits, steps)
 
-    def _move(self, a: Tensor) -> Tensor:
-        grad, _, _ = self._gradient(a)
+    def _move(self, a: Tensor, *context: Tensor) -> Tensor:
+        grad, _, _ = self._gradient(a, *context)
         return a.sub(grad, alpha=self.step_size)
 
     def _advance(
-        self, a: Tensor, steps: Tensor, moving: Tensor, last: Tensor, threshold: Tensor
+        self, a: Tensor, steps: Tensor, moving: Tensor, last: Tensor, threshold: Tensor, *context: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One evaluation, and an update of the samples that go on: (a, steps, moving, images and logits at the old a)."""
-        grad, logits, images = self._gradient(a)
+        grad, logits, images = self._gradient(a, *context)
         moving = moving & (logits < threshold) & (steps < last)
         a = a - self.step_size * grad * moving.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
         return a, steps + moving, moving, images, logits
 
-    def _gradient(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(gradient of the loss, logits, images)."""
         a = a.detach().requires_grad_()
-        loss, (logits, images) = self._loss(a)
+        loss, (logits, images) = self._loss(a, *context)
         (grad,) = torch.autograd.grad(loss, a)
         return grad, logits.detach(), images.detach()
 
-    def _loss(self, a: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        images = self.tail(a.to(self.precision))
+    def _loss(self, a: Tensor, *context: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        images = self.tail(a.to(self.precision), *context)
         logits = self.discriminator(images).flatten().to(self.state)
         return F.softplus(-logits).sum(), (logits, images)
 
-    def _look(self, a: Tensor) -> tuple[Tensor, Tensor]:
+    def _look(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            _, (logits, images) = self._loss(a)
+            _, (logits, images) = self._loss(a, *context)
         return images.to(self.state), logits
 
 
@@ -163,20 +167,25 @@ class CompiledLoop(ExpertLoop):
         self._compiled_advance = torch.compile(self._advance, mode=mode, dynamic=False, fullgraph=True)
         self.move, self.advance = self._replay_move, self._replay_advance
 
-    def _gradient(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # torch.compile traces this form of the gradient into the same graph as the rest of the step
-        grad, (_, (logits, images)) = torch.func.grad_and_value(self._loss, has_aux=True)(a)
+        grad, (_, (logits, images)) = torch.func.grad_and_value(self._loss, has_aux=True)(a, *context)
         return grad, logits, images
 
     @torch.no_grad()
-    def _replay_move(self, a: Tensor) -> Tensor:
+    def _replay_move(self, a: Tensor, *context: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled_move(a).clone()  # a CUDA graph's outputs are overwritten by its next replay
+        return self._compiled_move(a, *context).clone()  # a CUDA graph's outputs are overwritten by its next replay
 
     @torch.no_grad()
     def _replay_advance(self, *given: Tensor) -> tuple[Tensor, ...]:
         torch.compiler.cudagraph_mark_step_begin()
         return tuple(t.clone() for t in self._compiled_advance(*given))
+
+
+def _parts(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a prefix returned, as a tuple."""
+    return found if isinstance(found, tuple) else (found,)
 
 
 def bake(module: nn.Module) -> nn.Module:

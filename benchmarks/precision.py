@@ -9,7 +9,6 @@ moved: share of the samples whose number of steps differs from float32's; deviat
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,12 +17,9 @@ from typing import Any
 import torch
 
 import fastrefine as fr
-from benchmarks.gpu_machine import device_name, facts
-from benchmarks.measure import cpu_model
+from benchmarks.machine import RESULTS, facts, write_json
 from fastrefine.demo.judge import Judge, trained_classifier
 from fastrefine.demo.recipes import DIGITS, MNIST, Recipe, embedded
-
-HERE = Path(__file__).parent
 
 
 def measure(recipe: Recipe, data: Path | None, device: str, seeds: int, n: int, precisions: list[str]) -> list[dict[str, Any]]:
@@ -53,12 +49,9 @@ def measure(recipe: Recipe, data: Path | None, device: str, seeds: int, n: int, 
                 values = [score[key] for score in scores]
                 row |= {key: statistics.mean(values), f"{key}_spread": max(values) - min(values), f"{key}_all": values}
             row["mean_steps"] = statistics.mean(float(out.steps.double().mean()) for out in outs)
-            row["moved"] = statistics.mean(
-                float((a.steps != b.steps).double().mean()) for a, b in zip(outs, wanted, strict=True)
-            )
-            row["deviation"] = statistics.mean(
-                float((a.images - b.images).square().mean().sqrt()) for a, b in zip(outs, wanted, strict=True)
-            )
+            both = list(zip(outs, wanted, strict=True))
+            row["moved"] = statistics.mean(float((a.steps != b.steps).double().mean()) for a, b in both)
+            row["deviation"] = statistics.mean(float((a.images - b.images).square().mean().sqrt()) for a, b in both)
             row["nonfinite"] = sum(int((out.status == fr.Status.NONFINITE).sum()) for out in outs)
             rows.append(row)
             print(line(row), file=sys.stderr)
@@ -92,11 +85,10 @@ def main() -> None:
     precisions = ["float32", *(["tf32"] if given.device != "cpu" else []), "bfloat16", "float16"]
     if given.device == "cpu":
         torch.set_num_threads(1)
-    machine = facts(torch.device(given.device)) | {"cpu": cpu_model(), "device": device_name(torch.device(given.device))}
     rows = measure(recipe, given.data, given.device, given.seeds, given.samples or recipe.samples, precisions)
-    results = {"kind": "fastrefine precision", "data": recipe.name, "machine": machine, "rows": rows}
-    path = given.output or HERE / "results" / f"precision-{recipe.name}-{given.device}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    results = {"kind": "fastrefine precision", "data": recipe.name, "machine": facts(torch.device(given.device)), "rows": rows}
+    path = given.output or RESULTS / f"precision-{recipe.name}-{given.device}.json"
+    write_json(path, results)
     print(table(results))
 
 

@@ -24,11 +24,11 @@ import click
 import torch
 
 import fastrefine as fr
-from benchmarks.gpu_machine import commit
-from fastrefine import shards
-from fastrefine.configuration import Configuration
+from benchmarks.machine import commit, write_json
 from fastrefine.models import dcgan_discriminator, dcgan_generator
-from fastrefine.worker import HELD, Worker
+from fastrefine.production import run_folder
+from fastrefine.production.configuration import Configuration
+from fastrefine.production.worker import HELD, Worker
 
 REFINE = ("-m", "fastrefine", "refine", "--pair", "digits", "--real", "digits", "--stop", "median")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
@@ -82,9 +82,9 @@ def ways(outdir: Path, n: int) -> dict[str, Any]:
     for name, make in makers.items():
         began = time.perf_counter()
         told = make(name)
-        assert shards.verify(outdir / name).complete
+        assert run_folder.verify(outdir / name).complete
         merged = outdir / "merged.npz"
-        shards.merge(outdir / name, merged)
+        run_folder.merge(outdir / name, merged)
         with merged.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found[name] = {"sha256": digest, "seconds": time.perf_counter() - began, **told}
@@ -127,7 +127,7 @@ def writing(outdir: Path) -> dict[str, Any]:
     for name, base, kinds in (("digits, 1x8x8", digits, ("npz",)), ("DCGAN, 3x32x32", dcgan, ("npz", "wds", "png"))):
         for kind in kinds:
             worker = Worker(replace(base, format=kind))
-            count = sum(shard.count for shard in shards.shards(base))
+            count = sum(shard.count for shard in run_folder.shards(base))
             worker.refiner.sample(worker.configuration.num_slots)
             rates, ratios = [], []
             for turn in range(3):
@@ -161,7 +161,7 @@ def main(outdir: Path | None, output: Path, n: int, images: int, only: tuple[str
                 **parts[name](Path(scratch)), "commit": commit(), "torch": torch.__version__,
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
             }  # fmt: skip
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(output, record)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ struct Setter {
   unsigned long long handle;     // cudaGraphConditionalHandle
   const std::int64_t* counters;  // of the run, order as in fastrefine/slots.py
   std::int64_t* control;         // steps of this launch, cap on them, low-water mark
-  std::int64_t done;             // steps since the setter before this one; 0: the launch begins
+  bool begins;                   // whether the launch begins here; else a step has just ended
 };
 
 // Counts the steps and says whether the body runs (again): while a slot is live, below the cap, and enough ids wait.
@@ -23,7 +23,7 @@ FASTREFINE_HOST_DEVICE inline bool advance(const Setter& setter) {
   const std::int64_t next = setter.counters[0], end = setter.counters[1], live = setter.counters[2];
   std::int64_t& steps = setter.control[0];
   const std::int64_t cap = setter.control[1], low = setter.control[2];
-  steps = setter.done == 0 ? 0 : steps + setter.done;
+  steps = setter.begins ? 0 : steps + 1;
   return live > 0 && steps < cap && end - next >= low;
 }
 

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "normal.h"
 #include "philox.h"
 #include "refine_step.h"
 
@@ -10,16 +9,6 @@ namespace py = pybind11;
 using namespace fastrefine;
 
 namespace {
-
-void normal_at(std::uint64_t seed, Address ids, Address steps, std::int64_t count, std::int64_t numel,
-               std::uint32_t stream, Address out, bool real64, int threads) {
-  const auto* id = reinterpret_cast<const std::int64_t*>(ids);
-  const auto* step = reinterpret_cast<const std::int64_t*>(steps);
-  if (real64)
-    normal(seed, id, step, count, numel, stream, reinterpret_cast<double*>(out), threads);
-  else
-    normal(seed, id, step, count, numel, stream, reinterpret_cast<float*>(out), threads);
-}
 
 py::tuple philox_words(std::uint64_t seed, std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) {
   const Words r = philox(seed, {x, y, z, w});
@@ -45,8 +34,5 @@ PYBIND11_MODULE(_native, m) {
       FIELD(clamp) FIELD(low) FIELD(high) FIELD(lockstep) FIELD(seed);
   m.def("refine_step", &refine_step, py::arg("params"), py::arg("logit"), py::arg("loss"), py::arg("grad"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-  m.def("normal", &normal_at, py::arg("seed"), py::arg("ids"), py::arg("steps"), py::arg("count"), py::arg("numel"),
-        py::arg("stream"), py::arg("out"), py::arg("real64"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
   m.def("philox", &philox_words, "Four words of one counter, for the known-answer test.");
 }

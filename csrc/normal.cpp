@@ -1,6 +1,5 @@
 #include "normal.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -73,25 +72,5 @@ void normals(std::uint64_t seed, std::uint32_t id, std::uint32_t step, std::uint
     }
   }
 }
-
-template <class T>
-void normal(std::uint64_t seed, const std::int64_t* ids, const std::int64_t* steps, std::int64_t count,
-            std::int64_t numel, std::uint32_t stream, T* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (std::int64_t sample = 0; sample < count; ++sample) {
-    double drawn[4 * kLanes];
-    for (std::int64_t begin = 0; begin < numel; begin += 4 * kLanes) {
-      normals(seed, static_cast<std::uint32_t>(ids[sample]), static_cast<std::uint32_t>(steps[sample]), stream,
-              static_cast<std::uint32_t>(begin / 4), drawn);
-      const std::int64_t size = std::min<std::int64_t>(4 * kLanes, numel - begin);
-      std::copy_n(drawn, size, out + sample * numel + begin);
-    }
-  }
-}
-
-template void normal(std::uint64_t, const std::int64_t*, const std::int64_t*, std::int64_t, std::int64_t,
-                     std::uint32_t, float*, int);
-template void normal(std::uint64_t, const std::int64_t*, const std::int64_t*, std::int64_t, std::int64_t,
-                     std::uint32_t, double*, int);
 
 }  // namespace fastrefine

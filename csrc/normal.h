@@ -1,4 +1,4 @@
-// Standard normals by Box-Muller over Philox, in double whatever the state's type: see fastrefine/ops/noise.py.
+// Standard normals by Box-Muller over Philox, in double whatever the state's type: see fastrefine/noise.py.
 #pragma once
 #include <cstdint>
 
@@ -9,10 +9,5 @@ constexpr int kLanes = 64;  // Philox blocks made at once, so that the compiler 
 // Writes 4 * kLanes normals: those of the elements 4 * block ... of one sample.
 void normals(std::uint64_t seed, std::uint32_t id, std::uint32_t step, std::uint32_t stream, std::uint32_t block,
              double* out /* (4 * kLanes,) */);
-
-// The op: out (count, numel) of float or double, for ids and steps (count,) int64.
-template <class T>
-void normal(std::uint64_t seed, const std::int64_t* ids, const std::int64_t* steps, std::int64_t count,
-            std::int64_t numel, std::uint32_t stream, T* out, int threads);
 
 }  // namespace fastrefine

@@ -18,7 +18,7 @@ constexpr std::int64_t kBlock = 2048;        // features per task: what a task t
 constexpr std::int64_t kBatch = 4 * kLanes;  // features whose normals are made at once
 constexpr int kPartial = 16;                 // lanes of the fixed-order sums
 static_assert(kBlock % kBatch == 0 && kBatch % kPartial == 0, "a block is whole batches, a batch is whole lanes");
-enum Stream : std::uint32_t { kProposal = 0, kAccept = 1, kJitter = 3 };  // as in fastrefine/ops/noise.py
+enum Stream : std::uint32_t { kProposal = 0, kAccept = 1, kJitter = 3 };  // as in fastrefine/noise.py
 
 struct Plan {  // what `apply` does to one slot
   bool accept = false, better = false, update = false, done = false, usable = true;

@@ -144,10 +144,9 @@ std::map<std::string, std::int64_t> census(Handle graph) {
   return counts;
 }
 
-WhileGraph::WhileGraph(Handle step, Handle counters, Handle control, int unroll, int device, Handle stream)
+WhileGraph::WhileGraph(Handle step, Handle counters, Handle control, int device, Handle stream)
     : device_(device) {
   if (step == 0 || counters == 0 || control == 0) throw std::invalid_argument("step, counters or control is null");
-  if (unroll < 1) throw std::invalid_argument("unroll is " + std::to_string(unroll) + "; wanted 1 or more");
   if (const std::string reason = unavailable(); !reason.empty()) throw std::runtime_error(reason);
   const OnDevice guard(device);
   refuse_forbidden(step);
@@ -156,20 +155,18 @@ WhileGraph::WhileGraph(Handle step, Handle counters, Handle control, int unroll,
   check(cudaGraphCreate(&graph, 0), "cudaGraphCreate");
   graph_.reset(graph);
   Setter setter = {};
+  setter.begins = true;
   setter.counters = reinterpret_cast<const std::int64_t*>(counters);
   setter.control = reinterpret_cast<std::int64_t*>(control);
   check(cudaGraphConditionalHandleCreate(&setter.handle, graph, 0, cudaGraphCondAssignDefault),
         "cudaGraphConditionalHandleCreate");
   const cudaGraphNode_t before = add_setter(graph, nullptr, setter, "before the loop");
   cudaGraph_t body = add_while(graph, before, setter.handle);
-  cudaGraphNode_t last = nullptr;
-  for (int i = 0; i < unroll; ++i) {
-    const cudaGraphNode_t after = last;
-    check(cudaGraphAddChildGraphNode(&last, body, i ? &after : nullptr, i ? 1 : 0, reinterpret_cast<cudaGraph_t>(step)),
-          "cudaGraphAddChildGraphNode, step " + std::to_string(i + 1) + " of " + std::to_string(unroll));
-  }
-  setter.done = unroll;
-  add_setter(body, &last, setter, "in the body");  // last: it reads what the steps wrote
+  cudaGraphNode_t child = nullptr;
+  check(cudaGraphAddChildGraphNode(&child, body, nullptr, 0, reinterpret_cast<cudaGraph_t>(step)),
+        "cudaGraphAddChildGraphNode");
+  setter.begins = false;
+  add_setter(body, &child, setter, "in the body");  // after the step: it reads what the step wrote
 
   cudaGraphExec_t exec = nullptr;
   check(cudaGraphInstantiateWithFlags(&exec, graph, 0), "cudaGraphInstantiateWithFlags");

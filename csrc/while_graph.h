@@ -26,10 +26,10 @@ std::map<std::string, std::int64_t> census(Handle graph);
 class WhileGraph {
  public:
   // `step`: a cudaGraph_t, which is cloned; the memory that its nodes use, `counters` and `control` must outlive this.
-  // The body is `unroll` steps. The graph is uploaded on `stream` of `device`.
+  // The graph is uploaded on `stream` of `device`.
   // Throws std::invalid_argument for a step that a body may not hold, std::runtime_error for a driver that is too old
   // or an error of CUDA; then nothing stays behind.
-  WhileGraph(Handle step, Handle counters, Handle control, int unroll, int device, Handle stream);
+  WhileGraph(Handle step, Handle counters, Handle control, int device, Handle stream);
 
   void launch(Handle stream);
   void destroy() noexcept;  // also by the destructor; a second time does nothing

@@ -13,8 +13,8 @@ PYBIND11_MODULE(_device_loop, m) {
   m.def("unavailable", &unavailable, "Why this driver cannot run it, or nothing.");
   m.def("census", &census, py::arg("graph"), Unlocked(), "Name of a node's type -> how many, with child graphs.");
   py::class_<WhileGraph>(m, "WhileGraph", py::module_local())
-      .def(py::init<Handle, Handle, Handle, int, int, Handle>(), py::arg("step"), py::arg("counters"),
-           py::arg("control"), py::arg("unroll"), py::arg("device"), py::arg("stream"), Unlocked())
+      .def(py::init<Handle, Handle, Handle, int, Handle>(), py::arg("step"), py::arg("counters"),
+           py::arg("control"), py::arg("device"), py::arg("stream"), Unlocked())
       .def("launch", &WhileGraph::launch, py::arg("stream"), Unlocked())
       .def("destroy", &WhileGraph::destroy);
 }

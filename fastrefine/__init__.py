@@ -16,19 +16,21 @@ _HOMES = {
         "BackendError", "CouplingError", "FastrefineError", "FastrefineWarning", "GradientError", "InputError",
         "NonFiniteError", "SplitError",
     ),
-    "calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
-    "density_ratio": ("SumDiscriminator", "fit_corrector"),
-    "noisy": ("NoisyOutput",),
+    "diagnosis.calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
+    "training.composed": ("NoisyOutput", "SumDiscriminator"),
+    "training.corrector": ("fit_corrector",),
+    "training.fit": ("fit_discriminator",),
     "ops": ("use_backend",),
-    "pairs": ("Pair", "load_pair", "save_pair"),
+    "production.saved_pair": ("Pair", "load_pair", "save_pair"),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
-    "reliability": ("reliability_plot",),
+    "diagnosis.reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
     "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
-    "shaping": ("fit_discriminator", "shape_discriminator", "tune_discriminator"),
-    "split": ("Split", "layers"),
-    "steps": ("StepDiagnosis", "diagnose_steps"),
+    "training.shape": ("shape_discriminator", "tune_discriminator"),
+    "networks.cut": ("layers",),
+    "networks.split": ("Split",),
+    "diagnosis.step_size": ("StepDiagnosis", "diagnose_steps"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("metrics", "models", "ops", "samplers", "stopping")
@@ -37,23 +39,24 @@ __all__ = sorted([*_HOME, "stopping"])
 
 if TYPE_CHECKING:
     from fastrefine import stopping as stopping
-    from fastrefine.calibration import Calibration as Calibration
-    from fastrefine.calibration import Diagnosis as Diagnosis
-    from fastrefine.calibration import calibrate as calibrate
-    from fastrefine.calibration import diagnose as diagnose
-    from fastrefine.density_ratio import SumDiscriminator as SumDiscriminator
-    from fastrefine.density_ratio import fit_corrector as fit_corrector
-    from fastrefine.noisy import NoisyOutput as NoisyOutput
+    from fastrefine.diagnosis.calibration import Calibration as Calibration
+    from fastrefine.diagnosis.calibration import Diagnosis as Diagnosis
+    from fastrefine.diagnosis.calibration import calibrate as calibrate
+    from fastrefine.diagnosis.calibration import diagnose as diagnose
+    from fastrefine.diagnosis.reliability import reliability_plot as reliability_plot
+    from fastrefine.diagnosis.step_size import StepDiagnosis as StepDiagnosis
+    from fastrefine.diagnosis.step_size import diagnose_steps as diagnose_steps
+    from fastrefine.networks.cut import layers as layers
+    from fastrefine.networks.split import Split as Split
     from fastrefine.ops import use_backend as use_backend
-    from fastrefine.pairs import Pair as Pair
-    from fastrefine.pairs import load_pair as load_pair
-    from fastrefine.pairs import save_pair as save_pair
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product
     from fastrefine.priors import TruncatedNormal as TruncatedNormal
     from fastrefine.priors import Uniform as Uniform
+    from fastrefine.production.saved_pair import Pair as Pair
+    from fastrefine.production.saved_pair import load_pair as load_pair
+    from fastrefine.production.saved_pair import save_pair as save_pair
     from fastrefine.refiner import Refiner as Refiner
-    from fastrefine.reliability import reliability_plot as reliability_plot
     from fastrefine.result import Result as Result
     from fastrefine.result import Snapshot as Snapshot
     from fastrefine.result import Status as Status
@@ -68,13 +71,12 @@ if TYPE_CHECKING:
     from fastrefine.selection import budgeted_rejection as budgeted_rejection
     from fastrefine.selection import metropolis_hastings as metropolis_hastings
     from fastrefine.selection import rejection_sample as rejection_sample
-    from fastrefine.shaping import fit_discriminator as fit_discriminator
-    from fastrefine.shaping import shape_discriminator as shape_discriminator
-    from fastrefine.shaping import tune_discriminator as tune_discriminator
-    from fastrefine.split import Split as Split
-    from fastrefine.split import layers as layers
-    from fastrefine.steps import StepDiagnosis as StepDiagnosis
-    from fastrefine.steps import diagnose_steps as diagnose_steps
+    from fastrefine.training.composed import NoisyOutput as NoisyOutput
+    from fastrefine.training.composed import SumDiscriminator as SumDiscriminator
+    from fastrefine.training.corrector import fit_corrector as fit_corrector
+    from fastrefine.training.fit import fit_discriminator as fit_discriminator
+    from fastrefine.training.shape import shape_discriminator as shape_discriminator
+    from fastrefine.training.shape import tune_discriminator as tune_discriminator
 
 
 def __getattr__(name: str) -> Any:

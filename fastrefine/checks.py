@@ -1,14 +1,16 @@
-"""Checks of what callers hand in, before any compute."""
+"""Checks of what callers hand in, before any compute. Checks of numbers and choices work without torch."""
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any
-
-import torch
-from torch import Tensor
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 from fastrefine.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
@@ -19,8 +21,42 @@ def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     raise InputError(f"{name} is {value!r}; wanted a whole number of at least {low}{most}")
 
 
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise InputError unless ``value`` is a finite number in [low, high], without an end that is open."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    ends = {low} if open_low else set()
+    ends |= {high} if open_high else set()
+    if is_number and math.isfinite(value) and low <= value <= high and value not in ends:
+        return
+    wanted = f"{'more than' if open_low else 'at least'} {low:g}"
+    wanted += f" and {'less than' if open_high else 'at most'} {high:g}" if high < math.inf else ""
+    raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise InputError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, choices))}")
+
+
+def clamp(value: Any) -> None:
+    """Raise InputError unless ``value`` is None or two ordered finite numbers; a bound of 0 is a bound."""
+    if value is None:
+        return
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InputError(f"clamp is {value!r}; wanted None or (low, high)")
+    for bound in value:
+        number("clamp bound", bound)
+    if value[0] > value[1]:
+        raise InputError(f"clamp is {value!r}; wanted low <= high")
+
+
 def device(name: str, value: Any) -> torch.device:
     """``value`` as a torch.device; InputError otherwise."""
+    import torch
+
     try:
         found = torch.device(value)
     except (RuntimeError, TypeError) as error:
@@ -32,8 +68,13 @@ def device(name: str, value: Any) -> torch.device:
     return found
 
 
-def tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``value`` as a floating-point tensor (N, ...), not cast; InputError names rows that are not finite in ``dtype``."""
+def tensor(name: str, value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """``value`` as a floating-point tensor (N, ...), not cast.
+
+    Raises InputError, which names the rows that are not finite in ``dtype`` (None: float32).
+    """
+    import torch
+
     try:
         x = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -45,12 +86,14 @@ def tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     x = x.detach()
     if x.is_inference():
         x = x.clone()
-    _finite(name, x, dtype)
+    _finite(name, x, dtype or torch.float32)
     return x
 
 
 def _finite(name: str, x: Tensor, dtype: torch.dtype) -> None:
     """Raise InputError unless every entry of x (N, ...) is a finite number of ``dtype``."""
+    import torch
+
     if not x.numel():
         return
     bad = (~(x.abs() <= min(torch.finfo(dtype).max, torch.finfo(x.dtype).max))).reshape(len(x), -1).any(1)
@@ -65,6 +108,8 @@ def _range(x: Tensor) -> str:
 
 def labels(value: Any, n: int) -> Tensor | None:
     """Labels as (n,) int64 or (n, C) floats; one int stands for all."""
+    import torch
+
     if value is None:
         return None
     try:
@@ -104,3 +149,13 @@ def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) 
         raise InputError(f"{seen}: are the real images 0..1? Scale them to the generator's range, e.g. 2 x - 1")
     if unsigned and low < -0.1:
         raise InputError(f"{seen}: are the real images -1..1? Scale them to the generator's range, e.g. (x + 1) / 2")
+
+
+def classes(labels: Tensor, num_classes: int | None) -> None:
+    """Raise InputError for class labels that are negative or not less than ``num_classes``."""
+    if labels.is_floating_point() or not len(labels):
+        return
+    if int(labels.min()) < 0:
+        raise InputError(f"labels must not be negative, got {int(labels.min())}")
+    if num_classes is not None and int(labels.max()) >= num_classes:
+        raise InputError(f"label {int(labels.max())} is out of range: the network knows classes 0 to {num_classes - 1}")

@@ -1,4 +1,4 @@
-"""Real images for the demo, the experiments and the tests: scikit-learn's digits, MNIST, CIFAR-10, any folder of pictures."""
+"""Real images: scikit-learn's digits and MNIST."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import gzip
 import math
 import os
 import struct
-import zipfile
 import zlib
-from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import InputError
-from .pictures import SUFFIXES
+from fastrefine.errors import InputError
 
-NUM_DIGITS_TRAIN = 1400
-"""Training images of `load_digits`; the other 397 of the 1,797 are held out."""
+NUM_DIGITS_TRAIN = 1400  # of 1,797
 
 MNIST_FILES = {
     "train": "train-images-idx3-ubyte.gz",
@@ -30,8 +24,6 @@ MNIST_FILES = {
     "train_labels": "train-labels-idx1-ubyte.gz",
     "test_labels": "t10k-labels-idx1-ubyte.gz",
 }
-
-CIFAR10_PARTS = {"train": "cifar10-train", "test": "cifar10-test"}
 
 
 class Images(NamedTuple):
@@ -54,7 +46,7 @@ def load_digits() -> Images:
     from sklearn.datasets import load_digits as load
 
     bunch = load()
-    order = _shuffled(len(bunch.target))
+    order = shuffled(len(bunch.target))
     images = torch.from_numpy((bunch.images[order] / 8 - 1).astype(np.float32)).unsqueeze(1)
     labels = torch.from_numpy(bunch.target[order].astype(np.int64))
     n = NUM_DIGITS_TRAIN
@@ -79,101 +71,18 @@ def load_mnist(path: str | os.PathLike[str]) -> Images:
                 "wanted (N, H, W) and (N,)"
             )
     return Images(
-        train=_to_images(arrays["train"]),
-        test=_to_images(arrays["test"]),
-        train_labels=torch.from_numpy(arrays["train_labels"].astype(np.int64)),
-        test_labels=torch.from_numpy(arrays["test_labels"].astype(np.int64)),
-    )
+        from_pixels(arrays["train"][..., None]), from_pixels(arrays["test"][..., None]),
+        *(torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")),
+    )  # fmt: skip
 
 
-def load_cifar10(path: str | os.PathLike[str]) -> Images:
-    """CIFAR-10 as pictures, one folder for each class, from cifar10-train and cifar10-test (.zip or folders) in ``path``.
-
-    (N, 3, 32, 32); classes in alphabetical order, which is the original's; images in one fixed random order, so that
-    the first ones are of all classes. Raises InputError that names what is absent or cannot be read.
-    """
-    parts = {part: _read_classes(Path(path), name) for part, name in CIFAR10_PARTS.items()}
-    return Images(parts["train"][0], parts["test"][0], parts["train"][1], parts["test"][1])
+def from_pixels(pixels: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C")).div_(127.5).sub_(1)
 
 
-class PictureFolder:
-    """Pictures of a folder, its subfolders too, decoded when asked for: a map-style Dataset of (image, label).
-
-    Images are float32 (3, size, size) in [-1, 1]: the largest square in the middle, scaled. Labels: the subfolder of the
-    folder that the picture lies in, in alphabetical order (``classes``), or 0 where pictures lie in the folder itself.
-    Order: alphabetical, then shuffled by one fixed permutation. Raises InputError without pictures.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], size: int):
-        root = Path(path)
-        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise InputError(f"{root} has no pictures; wanted files ending in {', '.join(SUFFIXES)}")
-        owners = [p.relative_to(root).parts[0] if p.parent != root else "" for p in found]
-        order = _shuffled(len(found))
-        self.size, self.paths = size, [found[i] for i in order]
-        self.classes = sorted(set(owners)) if "" not in owners else []
-        self.labels = torch.tensor([self.classes.index(owners[i]) if self.classes else 0 for i in order])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return _from_bytes(_decoded(self.paths[index], str(self.paths[index]), self.size)[None])[0], self.labels[index]
-
-    def images(self, indices: Any) -> Tensor:
-        """Those at ``indices``, (N, 3, size, size)."""
-        return torch.stack([self[int(i)][0] for i in indices])
-
-
-def _read_classes(folder: Path, name: str) -> tuple[Tensor, Tensor]:
-    """(images, labels) of ``folder``/name.zip or ``folder``/name."""
-    archive = folder / f"{name}.zip"
-    if not archive.is_file():
-        if not (folder / name).is_dir():
-            raise InputError(f"CIFAR-10: {folder} has neither {name}.zip nor {name}/, a folder of pictures for each class")
-        pictures = PictureFolder(folder / name, 32)
-        return pictures.images(range(len(pictures))), pictures.labels
-    pixels, owners = [], []
-    for member, content in _members(archive):
-        pixels.append(_decoded(BytesIO(content), f"{archive}: {member}", 32))
-        owners.append(Path(member).parent.name)
-    if not pixels:
-        raise InputError(f"CIFAR-10: {archive} has no pictures")
-    order, classes = _shuffled(len(pixels)), sorted(set(owners))
-    return _from_bytes(np.stack(pixels)[order]), torch.tensor([classes.index(owners[i]) for i in order])
-
-
-def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each picture of a zip, in order of names."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for name in sorted(n for n in opened.namelist() if n.lower().endswith(SUFFIXES)):
-                yield name, opened.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{archive} cannot be read as a zip ({error}); fetch the file again") from error
-
-
-def _decoded(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): the largest square in the middle, scaled where it is not of that size."""
-    try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{name} cannot be read as a picture ({error})") from error
-    if picture.size != (size, size):
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
-
-
-def _from_bytes(pixels: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) in 0..255 -> float32 (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1).permute(0, 3, 1, 2).contiguous()
-
-
-def _shuffled(n: int) -> np.ndarray:
+def shuffled(n: int) -> np.ndarray:
+    """One fixed permutation of 0 ... n - 1."""
     return np.random.RandomState(0).permutation(n)  # the legacy stream is frozen by numpy's policy
 
 
@@ -196,8 +105,3 @@ def _read_idx(path: Path) -> np.ndarray:
             "fetch the file again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _to_images(array: np.ndarray) -> Tensor:
-    """uint8 (N, H, W) in 0..255 -> float32 (N, 1, H, W) in [-1, 1]."""
-    return torch.from_numpy(array.astype(np.float32)).div_(127.5).sub_(1).unsqueeze(1)

@@ -1,7 +1,6 @@
-"""Quality of samples, measured on the features and the class probabilities of any classifier.
+"""Quality of samples, measured on the features and class probabilities of a classifier.
 
-With the original Inception-v3 these are FID and IS. Their values depend on the classifier: compare only figures made
-with the same one, and say which.
+With the original Inception-v3 these are FID and IS. Values depend on the classifier: compare only figures of the same one.
 """
 
 from __future__ import annotations
@@ -10,17 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from .errors import InputError
+from fastrefine.errors import InputError
 
 
 def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike | torch.Tensor) -> float:
     """Frechet (2-Wasserstein) distance, squared, between Gaussians fitted to two sets of features [Heusel et al. 2017].
 
-    ``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`` with covariances over N - 1; this is the quantity that FID
-    reports. features_a: (N, F), features_b: (M, F); lower is better, 0 for equal moments. Symmetric.
-    Computed in float64 with ``tr (C_a C_b)^(1/2) = tr (S C_b S)^(1/2)``, ``S = C_a^(1/2)``: both roots are of symmetric
-    matrices, so singular covariances (N <= F, dead features) need no jitter, and no imaginary part is dropped.
-    Few samples bias it upwards (by O(1/N)): compare sets of one size.
+    ``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``, covariances over N - 1, in float64: what FID reports. features_a:
+    (N, F), features_b: (M, F); lower is better, 0 for equal moments. It is biased upwards by O(1/N): compare sets of one size.
+    The trace is taken as ``tr (S C_b S)^(1/2)`` with ``S = C_a^(1/2)``: both roots are of symmetric matrices, so singular
+    covariances (N <= F, dead features) do no harm.
 
     Raises InputError where a set is not a finite (N, F) array with N >= 2, or where the two F differ.
     """
@@ -41,8 +39,8 @@ def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike
 def classifier_score(probabilities: ArrayLike | torch.Tensor) -> float:
     """Inception-score formula ``exp(E_x KL(p(y|x) || p(y)))`` on given class probabilities [Salimans et al. 2016].
 
-    probabilities: (N, C), each row a distribution over classes; from 1 (every row the same) to C (sure rows, classes in
-    equal shares); higher is better. p(y) is the mean over all N rows: one split, not ten. Computed in float64.
+    probabilities: (N, C), each row a distribution over classes. Higher is better, from 1 (all rows equal) to C (each row
+    certain, classes in equal shares). p(y) is the mean over all N rows: one split, not ten. Computed in float64.
 
     Raises InputError where the rows are not finite, not in [0, 1], or do not sum to 1 within 1e-3 (logits, say).
     """

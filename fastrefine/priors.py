@@ -1,4 +1,4 @@
-"""Latent priors: the latent of sample i is a pure function of (seed, i), and each prior knows its score."""
+"""Latent priors. The latent of sample i is a pure function of (seed, i); each prior knows the gradient of its log density."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrefine import ops
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
-from fastrefine.samplers.base import Latent, check_number
-
-
-def _check_shape(shape: tuple[int, ...]) -> None:
-    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise InputError(f"prior shape is {shape!r}; wanted one or more positive integers, e.g. Normal(64)")
+from fastrefine.noise import Stream, normal, uniform
+from fastrefine.samplers.base import Latent
 
 
 class Prior:
@@ -55,60 +50,56 @@ def _table(numel: int, *column: float) -> Tensor:
     return torch.tensor(column, dtype=torch.float64)[:, None].expand(3, numel).clone()
 
 
-def _first_step(ids: Tensor) -> Tensor:
-    return torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
-
-
-class Normal(Prior):
-    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
+class _Elementwise(Prior):
+    """A prior whose elements are independent and alike."""
 
     def __init__(self, *shape: int):
-        _check_shape(shape)
+        if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+            raise InputError(f"prior shape is {shape!r}; wanted one or more positive integers, e.g. Normal(64)")
         self.shape = shape
 
     def __repr__(self) -> str:
-        return f"Normal({', '.join(map(str, self.shape))})"
+        options = [f"{name}={value:g}" for name, value in vars(self).items() if name != "shape"]
+        return f"{type(self).__name__}({', '.join([*map(str, self.shape), *options])})"
+
+
+class Normal(_Elementwise):
+    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        return ops.normal(seed, ids, _first_step(ids), self.numel, stream, dtype).view(-1, *self.shape)
+        return normal(seed, ids, torch.zeros_like(ids), self.numel, stream, dtype).view(-1, *self.shape)
 
     def table(self) -> Tensor:
         return _table(self.numel, 1.0, -math.inf, math.inf)
 
 
-class Uniform(Prior):
+class Uniform(_Elementwise):
     """Uniform latents in [low, high] per element."""
 
     def __init__(self, *shape: int, low: float = -1.0, high: float = 1.0):
-        _check_shape(shape)
-        check_number("low", low)
-        check_number("high", high, low, open_low=True)
-        self.shape, self.low, self.high = shape, float(low), float(high)
-
-    def __repr__(self) -> str:
-        return f"Uniform({', '.join(map(str, self.shape))}, low={self.low:g}, high={self.high:g})"
+        super().__init__(*shape)
+        checks.number("low", low)
+        checks.number("high", high, low, open_low=True)
+        self.low, self.high = float(low), float(high)
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
+        u = uniform(seed, ids, torch.zeros_like(ids), self.numel, stream)
         return (self.low + (self.high - self.low) * u).to(dtype).view(-1, *self.shape)
 
     def table(self) -> Tensor:
         return _table(self.numel, 0.0, self.low, self.high)
 
 
-class TruncatedNormal(Prior):
+class TruncatedNormal(_Elementwise):
     """Standard normal restricted to [-bound, bound] per element (BigGAN's truncation), by the inverse CDF."""
 
     def __init__(self, *shape: int, bound: float = 2.0):
-        _check_shape(shape)
-        check_number("bound", bound, 0.0, open_low=True)
-        self.shape, self.bound = shape, float(bound)
-
-    def __repr__(self) -> str:
-        return f"TruncatedNormal({', '.join(map(str, self.shape))}, bound={self.bound:g})"
+        super().__init__(*shape)
+        checks.number("bound", bound, 0.0, open_low=True)
+        self.bound = float(bound)
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
-        u = ops.uniform(seed, ids, _first_step(ids), self.numel, stream)
+        u = uniform(seed, ids, torch.zeros_like(ids), self.numel, stream)
         low = torch.special.ndtr(torch.tensor(-self.bound, dtype=torch.float64, device=u.device))
         z = torch.special.ndtri(low + (1 - 2 * low) * u)
         return z.clamp(-self.bound, self.bound).to(dtype).view(-1, *self.shape)

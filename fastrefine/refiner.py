@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, get_worker_info
 
-from fastrefine import checks, dataset, drivers, fit, ops, pilot, readout, scoring, session, settings, stopping
-from fastrefine.errors import InputError
-from fastrefine.pair import PROBE, DiscriminatorSide, GeneratorSide, check_labels, quiet_torch
-from fastrefine.pool import Source
+from fastrefine import checks
+from fastrefine.engine.idle import IdleMachines
+from fastrefine.engine.proposals import Source
+from fastrefine.engine.stream import SampleStream
+from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.networks.copies import device_of
+from fastrefine.networks.prepared import Networks, refines_latents
+from fastrefine.networks.split import Split
+from fastrefine.options import Callback, Options, OutputKey
 from fastrefine.priors import Prior
 from fastrefine.result import Result
-from fastrefine.samplers.base import Latent, Sampler, check_choice, check_number
-from fastrefine.split import Split
-from fastrefine.stopping import RealLogits, StopRule
-from fastrefine.target import DTYPES, Target
+from fastrefine.samplers.base import Sampler
+from fastrefine.stopping import FixedSteps, StopRule
 
-Callback = Callable[[dict[str, int]], None]
-
-
-_FIXED = {
-    "sampler", "stop", "at", "prior", "real", "real_labels", "precision", "dtype", "device", "coupling", "compile",
-    "discriminator_output", "output_key", "generator_kwargs", "discriminator_kwargs",
-}  # fmt: skip
+_OPTIONS = {field.name for field in fields(Options)}
+# Options that the preparation of the networks does not read.
+_OF_THE_RUN = {"max_steps", "keep", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback"}
 
 
 class Refiner:
@@ -56,6 +57,8 @@ class Refiner:
     progress: a tqdm bar on stderr. callback: called whenever the counters were read (the host driver: after every step)
         with {"step", "finished", "total"}.
 
+    A Refiner never changes: ``replaced`` and ``with_discriminator`` give another one. Its options are readable as attributes.
+
     Raises InputError (a ValueError) on values out of range at once, on networks that do not fit at the first use;
     SplitError, CouplingError, GradientError as their docstrings say.
 
@@ -84,7 +87,7 @@ class Refiner:
         keep: str = "last",
         generator_kwargs: dict[str, Any] | None = None,
         discriminator_kwargs: dict[str, Any] | None = None,
-        output_key: readout.OutputKey = None,
+        output_key: OutputKey = None,
         driver: str = "auto",
         compile: bool = False,
         coupling: str = "refuse",
@@ -95,110 +98,67 @@ class Refiner:
         progress: bool = False,
         callback: Callback | None = None,
     ):
-        fit.check_parts(generator, discriminator, sampler, at, prior)
-        self.generator, self.discriminator, self.sampler, self.at = generator, discriminator, sampler, at
-        self.max_steps = checks.count("max_steps", max_steps, 0, 2**31 - 1)
-        self.num_slots = checks.count("num_slots", num_slots, 1, 2**31 - 1)
-        self.stop, self.prior = stopping.as_rule(stop), prior
-        for name, value, choices in (
-            ("discriminator_output", discriminator_output, readout.SCALES), ("precision", precision, tuple(DTYPES)),
-            ("keep", keep, ("last", "best")), ("coupling", coupling, ("refuse", "lockstep")),
-            ("on_nonfinite", on_nonfinite, ("contain", "error")), ("driver", driver, drivers.NAMES),
-        ):  # fmt: skip
-            check_choice(name, value, choices)
-        if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm, 0.0, open_low=True)
-        fit.check_options(generator_kwargs, discriminator_kwargs, output_key, callback)
-        self.discriminator_output, self.precision, self.keep, self.coupling = (
-            discriminator_output,
-            precision,
-            keep,
-            coupling,
-        )
-        self.on_nonfinite, self.max_grad_norm, self.deterministic = on_nonfinite, max_grad_norm, deterministic
-        self.generator_kwargs, self.discriminator_kwargs = generator_kwargs or {}, discriminator_kwargs or {}
-        self.output_key, self.driver, self.compile = output_key, driver, bool(compile)
-        self.output_device = checks.device("output_device", output_device)
-        self.progress, self.callback = progress, callback
-        self.dtype = torch.float64 if precision == "float64" else torch.float32
-        self.device = checks.device("device", device) if device is not None else fit.device_of(generator, discriminator)
-        self.real = None if real is None else checks.tensor("real", real, self.dtype)
-        if self.real is not None and len(self.real) == 0:
-            raise InputError("`real` is empty; wanted real images (N, ...)")
-        if self.real is None and real_labels is not None:
-            raise InputError("real_labels were given without `real` images")
-        self.real_labels = None if self.real is None else self._own_labels(real_labels, len(self.real))
-        if self._needs_real and self.real is None:
-            raise InputError(
-                f"{type(sampler).__name__} with stop={self.stop!r} reads real logits: pass real=images to the Refiner, or "
-                "--real FOLDER or FILE.npz to a command"
-            )
-        fit.check(self)
-        self._seen_weights = (fit.Weights(None), fit.Weights(None))
-        self._forget()
+        given = {name: value for name, value in locals().items() if name in _OPTIONS}
+        if device is None:
+            given["device"] = device_of(generator, discriminator)
+        _check_networks(generator, discriminator, at)
+        self.options = Options(**given)
+        self._networks, self._idle = Networks(generator, discriminator, self.options), IdleMachines()
+        _check_fit(self)
+
+    @property
+    def generator(self) -> nn.Module | Split | None:
+        return self._networks.generator
+
+    @property
+    def discriminator(self) -> nn.Module:
+        return self._networks.discriminator
+
+    def __getattr__(self, name: str) -> Any:
+        """An option by its name, also ``dtype`` and ``scale``."""
+        if name in _OPTIONS or name in ("dtype", "scale"):
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sizes, outputs and callbacks may be set at any time; what networks were prepared by is refused with InputError."""
-        if name in _FIXED and "_key" in vars(self):
-            raise InputError(f"{name} of a Refiner cannot be set: make another one, Refiner(..., {name}=...)")
+        if name in _OPTIONS:
+            raise InputError(f"{name} of a Refiner cannot be set: make another one, refiner.replaced({name}=...)")
         super().__setattr__(name, value)
 
-    def replaced(self, **settings: Any) -> Refiner:
-        """The same refiner with another sampler, stop, compile, or what may be set; the cut of the generator is shared."""
-        for name in settings:
-            if name not in vars(self) or name in _FIXED - {"sampler", "stop", "compile"}:
-                raise InputError(f"{name} is nothing that can be replaced: make another one, Refiner(...)")
-        if "stop" in settings:
-            settings["stop"] = stopping.as_rule(settings["stop"])
-        twin = copy.copy(self)
-        vars(twin).update(settings)
-        twin._forget_discriminator()
+    def replaced(self, **changes: Any) -> Refiner:
+        """Another refiner of the same networks with other options; what was prepared is shared as far as it fits.
+
+        Raises InputError for a name that is no option, and for values out of range.
+        """
+        unknown = sorted(changes.keys() - _OPTIONS)
+        if unknown:
+            raise InputError(f"{', '.join(unknown)}: a Refiner has no such option; it has {', '.join(sorted(_OPTIONS))}")
+        given = {name: getattr(self.options, name) for name in _OPTIONS} | changes
+        if given["device"] is None:
+            given["device"] = device_of(self.generator, self.discriminator)
+        options = Options(**given)
+        _check_networks(self.generator, self.discriminator, options.at)
+        shared = changes.keys() <= _OF_THE_RUN
+        twin = self._twin(options, self._networks if shared else self._networks.twin(self.discriminator, options))
+        if shared:
+            twin._idle = self._idle
+        _check_fit(twin)
         return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was prepared, which is made again at first use: graphs and captures are one process's."""
-        twin = copy.copy(self)
-        twin._seen_weights = (fit.Weights(None), fit.Weights(None))
-        twin.__dict__.pop("_probed", None)
-        twin._forget()
-        return vars(twin)
-
-    def __copy__(self) -> Refiner:
-        """With what was prepared: `copy` would go by ``__getstate__``."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def _forget(self) -> None:
-        self._generator_side: GeneratorSide | None = None
-        self._generator_key: Any = None
-        self._forget_discriminator()
-
-    def _forget_discriminator(self) -> None:
-        self._discriminator_side: DiscriminatorSide | None = None
-        self._scorer: DiscriminatorSide | None = None
-        self._target: Target | None = None
-        self._real_logits: RealLogits | None = None
-        self._bound: tuple[Sampler, StopRule] | None = None
-        self._key: Any = None
-
-    @property
-    def _needs_real(self) -> bool:
-        return self.stop.needs_real or getattr(self.sampler, "needs_real", False)
-
-    @property
-    def scale(self) -> str:
-        """ "critic", or "logit" (which covers "probability")."""
-        return "critic" if self.discriminator_output == "critic" else "logit"
 
     def with_discriminator(self, discriminator: nn.Module) -> Refiner:
         """The same refiner with another discriminator; the cut of the generator is shared, real logits are scored anew."""
-        if not isinstance(discriminator, nn.Module):
-            raise InputError(f"discriminator is a {type(discriminator).__name__}; wanted a torch.nn.Module")
-        twin = copy.copy(self)
-        twin.discriminator = discriminator
-        twin._forget_discriminator()
+        _check_networks(self.generator, discriminator, self.options.at)
+        return self._twin(self.options, self._networks.twin(discriminator, self.options))
+
+    def _twin(self, options: Options, networks: Networks) -> Refiner:
+        twin: Refiner = object.__new__(type(self))
+        vars(twin).update(options=options, _networks=networks, _idle=IdleMachines())
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was prepared, which belongs to one process; it is made again at first use."""
+        networks = Networks(self.generator, self.discriminator, self.options)
+        return {**vars(self), "_networks": networks, "_idle": IdleMachines()}
 
     def sample(self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None, snapshots: Sequence[int] = ()) -> Result:
         """Refine ``n`` samples with latents drawn from the prior by (seed, id), ids first_id ... first_id + n - 1.
@@ -215,185 +175,143 @@ class Refiner:
         self, latents: Tensor, *, labels: Any = None, first_id: int = 0, seed: int = 0, snapshots: Sequence[int] = ()
     ) -> Result:
         """Refine given latents (N, ...), or given images with at="output" and generator=None; otherwise as ``sample``."""
-        z = checks.tensor("latents" if self.generator is not None else "images", latents, self.dtype)
-        fit.check_latents(self, z)
+        z = checks.tensor("latents" if self.generator is not None else "images", latents, self.options.dtype)
+        self._check_latents(z)
         source = self._source(len(z), first_id, seed, z, labels)
-        steps = fit.snapshots(snapshots, self.max_steps)
-        return Result.concatenate(list(session.parts(self, source, max(len(z), 1), steps)))
+        return Result.concatenate(list(self._parts(source, max(len(z), 1), snapshots)))
 
     def stream(
         self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None,
         snapshots: Sequence[int] = (),
     ) -> Iterator[Result]:  # fmt: skip
         """As ``sample``, in consecutive parts of ``chunk`` samples with bounded memory, in order of sample id."""
-        if self.prior is None:
+        if self.options.prior is None:
             raise InputError("no prior to draw latents from: pass prior=, e.g. fastrefine.Normal(64), or use refine(latents)")
         checks.count("chunk", chunk, 1)
-        source = self._source(checks.count("n", n, 0), first_id, seed, None, labels)
-        return session.parts(self, source, chunk, fit.snapshots(snapshots, self.max_steps))
+        return self._parts(self._source(checks.count("n", n, 0), first_id, seed, None, labels), chunk, snapshots)
 
-    def dataset(
-        self, n: int, seed: int = 0, *, first_id: int = 0, labels: Any = None, chunk: int = 1000
-    ) -> dataset.RefinedDataset:  # fmt: skip
+    def dataset(self, n: int, seed: int = 0, *, first_id: int = 0, labels: Any = None, chunk: int = 1000) -> RefinedDataset:
         """The samples of ``sample`` as a torch IterableDataset for a DataLoader; see ``RefinedDataset``."""
-        return dataset.RefinedDataset(self, n, seed=seed, first_id=first_id, labels=labels, chunk=chunk)
+        return RefinedDataset(self, n, seed=seed, first_id=first_id, labels=labels, chunk=chunk)
 
     def score(self, images: Tensor, labels: Any = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
-        x = checks.tensor("images", images, self.dtype)
-        y = self._own_labels(labels, len(x))
-        self._notice_updates()
-        if len(x) == 0:
-            return torch.zeros(0, dtype=self.dtype, device=self.output_device)
-        with quiet_torch(self.device), settings.arithmetic(self.precision, self.deterministic):
-            return scoring.logits(self, scoring.side_for(self, x, y), x, y).to(self.output_device)
+        x = checks.tensor("images", images, self.options.dtype)
+        return self._networks.score(x, self.options.own_labels(labels, len(x))).to(self.options.output_device)
 
     def real_logits(self, why: str) -> Tensor:
         """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""
-        if self.real is None:
-            raise InputError(f"{why} needs real images: pass real= to the Refiner")
-        if self._real_logits is None:
-            return self.score(self.real, self.real_labels).double().cpu()
-        return self._real_logits.logits
+        return self._networks.real_logits(why)
 
-    @property
-    def refines_latents(self) -> bool:
-        """Whether the activation is the latent itself, so that the prior is its law."""
-        return self.at == "input" and isinstance(self.generator, nn.Module) and not isinstance(self.generator, Split)
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Raise InputError for labels (n,) that the prepared networks do not know."""
+        self._networks.check_labels(labels)
 
-    def latent(self, required: bool = True) -> Latent | None:
-        """The prior's numbers for a sampler that reads them; None where it may do without and there are none."""
-        if required:
-            return fit.latent(self)
-        known = self.refines_latents and self.prior is not None and type(self.prior).table is not Prior.table
-        return fit.latent(self) if known else None
-
-    def probe(self, n: int, why: str) -> tuple[Tensor, Tensor]:
-        """Activations (n, F) and logits (n,) of proposals of no sample id, while a sampler is bound; see ``pilot``."""
-        return pilot.activations_and_logits(self, n, why)
+    def _parts(self, source: Source, chunk: int, snapshots: Sequence[int]) -> Iterator[Result]:
+        if isinstance(snapshots, str) or not isinstance(snapshots, Sequence):
+            raise InputError(f"snapshots is {snapshots!r}; wanted numbers of steps, e.g. (0, 10, 25, 50)")
+        steps = tuple(sorted({checks.count("snapshots", step, 0, self.options.max_steps) for step in snapshots}))
+        return SampleStream(self._networks, self.options, source, steps, self._idle).parts(chunk)
 
     def _source(self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any) -> Source:
         first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
         if first_id + n > 2**32:
             raise InputError(f"sample ids end at {first_id + n}; noise is defined for ids below 2**32")
-        return Source(first_id, n, seed, self.prior, latents, self._own_labels(labels, n))
+        return Source(first_id, n, seed, self.options.prior, latents, self.options.own_labels(labels, n))
 
-    def _own_labels(self, labels: Any, n: int) -> Tensor | None:
-        """Labels on the CPU, vectors in the dtype of the state."""
-        y = checks.labels(labels, n)
-        return y if y is None else y.to("cpu", self.dtype) if y.is_floating_point() else y.cpu()
-
-    def _prepare(self, source: Source) -> Target:
-        """Networks copied, cut, probed, folded and traced: once for each kind of input, then kept."""
-        labels = source.labels
-        self._notice_updates()
-        shape = source.latents.shape[1:] if source.latents is not None else self.prior.shape  # type: ignore[union-attr]
-        key = (tuple(shape), None if labels is None else (labels.is_floating_point(), tuple(labels.shape[1:])))
-        if self._target is not None and self._key == key:
-            self.check_labels(labels)
-            return self._target
-        if self._generator_key != key:
-            self._forget()
-        z, y = self._probe_batch(source, tuple(shape))
-        self._probed = z, y
-        if self._generator_side is None:
-            self._generator_side = GeneratorSide(self.generator, self.at, z, y, self.generator_kwargs, self.coupling)
-        side = self._generator_side
-        with side.evaluation_mode():
-            a, context = side.prefix(z, y)
-            images = side.render(a, context)
-            if self._discriminator_side is None:
-                self._discriminator_side = self._new_discriminator_side(images, y)
-            critic = self._discriminator_side
-            if y is not None and not (side.takes_labels or critic.takes_labels):
-                raise InputError(
-                    "labels were given, but neither the generator nor the discriminator takes them; wanted a second argument, "
-                    "named e.g. labels or y where it is optional"
-                )
-            if self.real is not None:
-                checks.real_images(self.real, side.image_shape, images)
-            self._bind(critic)
-            assert self._bound is not None
-            self.check_labels(labels)
-            target = Target(
-                side, critic, self._bound[0], self.precision, self.num_slots, self.coupling == "lockstep", self.compile
-            )
-            target.prepare(a, (*context, y) if critic.takes_labels and y is not None else context)
-            self._bound = self._bound[0].told(pilot.loss_error(self, target)), self._bound[1]
-        self._target, self._key, self._generator_key = target, key, key
-        return target
-
-    def _notice_updates(self) -> None:
-        """Forget what was prepared from weights that the caller has updated since."""
-        now = fit.Weights(self.generator), fit.Weights(self.discriminator)
-        if now[0] != self._seen_weights[0]:
-            self._forget()
-        elif now[1] != self._seen_weights[1]:
-            self._forget_discriminator()
-        self._seen_weights = now
-
-    def check_labels(self, labels: Tensor | None) -> None:
-        """Raise InputError for labels (n,) that the prepared networks do not know."""
-        assert self._generator_side is not None and self._discriminator_side is not None
-        for side in (self._generator_side, self._discriminator_side):
-            if labels is not None and side.takes_labels:
-                check_labels(labels, side.num_classes)
-
-    def _probe_batch(self, source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """A few distinct latents like those to come, and their labels."""
-        if source.latents is None:
-            z = self.prior.sample(torch.arange(PROBE), source.seed, self.dtype, ops.Stream.PROBE)  # type: ignore[union-attr]
-        else:
-            given = source.latents[:PROBE].to(self.dtype)
-            given = given if len(given) else torch.zeros(1, *shape, dtype=self.dtype)
-            # fewer than a probe batch: scaled and shifted copies, so that companions differ
-            z = torch.cat([given * (1 - 0.1 * k) + 0.05 * k for k in range(-(-PROBE // len(given)))])[:PROBE]
-        if source.labels is None:
-            return z.to(self.device), None
-        y = source.labels if len(source.labels) else source.labels.new_zeros(1, *source.labels.shape[1:])
-        return z.to(self.device), y[torch.arange(PROBE) % len(y)].to(self.device)
-
-    def _new_discriminator_side(self, images: Tensor, labels: Tensor | None) -> DiscriminatorSide:
-        return DiscriminatorSide(
-            self.discriminator,
-            images,
-            labels,
-            self.discriminator_kwargs,
-            self.discriminator_output,
-            self.output_key,
-            self.coupling,
-        )
-
-    def _bind(self, side: DiscriminatorSide) -> None:
-        """Score the real images and fill in what sampler and stop rule read of them."""
-        if self.real is not None:
-            if side.takes_labels and self.real_labels is None:
-                raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
-            logits = scoring.logits(self, side, self.real, self.real_labels).double().cpu()
-            bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
-            if bad:
-                raise InputError(f"the discriminator gives real images non-finite logits, first at {bad}")
-            self._real_logits = RealLogits(logits, _classes(self.real_labels))
-        self._bound = self.sampler.bind(self), self.stop.bind(self._real_logits)
-
-    def _refresh(self, discriminator: nn.Module) -> None:
-        """Take an updated discriminator of the same structure; nothing is traced again (used while shaping)."""
-        self.discriminator = discriminator
-        self._seen_weights = self._seen_weights[0], fit.Weights(discriminator)
-        if self._target is None or self._discriminator_side is None:
+    def _check_latents(self, latents: Tensor) -> None:
+        """InputError where given latents (N, ...) are not of the prior that the sampler targets."""
+        prior = self.options.prior
+        if prior is None or not self.options.sampler.traits.reads_prior or not refines_latents(self.generator, self.options.at):
             return
-        with quiet_torch(self.device), self._target.generator.evaluation_mode():
-            side = self._discriminator_side = self._discriminator_side.updated(discriminator)
-            self._target.refresh(side)
-            self._scorer = self._real_logits = None
-            assert self._bound is not None
-            if self._needs_real:
-                self._bind(side)
-            else:
-                self._bound = self.sampler.bind(self), self._bound[1]
-            with settings.arithmetic(self.precision, self.deterministic):
-                self._bound = self._bound[0].told(pilot.loss_error(self, self._target)), self._bound[1]
+        if latents.shape[1:].numel() != prior.numel:
+            raise InputError(
+                f"latents of shape {tuple(latents.shape)} do not fit {prior}, which has {prior.numel} elements each"
+            )
 
 
-def _classes(labels: Tensor | None) -> Tensor | None:
-    return labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
+def _check_networks(generator: Any, discriminator: Any, at: Any) -> None:
+    """InputError unless these are networks that can be refined at ``at``."""
+    if not isinstance(discriminator, nn.Module):
+        raise InputError(f"discriminator is a {type(discriminator).__name__}; wanted a torch.nn.Module")
+    if generator is not None and not isinstance(generator, nn.Module | Split):
+        raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module, a Split or None")
+    if isinstance(generator, Split) and at != "input":
+        raise InputError(f"a Split is cut already: leave at='input', got {at!r}")
+    if generator is None and at != "output":
+        raise InputError(f"without a generator only images can be refined: pass at='output', not {at!r}")
+
+
+def _check_fit(refiner: Refiner) -> None:
+    """InputError where the sampler cannot do what it promises, a warning where it does something else."""
+    options = refiner.options
+    sampler, name = options.sampler, type(options.sampler).__name__
+    if options.scale == "critic" and sampler.loss in ("nonsaturating", "minimax"):
+        _warn(f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'")
+    steps = sampler.traits.transition_steps
+    if options.max_steps % steps:
+        fits = options.max_steps // steps * steps
+        raise InputError(
+            f"max_steps is {options.max_steps}, but one transition of {name} takes {steps} steps; wanted a multiple, {fits} or "
+            f"{fits + steps}"
+        )
+    if not sampler.traits.targets_density:
+        return
+    if not refines_latents(refiner.generator, options.at):
+        where = "a Split" if options.at == "input" else f"at={options.at!r}"
+        raise InputError(
+            f"{name} samples p0(z) exp(d(G(z))), a law of the latent: it needs a generator and at='input', got {where}; "
+            "Collaborative, DGflow and DOT refine any activation"
+        )
+    if options.prior is None:
+        raise InputError(f"{name} samples p0(z) exp(d(G(z))): pass prior=, e.g. fastrefine.Normal(64)")
+    if not isinstance(options.stop, FixedSteps) or options.keep == "best":
+        _warn(f"{name} keeps its law only with stop=None and keep='last': what this run returns is not exact")
+    if options.max_grad_norm is not None and not sampler.traits.needs_last_gradient:  # a Metropolis test makes up for it
+        _warn(f"{name} with max_grad_norm samples another law, for the gradient it clips is the law's: this run is not exact")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, FastrefineWarning, stacklevel=4)
+
+
+class RefinedDataset(IterableDataset):
+    """``refiner.dataset(n, seed)``: samples first_id ... first_id + n - 1 as they are made, in bounded memory.
+
+    Each item is a dict: "image" (C, ...) tensor, "logit" () tensor, "id" int, and "label" where labels were given. With
+    several DataLoader workers each makes every w-th chunk: together they give every sample once, in an order of chunks
+    that depends on the number of workers; which sample has which id does not.
+    """
+
+    def __init__(self, refiner: Refiner, n: int, *, seed: int, first_id: int, labels: Any, chunk: int):
+        checks.count("n", n, 0)
+        self.refiner, self.n, self.seed, self.first_id = refiner, n, seed, first_id
+        self.labels, self.chunk = checks.labels(labels, n), checks.count("chunk", chunk, 1)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if info is not None and self.refiner.device.type == "cuda" and torch.cuda._is_in_bad_fork():
+            raise InputError(
+                "a refiner on a GPU cannot be used in a forked process: DataLoader(..., num_workers=0), which is as fast on "
+                'one GPU, or multiprocessing_context="spawn"'
+            )
+        if workers == 1:
+            yield from self._items(0, self.n)
+            return
+        if info is not None and torch.get_num_threads() != 1:
+            torch.set_num_threads(1)  # the workers share the cores
+        for start in range(worker * self.chunk, self.n, workers * self.chunk):
+            yield from self._items(start, min(start + self.chunk, self.n))
+
+    def _items(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        labels = None if self.labels is None else self.labels[start:stop]
+        for part in self.refiner.stream(
+            stop - start, first_id=self.first_id + start, seed=self.seed, chunk=self.chunk, labels=labels
+        ):
+            for row, number in enumerate(part.ids.tolist()):
+                item = {"image": part.images[row], "logit": part.logits[row], "id": number}
+                yield item if part.labels is None else {**item, "label": part.labels[row]}

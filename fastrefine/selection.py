@@ -1,12 +1,12 @@
-"""Accept-reject over finished logits; composition is the caller's: refine, then select.
+"""Accept-reject selection by finished logits: refine first, then select.
 
-Classes: with ``labels`` (whole numbers (N,), vectors (N, C) read by their largest entry, or one class for all; of a result:
-``labels=out.labels``) every class is selected by itself, as if the others were not there. Its draws are functions of (seed,
-class, place in the class), so neither other classes nor how they are mixed changes what is chosen of it.
+Classes: with ``labels`` (whole numbers (N,), vectors (N, C) whose largest entry counts, or one class for all; of a result:
+``labels=out.labels``) each class is selected on its own. Draws depend on (seed, class, place in the class) only, so other
+classes do not change what is chosen of one.
 
-Trust: three of the functions read exp(logit) as a density ratio. Of a result that brings the real logits of its run
-(``Refiner(real=...)``) they ask ``Diagnosis.trusted`` first: untrusted="warn" (FastrefineWarning) | "refuse" (InputError) |
-"allow" (unasked). Tensors are taken as calibrated logits.
+Trust: three of the functions read exp(logit) as a density ratio. If a result has real logits (``Refiner(real=...)``), they
+look at ``Diagnosis.trusted`` first. Untrusted logits: untrusted="warn" (FastrefineWarning) | "refuse" (InputError) | "allow"
+(no check). Tensors are taken as calibrated logits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrefine import checks, ops
-from fastrefine.calibration import classes_of, judge, logits_of
+from fastrefine import checks
+from fastrefine.diagnosis.calibration import check_trust, classes_of, logits_of
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.ops.noise import Stream
+from fastrefine.noise import Stream, philox
 from fastrefine.result import Result
-from fastrefine.samplers.base import check_number
+from fastrefine.stopping import RealLogits
 
-MOVED = 0.01  # share of the chains below which they are said to be stuck
+MOVED = 0.01  # warn where a smaller share of the chains moved
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class MHResult:
     """What Metropolis-Hastings chose.
 
     indices: (M,) int64 positions among the proposals, one for each chain. acceptance_rate: accepted share of all tests.
-    moved: (M,) bool; False where a chain never accepted a proposal (started from a real image it then holds its first
-    proposal, unselected).
+    moved: (M,) bool; False where a chain accepted no proposal: its index is then its first proposal.
     """
 
     indices: Tensor
@@ -49,24 +48,18 @@ class MHResult:
 
 
 def metropolis_hastings(
-    logits: Tensor | Result,
-    chain_length: int = 20,
-    initial_logits: Tensor | None = None,
-    seed: int = 0,
-    *,
-    labels: Any = None,
-    initial_labels: Any = None,
-    untrusted: str = "warn",
-) -> MHResult:
+    logits: Tensor | Result, chain_length: int = 20, initial_logits: Tensor | None = None, seed: int = 0, *,
+    labels: Any = None, initial_labels: Any = None, untrusted: str = "warn",
+) -> MHResult:  # fmt: skip
     """Metropolis-Hastings independence sampler ([MHGAN] Turner et al. 2019; [CS] 3.4): one chain for each output.
 
-    logits: (N,) of the proposals, or a Result (see the module on trust). Chain i tests proposals i L ... i L + L - 1 in
-    order, L = chain_length; N // L chains, left-over proposals are unused. It accepts with min(1, exp(d_new - d_old)), in
-    log space. It starts from its first proposal or, where ``initial_logits`` (R,) of real images are given, from one of
-    them drawn by (seed, i). A non-finite proposal is never accepted.
+    logits: (N,) of the proposals, or a Result (see Trust above). With L = chain_length, chain i tests proposals
+    i L ... i L + L - 1 in order; there are N // L chains, and left-over proposals are unused. A proposal is accepted with
+    min(1, exp(d_new - d_old)), never if its logit is not finite. A chain starts from its first proposal or, where
+    ``initial_logits`` (R,) of real images are given, from one of them drawn by (seed, i).
 
-    labels: chain k of a class tests proposals k L ... k L + L - 1 of that class, from a real logit of it
-    (``initial_labels``, (R,)); the outputs come class by class in ascending order, in each in the order of the chains.
+    labels: chain k of a class tests proposals k L ... k L + L - 1 of that class. It starts from a real logit of the class,
+    given ``initial_labels`` (R,). Outputs are in order of class, then of chain.
 
     Warns where less than 1 % of the chains moved, and of classes too small for a chain. Raises InputError when there is no
     complete chain, no real logit of a class, for the scores of a critic, and for untrusted logits under "refuse".
@@ -74,21 +67,16 @@ def metropolis_hastings(
     what = "metropolis_hastings"
     checks.count("chain_length", chain_length, 1)
     proposals = logits_of(logits, what)
-    judge(logits, what, untrusted)
+    check_trust(logits, what, untrusted)
     groups = _grouped(labels, len(proposals), proposals.device)
     positions, label, chain = groups.tables(chain_length, what, "chain")
-    table = proposals[positions]
-    table = torch.where(torch.isfinite(table), table, -torch.inf)  # a chain that starts there leaves at once
+    table = finite(proposals)[positions]  # a chain that starts at -inf accepts its next finite proposal
     current, first = table[:, 0], 1
     if initial_logits is not None:
         current, first = _starts(initial_logits, initial_labels, label, chain, seed), 0
     elif initial_labels is not None:
         raise InputError("initial_labels were given without initial_logits")
-    if label is None:
-        backend = ops.serving(table.device, "metropolis")
-        position, accepted = ops.metropolis(table, current, seed, first, Stream.SELECTION, backend=backend)
-    else:
-        position, accepted = walk(table, current, seed, first, label, chain)
+    position, accepted = walk(table, current, seed, first, label, chain)
     tests, moved = len(table) * (chain_length - first), accepted > 0
     rate = int(accepted.sum()) / tests if tests else 0.0
     if tests and int(moved.sum()) < MOVED * len(moved):
@@ -100,7 +88,11 @@ def metropolis_hastings(
 
 
 def walk(table: Tensor, current: Tensor, seed: int, first: int, label: Tensor | None, chain: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``ops.metropolis`` on a table without NaN and inf, with draws by (seed, class, chain of the class, test)."""
+    """(column of the last accepted proposal (M,), 0 where none was; number of accepted ones (M,)), both int64.
+
+    table: (M, L) logits of the proposals, each finite or -inf. Chain i starts from current[i] and tests table[i, first:] in
+    order. Test k accepts where log u < table[i, k] - current; u is drawn by (seed, class, chain of the class, k).
+    """
     position, accepted = torch.zeros_like(chain), torch.zeros_like(chain)
     for k in range(first, table.shape[1]):
         accept = torch.log(draw(seed, label, k, chain, Stream.SELECTION)) < table[:, k] - current
@@ -117,62 +109,49 @@ def _starts(logits: Tensor, labels: Any, label: Tensor | None, chain: Tensor, se
         raise InputError("initial_logits must hold one or more finite logits of real images")
     if (labels is None) != (label is None):
         raise InputError("chains by class that start from real images need both labels and initial_labels")
-    start = start.to(chain.device)
-    u = draw(seed, label, 0, chain, Stream.REFERENCE)
-    if label is None:
-        return start[(u * len(start)).long().clamp(max=len(start) - 1)]
-    groups = _grouped(labels, len(start), start.device, "initial_labels")
-    sizes = torch.tensor(groups.sizes, device=start.device)
-    classes = groups.classes
-    at = torch.searchsorted(classes, label).clamp(max=len(classes) - 1)
-    missing = label[classes[at] != label].unique().tolist()
+    classes = None if labels is None else classes_of(labels, "initial_labels", len(start)).to(chain.device)
+    missing = [] if label is None or classes is None else label[~torch.isin(label, classes)].unique().tolist()
     if missing:
         raise InputError(f"initial_logits hold no real image of {len(missing)} classes, first {missing[:5]}")
-    place = torch.minimum((u * sizes[at]).long(), sizes[at] - 1)
-    return start[groups.order][(sizes.cumsum(0) - sizes)[at] + place]
+    return RealLogits(start.to(chain.device), classes).drawn(draw(seed, label, 0, chain, Stream.REFERENCE), label)
 
 
 def rejection_sample(
-    logits: Tensor | Result,
-    percentile: float = 95,
-    log_m: float | Mapping[int, float] | None = None,
-    seed: int = 0,
-    *,
-    labels: Any = None,
-    untrusted: str = "warn",
-) -> Tensor:
+    logits: Tensor | Result, percentile: float = 95, log_m: float | Mapping[int, float] | None = None, seed: int = 0, *,
+    labels: Any = None, untrusted: str = "warn",
+) -> Tensor:  # fmt: skip
     """Discriminator rejection sampling ([DRS] Azadi et al. 2019, Eq. 8): positions (K,) int64 of the accepted, in order.
 
-    logits: (N,) of the proposals, or a Result (see the module on trust). With M the largest logit and delta = d - M,
-    proposal i is accepted with probability s(F_i - gamma), where F = delta - log(1 - exp(delta - 1e-6)) and gamma is the
-    ``percentile``-th percentile of F, 0 ... 100: higher accepts fewer. log_m: M of a pilot pass; it rises where a later
-    logit is larger, never falls. Proposal i draws by (seed, i). Non-finite logits are never accepted. One pass is all:
-    K may be anything, K / N is the acceptance rate.
+    logits: (N,) of the proposals, or a Result (see Trust above). With M the largest logit and delta = d - M, proposal i is
+    accepted with probability s(F_i - gamma), where F = delta - log(1 - exp(delta - 1e-6)) and gamma is the
+    ``percentile``-th percentile of F, 0 ... 100: higher accepts fewer. log_m: M of a pilot pass; it rises to any larger
+    logit that follows. Proposal i draws by (seed, i). Non-finite logits are never accepted. Each proposal is tested once;
+    K / N is the acceptance rate.
 
-    labels: M and gamma of each class by itself; log_m is then one number for all, or {class: number}.
+    labels: every class has its own M and gamma; log_m is then one number for all, or {class: number}.
 
-    Warns where nothing was accepted, in all or of a class. Raises InputError on a percentile or log_m out of range, for the
-    scores of a critic, and for untrusted logits under "refuse".
+    Warns where nothing was accepted, overall or of a class. Raises InputError on a percentile or log_m out of range, for
+    the scores of a critic, and for untrusted logits under "refuse".
     """
     what = "rejection_sample"
-    check_number("percentile", percentile, 0, 100)
-    d, known = _proposals(logits, what)
-    judge(logits, what, untrusted)
+    checks.number("percentile", percentile, 0, 100)
+    d = finite(logits_of(logits, what))
+    check_trust(logits, what, untrusted)
     groups = _grouped(labels, len(d), d.device)
     if isinstance(log_m, Mapping) and labels is None:
         raise InputError("log_m by class needs labels")
     floors = [_floor(log_m, label) for label in groups.classes.tolist()]
 
-    def accept(d: Tensor, known: Tensor, floor: float | None) -> Tensor:
+    def accept(d: Tensor, floor: float | None) -> Tensor:
         highest = d.max() if floor is None else torch.cummax(d, 0).values.clamp(min=floor)
         score = rejection_score(d - highest)
-        return torch.sigmoid(score - quantile(score[known], percentile / 100))
+        return torch.sigmoid(score - quantile(score[torch.isfinite(d)], percentile / 100))
 
-    return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), floors, strict=True)], seed, what)
+    return groups.accepted([accept(*args) for args in zip(groups.split(d), floors, strict=True)], seed, what)
 
 
 def rejection_score(delta: Tensor) -> Tensor:
-    """F before gamma is taken off ([DRS] Eq. 8), of delta = d - M <= 0."""
+    """F of [DRS] Eq. 8 before gamma is subtracted, for delta = d - M <= 0."""
     return delta - torch.log(-torch.expm1(delta - 1e-6))
 
 
@@ -182,12 +161,12 @@ def _floor(log_m: float | Mapping[int, float] | None, label: int) -> float | Non
             raise InputError(f"log_m holds no number for class {label}")
         log_m = log_m[label]
     if log_m is not None:
-        check_number("log_m", log_m)
+        checks.number("log_m", log_m)
     return log_m
 
 
 def quantile(x: Tensor, q: float) -> Tensor:
-    """As torch.quantile, for any number of values; NaN of none."""
+    """torch.quantile (which takes 16 million values at most) for any number of values; NaN for none."""
     if len(x) == 0:
         return x.new_full((), torch.nan)
     x, at = torch.sort(x).values, q * (len(x) - 1)
@@ -199,31 +178,26 @@ def budgeted_rejection(
 ) -> Tensor:
     """Optimal budgeted rejection sampling ([OBRS] Verine et al. 2024): positions (K,) int64 of the accepted, in order.
 
-    Accepts proposal i with probability a_i = min(1, c exp(d_i)), where c makes mean(a) = budget, in (0, 1]: of all
-    acceptance functions with that mean the one whose samples are nearest to the data in every f-divergence. logits as
-    in ``rejection_sample``. Where fewer than budget N logits are finite, all of those are accepted. K / N is the acceptance
-    rate.
+    Proposal i is accepted with probability a_i = min(1, c exp(d_i)), where c makes mean(a) = budget, in (0, 1]. Among all
+    acceptance functions with that mean, this one brings the samples nearest to the data in every f-divergence. logits: as
+    in ``rejection_sample``. Where fewer than budget N logits are finite, all of those are accepted.
 
-    labels: the budget holds in each class, so that every class keeps its share of the samples, and its samples are the
-    nearest to its data. Without labels one c serves all, and classes that D prefers gain share.
+    labels: the budget holds in each class, so every class keeps its share of the samples. Without labels one c serves all,
+    and classes that D prefers gain share.
 
-    Warns as ``rejection_sample``. Raises InputError on a budget out of range, for the scores of a critic, and for untrusted
-    logits under "refuse".
+    Warns and raises as ``rejection_sample``; InputError also on a budget out of range.
     """
     what = "budgeted_rejection"
-    check_number("budget", budget, 0, 1, open_low=True)
-    d, known = _proposals(logits, what)
-    judge(logits, what, untrusted)
+    checks.number("budget", budget, 0, 1, open_low=True)
+    d = finite(logits_of(logits, what))
+    check_trust(logits, what, untrusted)
     groups = _grouped(labels, len(d), d.device)
-
-    def accept(d: Tensor, known: Tensor) -> Tensor:
-        return torch.exp(torch.clamp(d + log_scale(d[known], budget * len(d)), max=0))
-
-    return groups.accepted([accept(*args) for args in zip(*groups.split(d, known), strict=True)], seed, what)
+    accept = [torch.exp((x + log_scale(x[torch.isfinite(x)], budget * len(x))).clamp(max=0)) for x in groups.split(d)]
+    return groups.accepted(accept, seed, what)
 
 
 def log_scale(d: Tensor, wanted: float) -> Tensor:
-    """t with sum(min(1, exp(d + t))) = wanted, exactly: the k largest are at 1, the others share what is left."""
+    """t with sum(min(1, exp(d + t))) = wanted, exactly: the k largest terms are 1, and t fits the others to the rest."""
     if len(d) <= wanted:
         return d.new_full((), torch.inf)
     d = torch.sort(d, descending=True).values
@@ -236,36 +210,35 @@ def log_scale(d: Tensor, wanted: float) -> Tensor:
 def best_of_n(logits: Tensor | Result, n: int, *, labels: Any = None) -> Tensor:
     """The proposal with the highest logit of each n consecutive ones: positions (N // n,) int64; the rest is unused.
 
-    Any monotone scale serves, a critic's too; it moves the samples towards the discriminator's taste, to no stated law.
-    Non-finite logits are never chosen unless a group has no other. labels: groups of n consecutive proposals of one class,
-    class by class in ascending order; warns of classes with fewer. Raises InputError when there is no complete group.
+    logits: on any monotone scale, a critic's too. The samples move towards what the discriminator prefers, and follow no
+    known law. A non-finite logit is chosen only if its group has no finite one. labels: groups of n consecutive proposals
+    of one class, in order of class; warns of classes with fewer. Raises InputError when there is no complete group.
     """
     checks.count("n", n, 1)
-    d = torch.as_tensor(logits.logits if isinstance(logits, Result) else logits).detach().double()
-    if d.dim() != 1:
-        raise InputError(f"best_of_n wants logits of shape (N,), got {tuple(d.shape)}")
+    d = finite(logits_of(logits, "best_of_n", critic=True))
     positions = _grouped(labels, len(d), d.device).tables(n, "best_of_n", "group")[0]
-    table = d[positions]
-    table = torch.where(torch.isfinite(table), table, -torch.inf)
-    return positions.gather(1, table.argmax(1, keepdim=True))[:, 0]
+    return positions.gather(1, d[positions].argmax(1, keepdim=True))[:, 0]
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """Proposals class by class; without labels one group of all."""
+    """Proposals sorted by class; without labels one group of all."""
 
-    order: Tensor  # (N,) positions, ascending in class, within a class in order
+    order: Tensor  # (N,) positions in order of class, those of a class in ascending order
     label: Tensor | None  # (N,) class of each of them
     rank: Tensor  # (N,) place of each of them in its class
     classes: Tensor  # (C,) ascending
     sizes: list[int]  # of the classes
 
-    def split(self, *values: Tensor) -> list[tuple[Tensor, ...]]:
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values (N,) class by class."""
-        return [value[self.order].split(self.sizes) for value in values]
+        return values[self.order].split(self.sizes)
 
     def tables(self, length: int, what: str, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(positions (M, length), class of each row (M,), number of the row in its class (M,)); warns of small classes."""
+        """(positions (M, length), class of each row (M,), number of the row in its class (M,)); warns of small classes.
+
+        name: of a row, for messages.
+        """
         small = [label for label, size in zip(self.classes.tolist(), self.sizes, strict=True) if size < length]
         if len(small) == len(self.sizes):
             one = "" if self.label is None else " of one class"
@@ -280,7 +253,7 @@ class _Groups:
         return self.order[kept].view(-1, length), label, self.rank[kept][::length] // length
 
     def accepted(self, probability: list[Tensor], seed: int, what: str) -> Tensor:
-        """(K,) ascending positions accepted with the probabilities (NaN: never), given class by class; warns of none."""
+        """(K,) ascending positions of the accepted; probability: class by class, NaN: never. Warns of classes with none."""
         if not probability:
             return self.order
         u = draw(seed, self.label, 0, self.rank, Stream.REJECTION)
@@ -294,27 +267,25 @@ class _Groups:
         return torch.sort(self.order[chosen]).values
 
 
-def _grouped(labels: Any, n: int, device: torch.device, name: str = "labels") -> _Groups:
+def _grouped(labels: Any, n: int, device: torch.device) -> _Groups:
     everyone = torch.arange(n, device=device)
     if labels is None:
         return _Groups(everyone, None, everyone, torch.zeros(int(n > 0), dtype=torch.int64, device=device), [n] * (n > 0))
-    label, order = torch.sort(classes_of(labels, name, n).to(device), stable=True)
+    label, order = torch.sort(classes_of(labels, "labels", n).to(device), stable=True)
     classes, sizes = label.unique_consecutive(return_counts=True)
     rank = everyone - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return _Groups(order, label, rank, classes, sizes.tolist())
 
 
-def _proposals(logits: Tensor | Result, what: str) -> tuple[Tensor, Tensor]:
-    """(logits with -inf for those that are not finite, which are finite), each (N,)."""
-    d = logits_of(logits, what)
-    known = torch.isfinite(d)
-    return torch.where(known, d, -torch.inf), known
+def finite(logits: Tensor) -> Tensor:
+    """Logits with -inf in place of those that are not finite."""
+    return torch.where(torch.isfinite(logits), logits, -torch.inf)
 
 
 def draw(seed: int, label: Tensor | None, step: int, place: Tensor, stream: int) -> Tensor:
-    """Uniforms (S,) by (seed, class, step, place in the class, stream); of class 0 as of no classes, ``ops.uniform``."""
+    """Uniforms (S,) float64 by (seed, class, step, place in the class, stream); without classes as ``noise.uniform``."""
     zero = torch.zeros_like(place)
-    words = ops.philox(seed, zero if label is None else label & 0xFFFFFFFF, zero + step, place, zero + stream)
+    words = philox(seed, zero if label is None else label & 0xFFFFFFFF, zero + step, place, zero + stream)
     return (words[0].double() + 0.5) * 2.0**-32
 
 

@@ -1,4 +1,4 @@
-"""Stop rules: each draws, when a sample is admitted, a logit threshold and a last step; the kernels know one test."""
+"""Stop rules: each gives a sample, when it enters a slot, a logit threshold and a last step; the step kernels test both."""
 
 from __future__ import annotations
 
@@ -10,52 +10,56 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fastrefine import ops
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.ops.noise import Stream
-from fastrefine.samplers.base import check_number
+from fastrefine.noise import Stream, uniform
 
 Draw = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class RealLogits:
-    """Logits of real images under the present discriminator, (N,), with their classes where the images are labelled."""
+    """Logits (N,) of real images under the current discriminator, with their classes (N,) where the images are labelled."""
 
     logits: Tensor
     labels: Tensor | None = None
 
-    def of_class(self, label: int) -> Tensor:
-        """Logits of one class; InputError where there is none."""
-        assert self.labels is not None
-        found = self.logits[self.labels == label]
-        if len(found) == 0:
-            raise InputError(f"no real image has label {label}; give `real` images of every class that is sampled")
-        return found
-
     def per_sample(self, labels: Tensor | None, pick: Callable[[Tensor, Tensor], Tensor], n: int) -> Tensor:
-        """``pick(logits of the class, positions)`` for each class among ``labels``, or for all at once."""
-        everyone = torch.arange(n)
+        """(n,) values: ``pick(logits of the class, positions of its samples)`` class by class; without labels one call.
+
+        Raises InputError where a class has no real logit.
+        """
+        everyone = torch.arange(n, device=self.logits.device)
         if self.labels is None or labels is None:
             return pick(self.logits, everyone)
         result = self.logits.new_empty(n)
         for label in labels.unique().tolist():
-            where = everyone[labels == label]
-            result[where] = pick(self.of_class(label), where)
+            real, at = self.logits[self.labels == label], everyone[labels == label]
+            if len(real) == 0:
+                raise InputError(f"no real image has label {label}; give `real` images of every class that is sampled")
+            result[at] = pick(real, at)
         return result
 
     def median(self, labels: Tensor | None, n: int) -> Tensor:
         """(n,) median real logit, per class if labelled."""
         return self.per_sample(labels, lambda logits, at: logits.median().expand(len(at)), n)
 
-    def reference(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
-        """(n,) logit of a real image drawn for each sample by (seed, id), of the sample's class if labelled."""
-        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.REFERENCE)[:, 0]
+    def drawn(self, u: Tensor, labels: Tensor | None) -> Tensor:
+        """(n,) logit of the real image that each uniform of u (n,) picks, of the sample's class if labelled."""
 
         def pick(logits: Tensor, at: Tensor) -> Tensor:
             return logits[(u[at] * len(logits)).long().clamp(max=len(logits) - 1)]
 
-        return self.per_sample(labels, pick, len(ids))
+        return self.per_sample(labels, pick, len(u))
+
+    def reference(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
+        """(n,) logit of a real image drawn for each sample by (seed, id), of the sample's class if labelled."""
+        return self.drawn(_uniform(ids, seed, Stream.REFERENCE), labels)
+
+
+def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:
+    """(n,) uniforms, one for each sample id."""
+    return uniform(seed, ids, torch.zeros_like(ids), 1, stream)[:, 0]
 
 
 class StopRule:
@@ -65,16 +69,18 @@ class StopRule:
     early = True  # whether samples may retire before ``max_steps``
 
     def bind(self, real: RealLogits | None) -> StopRule:
-        """The rule with the real logits of the present discriminator filled in."""
+        """The rule with the real logits of the current discriminator filled in."""
         return self
 
     def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
         """(threshold (n,) float64, last step (n,) int32) of the samples ``ids``; a pure function of (seed, id)."""
-        raise NotImplementedError
+        return self._thresholds(ids, seed, labels), self._last_steps(ids, seed, max_steps)
 
+    def _thresholds(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
+        return torch.full((len(ids),), math.inf, dtype=torch.float64)
 
-def _always(ids: Tensor, max_steps: int) -> Tensor:
-    return torch.full((len(ids),), max_steps, dtype=torch.int32)
+    def _last_steps(self, ids: Tensor, seed: int, max_steps: int) -> Tensor:
+        return torch.full((len(ids),), max_steps, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,6 @@ class FixedSteps(StopRule):
     """stop=None: every sample has ``max_steps`` updates."""
 
     early = False
-
-    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        return torch.full((len(ids),), math.inf, dtype=torch.float64), _always(ids, max_steps)
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ class Threshold(StopRule):
     logit: float
 
     def __post_init__(self) -> None:
-        check_number("threshold logit", self.logit)
+        checks.number("threshold logit", self.logit)
 
-    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        return torch.full((len(ids),), float(self.logit), dtype=torch.float64), _always(ids, max_steps)
+    def _thresholds(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
+        return torch.full((len(ids),), float(self.logit), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,15 +137,15 @@ class _FromReal(StopRule):
 class MedianOfReal(_FromReal):
     """Retire when the logit reaches the median real logit ([CS] Alg. 1), per class if ``real_labels`` are given."""
 
-    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        return self._known().median(labels, len(ids)).double(), _always(ids, max_steps)
+    def _thresholds(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
+        return self._known().median(labels, len(ids)).double()
 
 
 class ReferenceSample(_FromReal):
     """Retire when the logit reaches that of a real image drawn for this sample, of its class if labelled."""
 
-    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        return self._known().reference(ids, seed, labels).double(), _always(ids, max_steps)
+    def _thresholds(self, ids: Tensor, seed: int, labels: Tensor | None) -> Tensor:
+        return self._known().reference(ids, seed, labels).double()
 
 
 @dataclass(frozen=True)
@@ -152,23 +155,19 @@ class Hazard(StopRule):
     probability: float
 
     def __post_init__(self) -> None:
-        check_number("hazard probability", self.probability, 0.0, 1.0, open_low=True)
+        checks.number("hazard probability", self.probability, 0.0, 1.0, open_low=True)
 
-    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
+    def _last_steps(self, ids: Tensor, seed: int, max_steps: int) -> Tensor:
         log_stay = math.log1p(-self.probability) if self.probability < 1 else -math.inf
-        last = torch.floor(torch.log(u) / log_stay).clamp(0, max_steps)
-        return torch.full((len(ids),), math.inf, dtype=torch.float64), last.int()
+        return torch.floor(torch.log(_uniform(ids, seed, Stream.LAST_STEP)) / log_stay).clamp(0, max_steps).int()
 
 
 @dataclass(frozen=True)
 class UniformStep(StopRule):
     """Retire after a step drawn uniformly from 0 ... max_steps (the public code's "probabilistic" refinement)."""
 
-    def draw(self, ids: Tensor, seed: int, max_steps: int, labels: Tensor | None = None) -> Draw:
-        u = ops.uniform(seed, ids, torch.zeros_like(ids), 1, Stream.LAST_STEP)[:, 0]
-        last = torch.floor(u * (max_steps + 1)).clamp(max=max_steps)
-        return torch.full((len(ids),), math.inf, dtype=torch.float64), last.int()
+    def _last_steps(self, ids: Tensor, seed: int, max_steps: int) -> Tensor:
+        return torch.floor(_uniform(ids, seed, Stream.LAST_STEP) * (max_steps + 1)).clamp(max=max_steps).int()
 
 
 def as_rule(stop: StopRule | float | None) -> StopRule:

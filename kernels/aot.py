@@ -26,8 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import philox
-from .follow import TURN, WORDS, follow_rows
-from .metropolis import CHAINS, metropolis_scan
+from .copy_context import TURN, WORDS, copy_rows
 from .refine_step import refine_apply, refine_decide, refine_reduce
 from .rules import RULES
 from .variants import VIEWS, Variant, warps
@@ -153,18 +152,9 @@ def _kinds(label: str, real: torch.dtype, view: torch.dtype | None, variant: Var
 
 
 def _others() -> Iterator[Specialisation]:
-    types = {"id_ptr": torch.int64, "step_ptr": torch.int64}
-    for dtype in VIEWS:
-        constants = {"DTYPE": philox.real_type(dtype), "BLOCK": philox.BLOCK}
-        yield Specialisation(f"noise_normal {dtype}", philox.noise_normal, {**types, "out_ptr": dtype}, constants)
-    types["out_ptr"] = torch.float64
-    yield Specialisation("noise_uniform", philox.noise_uniform, types, {"BLOCK": philox.BLOCK})
     for word in WORDS.values():
         types = {"table_ptr": torch.int64, "source_ptr": torch.int64}
-        yield Specialisation(f"follow_rows {word}", follow_rows, types, {"WORD": word, "BLOCK": TURN})
-    types = {"table_ptr": torch.float64, "current_ptr": torch.float64}
-    types |= {"position_ptr": torch.int64, "accepted_ptr": torch.int64}
-    yield Specialisation("metropolis_scan", metropolis_scan, types, {"BLOCK": CHAINS})
+        yield Specialisation(f"copy_rows {word}", copy_rows, types, {"WORD": word, "BLOCK": TURN})
 
 
 @functools.cache

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastrefine.ops.refine_step import baked
+from fastrefine.ops.registry import baked
+from fastrefine.ops.slots import Outputs, Pool, Rule, Slots
 from fastrefine.samplers.base import Evaluation, Kernel
-from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
 
 from .philox import real_type, seed_bits
 from .refine_step import refine_apply, refine_decide, refine_reduce
@@ -51,13 +51,13 @@ class _Scratch:
 def _kernel(rule: Rule) -> Kernel:
     kernel = rule.sampler.kernel()
     assert kernel is not None and kernel.rule in RULES, kernel
-    assert RULES[kernel.rule].tests == rule.sampler.reads_last_gradient, kernel
+    assert RULES[kernel.rule].tests == rule.sampler.traits.needs_last_gradient, kernel
     assert RULES[kernel.rule].schedule == (kernel.schedule is not None), kernel
     return kernel
 
 
 def _hyper(rule: Rule, kernel: Kernel) -> Tensor:
-    head = *(kernel.clamp or (0.0, 0.0)), rule.max_grad_norm or 0.0, rule.sampler.transition
+    head = *(kernel.clamp or (0.0, 0.0)), rule.max_grad_norm or 0.0, rule.sampler.traits.transition_steps
     return torch.tensor([*head, *kernel.hyper], dtype=torch.float64)
 
 
@@ -98,7 +98,7 @@ def _check(slots: Slots, kernel: Kernel) -> None:
         if isinstance(tensor, Tensor):
             assert tensor.is_contiguous() and tensor.device == slots.activation.device, name
     assert slots.view is None or slots.view.dtype in VIEWS[slots.activation.dtype], slots.view.dtype
-    names = rows_of(slots.state, slots.state["logit"]), rows_of(slots.state, slots.activation)
+    names = slots.scalar_names, slots.vector_names
     assert names == (kernel.scalars, kernel.vectors), names
     fused = RULES[kernel.rule]
     assert (len(kernel.scalars), len(kernel.vectors)) == (fused.scalars, fused.vectors), kernel
@@ -126,7 +126,7 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     state, unused, view = slots.state, own.peak, a if slots.view is None else slots.view
     variant = _variant(slots, rule, own.kernel, evaluation)
     (s, f), real = a.shape, real_type(a.dtype)
-    assert variant.grad or evaluation is None or not rule.sampler.reads_last_gradient, rule.sampler
+    assert variant.grad or evaluation is None or not rule.sampler.traits.needs_last_gradient, rule.sampler
     logit, loss, grad = unused, unused, view  # of the types that they have when they are read
     if evaluation is not None:
         logit, loss = _plain(evaluation.logit, state["logit"]), _plain(evaluation.loss, state["logit"])

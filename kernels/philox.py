@@ -1,13 +1,8 @@
-"""Philox noise in Triton; specification: ``fastrefine.ops.noise``."""
-
-from typing import Any
+"""Philox noise in Triton; specification: ``fastrefine.noise``."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-BLOCK = 1024
 
 
 @triton.jit
@@ -59,22 +54,6 @@ def uniform_at(seed, element, step, sample_id, stream):
     return (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
 
 
-@triton.jit(do_not_specialize=["seed", "numel", "stream"])
-def noise_normal(id_ptr, step_ptr, out_ptr, seed: tl.int64, numel, stream, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    drawn = normal_at(seed, element, tl.load(step_ptr + sample), tl.load(id_ptr + sample), stream, DTYPE)
-    tl.store(out_ptr + sample * numel + element, drawn, mask=element < numel)
-
-
-@triton.jit(do_not_specialize=["seed", "numel", "stream"])
-def noise_uniform(id_ptr, step_ptr, out_ptr, seed: tl.int64, numel, stream, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    drawn = uniform_at(seed, element, tl.load(step_ptr + sample), tl.load(id_ptr + sample), stream)
-    tl.store(out_ptr + sample * numel + element, drawn, mask=element < numel)
-
-
 def real_type(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of the state's type."""
     return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]
@@ -83,28 +62,3 @@ def real_type(dtype: torch.dtype) -> tl.dtype:
 def seed_bits(seed: int) -> int:
     """The 64-bit key as a signed integer, as kernels and an int64 tensor take it."""
     return (seed & (2**64 - 1)) - ((seed & 2**63) << 1)
-
-
-def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """As ``ops.normal``, on GPU tensors (CPU tensors under TRITON_INTERPRET=1)."""
-    constants = {"DTYPE": real_type(dtype), "BLOCK": BLOCK, "enable_fp_fusion": False}
-    return _drawn(noise_normal, seed, sample_id, step, numel, stream, dtype, constants)
-
-
-def uniform(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int) -> Tensor:
-    """As ``ops.uniform``, on GPU tensors (CPU tensors under TRITON_INTERPRET=1)."""
-    return _drawn(noise_uniform, seed, sample_id, step, numel, stream, torch.float64, {"BLOCK": BLOCK})
-
-
-def _drawn(
-    kernel: Any, seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, dtype: torch.dtype,
-    constants: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    ids, steps = sample_id.to(torch.int64).contiguous(), step.to(torch.int64).contiguous()
-    assert ids.device == steps.device and ids.shape == steps.shape
-    out = torch.empty(len(ids), numel, dtype=dtype, device=ids.device)
-    if out.numel():
-        grid = (len(ids), triton.cdiv(numel, BLOCK))
-        with torch.cuda.device_of(ids):
-            kernel[grid](ids, steps, out, seed_bits(seed), numel, int(stream), **constants)
-    return out

@@ -14,8 +14,8 @@ os.environ.pop("FASTREFINE_BACKEND", None)
 @pytest.fixture
 def runtime(monkeypatch):
     """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""
-    from fastrefine import drivers
-    from tests.stand_in import KINDS, Runtime
+    from fastrefine.engine import drivers
+    from tests.support.stand_in import KINDS, Runtime
 
     stand_in = Runtime()
     original = drivers.choose

@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fastrefine as fr
-from fastrefine import dataset, fit, pairs
+from fastrefine import refiner as refiner_module
+from fastrefine.networks import copies
+from fastrefine.production import saved_pair
 
 
 def refiner(**options):
-    pair = pairs.load_pair("digits")
+    pair = saved_pair.load_pair("digits")
     given = dict(at="act2", prior=fr.Normal(32), max_steps=3, num_slots=16)
     return fr.Refiner(pair.generator, pair.discriminator, fr.Collaborative(0.1), **given | options)
 
@@ -48,14 +50,15 @@ def test_a_used_refiner_is_pickled_without_what_it_prepared():
     one = refiner(stop=fr.stopping.UniformStep())
     expected = one.sample(20).images
     again = pickle.loads(pickle.dumps(one))
-    assert again._target is None and one._target is not None
+    assert again._networks.target is None and one._networks.target is not None
     assert torch.equal(again.sample(20).images, expected)
 
 
 def test_a_refiner_with_another_discriminator_still_shares_the_cut():
     one = refiner()
     one.sample(4)
-    assert one.with_discriminator(one.discriminator)._generator_side is one._generator_side
+    other = one.with_discriminator(one.discriminator)
+    assert other._networks.prepared_generator is one._networks.prepared_generator is not None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -89,7 +92,7 @@ def test_a_callback_that_raises_cancels_and_leaves_the_refiner_usable():
     one = refiner(callback=cancel)
     with pytest.raises(Cancelled):
         one.sample(400)
-    one.callback = None
+    one = one.replaced(callback=None)
     assert torch.equal(one.sample(20).images, refiner().sample(20).images)
 
 
@@ -108,21 +111,21 @@ def test_weights_that_nobody_updated_are_the_same_for_any_number_of_threads_and_
     module.register_buffer("narrow", torch.ones(3, dtype=torch.float8_e4m3fn))
     module.register_buffer("mask", torch.ones(3, dtype=torch.bool))
     module.register_buffer("phase", torch.ones(3, dtype=torch.complex64))
-    before, threads = fit.Weights(module), torch.get_num_threads()
+    before, threads = copies.Weights(module), torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
-        assert fit.Weights(module) == before
+        assert copies.Weights(module) == before
     finally:
         torch.set_num_threads(threads)
     for value in (module.weight, module.mask, module.phase):
         value.data[0] = 0
-        assert fit.Weights(module) != before
-        before = fit.Weights(module)
+        assert copies.Weights(module) != before
+        before = copies.Weights(module)
 
 
 def test_what_cannot_be_replaced_is_named():
     assert refiner().replaced(max_steps=0, stop=0.5).max_steps == 0
-    with pytest.raises(fr.InputError, match="maxsteps is nothing that can be replaced"):
+    with pytest.raises(fr.InputError, match="maxsteps: a Refiner has no such option"):
         refiner().replaced(maxsteps=4)
 
 
@@ -140,9 +143,9 @@ def test_a_part_of_a_stream_owns_its_memory():
 def test_a_forked_process_is_told_that_it_cannot_use_a_refiner_of_a_gpu(monkeypatch):
     made = refiner()
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    monkeypatch.setattr(dataset, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    monkeypatch.setattr(refiner_module, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     items = made.dataset(4)
     assert len(list(items)) > 0  # on a CPU it may
-    vars(made)["device"] = torch.device("cuda")
+    object.__setattr__(made.options, "device", torch.device("cuda"))
     with pytest.raises(fr.InputError, match="num_workers=0"):
         next(iter(items))

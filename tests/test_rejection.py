@@ -8,35 +8,10 @@ import torch
 from scipy import stats
 
 import fastrefine as fr
-from fastrefine import ops, selection
-from tests.test_engine import refiner
-from tests.test_selection import ALPHA, SUP, optimal_logit, p_value, proposals
-
-
-def acceptance(d, indices):
-    """A p-value for: the proposals were accepted independently with probabilities ``d``. 20 bins of equal expectation."""
-    order = torch.argsort(d)
-    accepted = torch.zeros_like(d).index_fill(0, indices, 1.0)[order]
-    probability = d[order]
-    bins = (probability.cumsum(0) / probability.sum() * 20).long().clamp(max=19)
-    sums = [
-        torch.zeros(20, dtype=torch.float64).index_add(0, bins, x)
-        for x in (accepted, probability, probability * (1 - probability))
-    ]
-    known = sums[2] > 0
-    return stats.chi2.sf(float(((sums[0] - sums[1])[known] ** 2 / sums[2][known]).sum()), int(known.sum()))
-
-
-def drs(d, percentile, log_m=None):
-    """The acceptance probabilities, one at a time in plain Python."""
-    highest, scores = -math.inf if log_m is None else log_m, []
-    everything = max(d.tolist())
-    for x in d.tolist():
-        highest = everything if log_m is None else max(highest, x)
-        delta = x - highest
-        scores.append(delta - math.log(1 - math.exp(delta - 1e-6)))
-    scores = torch.tensor(scores, dtype=torch.float64)
-    return torch.sigmoid(scores - torch.quantile(scores, percentile / 100))
+from fastrefine import selection
+from fastrefine.noise import Stream
+from tests.support.refiners import refiner
+from tests.support.selection_laws import ALPHA, SUP, acceptance, drs, optimal_logit, p_value, proposals
 
 
 @pytest.mark.parametrize("log_m", [None, -0.5])
@@ -163,4 +138,4 @@ def test_a_million_proposals_take_no_loop():
 
 
 def test_its_numbers_are_not_those_of_the_chains():
-    assert ops.Stream.REJECTION not in (ops.Stream.SELECTION, ops.Stream.REFERENCE, ops.Stream.ACCEPT)
+    assert Stream.REJECTION not in (Stream.SELECTION, Stream.REFERENCE, Stream.ACCEPT)

@@ -7,26 +7,8 @@ import torch
 from scipy import stats
 
 import fastrefine as fr
-from fastrefine import ops
-from fastrefine.ops import Stream
-from tests.step_machine import device_of
-
-# Data N(M, S^2), generator N(0, 1): the optimal logit is known, and exp(SUP) bounds the density ratio.
-M, S = 0.5, 0.7
-SUP = math.log(1 / S) + M * M / (2 * (1 - S * S))
-ALPHA = 1e-4  # false-alarm rate of each statistical test, at a fixed seed
-
-
-def optimal_logit(x):
-    return -0.5 * ((x - M) / S) ** 2 - math.log(S) + 0.5 * x**2
-
-
-def proposals(n, seed=0):
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def p_value(x):
-    return stats.kstest((x.numpy() - M) / S, "norm").pvalue
+from fastrefine.noise import Stream, uniform
+from tests.support.selection_laws import ALPHA, M, S, optimal_logit, p_value, proposals
 
 
 def variance_p_value(x):
@@ -102,7 +84,7 @@ def test_acceptance_rate_is_that_of_a_plain_loop():
     for chain in range(40):
         at, here = chain * 20, 0
         for k in range(1, 20):
-            u = ops.uniform(3, torch.tensor([chain]), torch.tensor([k]), 1, Stream.SELECTION)[0, 0]
+            u = uniform(3, torch.tensor([chain]), torch.tensor([k]), 1, Stream.SELECTION)[0, 0]
             if math.log(u) < x[chain * 20 + k] - x[at]:
                 at, here = chain * 20 + k, here + 1
         accepted += here
@@ -110,21 +92,6 @@ def test_acceptance_rate_is_that_of_a_plain_loop():
         moved.append(here > 0)
     assert result.indices.tolist() == indices and result.moved.tolist() == moved
     assert result.acceptance_rate == pytest.approx(accepted / (40 * 19))
-
-
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize(("chains", "length"), [(1, 1), (5, 20), (300, 3)])
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_backends_walk_the_same_chains(backend, chains, length, first):
-    device = device_of(backend)
-    table = 2 * torch.randn(chains, length, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    table[0, -1] = math.nan
-    table[-1, 0] = math.inf
-    current = torch.where(table[:, 0].isfinite(), table[:, 0], -math.inf)
-    args = 2**63 + 1, first, Stream.SELECTION
-    wanted = ops.metropolis(table, current, *args)
-    found = ops.metropolis(table.to(device), current.to(device), *args, backend=backend)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_chain_that_never_moves_takes_its_first_proposal_and_is_flagged():

@@ -8,8 +8,7 @@ from scipy import stats
 from torch import nn
 
 import fastrefine as fr
-from tests.test_rejection import acceptance, drs
-from tests.test_selection import ALPHA
+from tests.support.selection_laws import ALPHA, acceptance, along_the_shift, conditional, drs, real_images
 
 # Class c: data N(MEANS[c], SCALES[c]^2), generator N(0, 1); its logits are off by OFFSETS[c], which no class by itself minds.
 MEANS, SCALES, OFFSETS = torch.tensor([0.5, -0.4, 0.0]), torch.tensor([0.7, 0.6, 0.8]), torch.tensor([0.0, 2.0, -3.0])
@@ -204,47 +203,6 @@ def test_classes_of_which_nothing_is_accepted_are_named():
 def test_what_does_not_fit_together_is_named(call, message):
     with pytest.raises(fr.InputError, match=message):
         call(torch.arange(6.0), torch.tensor([0, 1, 0, 1, 0, 1]))
-
-
-# A conditional pair in closed form: G(z, y) = z + CENTRES[y], data of class y N(CENTRES[y] + SHIFTS[y], 1), optimal D(x, y).
-CENTRES = torch.tensor([[0.0, 3.0], [2.0, -1.0], [-4.0, 0.0]])
-SHIFTS = torch.tensor([[0.5, 0.0], [0.0, -0.5], [-0.3, 0.3]])
-
-
-class Generator(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.centre = nn.Embedding.from_pretrained(CENTRES)
-
-    def forward(self, z, labels):
-        return z + self.centre(labels)
-
-
-class Discriminator(nn.Module):
-    def __init__(self, scale=1.0):
-        super().__init__()
-        self.slope = nn.Embedding.from_pretrained(scale * SHIFTS)
-        constant = -(SHIFTS * CENTRES).sum(1) - 0.5 * (SHIFTS**2).sum(1)
-        self.constant = nn.Embedding.from_pretrained(scale * constant[:, None])
-
-    def forward(self, x, labels):
-        return (x * self.slope(labels)).sum(1) + self.constant(labels)[:, 0]
-
-
-def conditional(scale=1.0, **options):
-    defaults = dict(sampler=fr.Collaborative(0.1), prior=fr.Normal(2), num_slots=256, max_steps=0)
-    return fr.Refiner(Generator(), Discriminator(scale), **{**defaults, **options})
-
-
-def real_images(labels, seed=3):
-    noise = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(seed))
-    return CENTRES[labels] + SHIFTS[labels] + noise
-
-
-def along_the_shift(images, labels):
-    """Standard normal where images follow the data of their class."""
-    direction = SHIFTS / SHIFTS.norm(dim=1, keepdim=True)
-    return ((images - CENTRES[labels] - SHIFTS[labels]) * direction[labels]).sum(1).double().numpy()
 
 
 def test_conditional_networks_and_chains_by_class_give_the_data_of_each_class(recwarn):

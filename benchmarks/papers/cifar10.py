@@ -22,9 +22,10 @@ from benchmarks.papers import plots, result_file
 from benchmarks.papers.cells import checkpoints, trained_judge
 from benchmarks.papers.image_networks import PictureClassifier, latents_of, networks_of, prior_of
 from benchmarks.papers.image_rows import ImageTable, Way
+from benchmarks.papers.pictures import load_cifar10
 from benchmarks.papers.result_file import Row, against, claim
 from benchmarks.papers.run import Recipe, Run
-from fastrefine.datasets import Images, load_cifar10, load_digits
+from fastrefine.datasets import Images, load_digits
 from fastrefine.demo import gan, picture
 
 ROWS = (  # by discriminator

@@ -20,9 +20,10 @@ from benchmarks.papers import plots, result_file
 from benchmarks.papers.cells import Cells, checkpoints, trained_judge
 from benchmarks.papers.image_networks import LabelledTrainer, PictureClassifier, drawn, latents_of, networks_of, prior_of
 from benchmarks.papers.image_rows import ImageTable, Way
+from benchmarks.papers.pictures import PictureFolder
 from benchmarks.papers.result_file import Row, against, claim
 from benchmarks.papers.run import Recipe, Run
-from fastrefine.datasets import Images, PictureFolder
+from fastrefine.datasets import Images
 from fastrefine.demo import gan
 from fastrefine.demo.judge import Judge
 

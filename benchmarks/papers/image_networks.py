@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
+from benchmarks.papers.pictures import PictureFolder
 from benchmarks.papers.run import Recipe
 from fastrefine import models
-from fastrefine.datasets import PictureFolder
 from fastrefine.demo import gan
 from fastrefine.demo.gan import Pair, Trainer, Training, build
 from fastrefine.models.digits import Classifier

@@ -127,7 +127,8 @@ class Mnist(Table):
         self, key: str, refiner: fr.Refiner, iterations: int, stage: int = 0, latents: Tensor | None = None
     ) -> nn.Module:  # fmt: skip
         """D after ``iterations`` more: [CS] Alg. 2, samples leave at a uniformly drawn step."""
-        refiner.num_slots = self.recipe.shaping_slots  # fewer than the batch: most of it leaves early, and the rest moves up
+        # fewer slots than the batch: most of it leaves early, and the rest moves up
+        refiner = refiner.replaced(num_slots=self.recipe.shaping_slots)
         return self.trained(
             key, self._trainer().discriminator, refiner, self.data.train, iterations=iterations, latents=latents,
             seed=self.seed + 1000 * (stage + 1),

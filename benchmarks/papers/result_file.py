@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 import fastrefine as fr
-from benchmarks.gpu_machine import commit
-from benchmarks.measure import cpu_model
+from benchmarks.machine import commit, cpu_flags
 
 Row = dict[str, Any]
 
@@ -28,7 +27,7 @@ def write(outdir: Path, experiment: str, *, cores: int = 1, **content: Any) -> d
         "experiment": experiment,
         **content,
         "commit": commit(),
-        "hardware": {"cpu": cpu_model(), "cores": cores},
+        "hardware": {"cpu": cpu_flags()[0], "cores": cores},
         "versions": {"fastrefine": fr.__version__, "torch": torch.__version__, "python": platform.python_version()},
     })  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)

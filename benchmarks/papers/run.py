@@ -23,8 +23,8 @@ from benchmarks.papers import result_file
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.plane import Plane
 from benchmarks.papers.result_file import Row
-from fastrefine import settings
 from fastrefine.demo.gan import Draw, Training
+from fastrefine.networks import torch_state
 
 QUICK_RUN = "a quick run: all sizes reduced"
 SHOWN = 16  # samples of a row that are kept for pictures: the first ids, not chosen ones
@@ -202,7 +202,7 @@ def run(
     """The experiment; writes result.json and pictures into ``outdir``, returns the former. recipe: another than the paper's."""
     one = Run(paper, name, outdir, seeds=seeds, quick=quick, data=data, recipe=recipe)
     wide = getattr(paper, "ALL_CORES", False) and not quick  # else one thread: faster on small networks, and repeats its bits
-    with settings.threads_for(flops=None if wide else 0.0), warnings.catch_warnings():
+    with torch_state.threads_for(flops=None if wide else 0.0), warnings.catch_warnings():
         warnings.simplefilter("ignore", fr.FastrefineWarning)  # the rows show what comes of it
         for seed in one.seeds:
             for row in paper.rows(one, seed):

@@ -185,17 +185,12 @@ def train_gan(
     gradient norm at real images, mean over the batch [R1, Mescheder et al. 2018]; 0 leaves it out. Rates are constant:
     a run of n steps is the beginning of every longer run of one seed. `callback` gets the number of finished steps.
     """
-    check_batches(images, steps, batch_size)
+    if images.ndim != 4 or not len(images):
+        raise InputError(f"got images of shape {tuple(images.shape)}; wanted (N, C, H, W) with N >= 1")
+    if steps < 0 or batch_size < 1:
+        raise InputError(f"got steps={steps}, batch_size={batch_size}; wanted steps >= 0 and batch_size >= 1")
     training = Training(batch_size, "adam", learning_rate, r1=r1)
     trainer = Trainer(generator, discriminator, images_of(images), normal(latent_dim), training, seed)
     for step in trainer.advance(steps):
         if callback is not None:
             callback(step)
-
-
-def check_batches(images: Tensor, steps: int, batch_size: int) -> None:
-    """Raises InputError where no batch can be drawn of images, or steps or batch size are none."""
-    if images.ndim != 4 or not len(images):
-        raise InputError(f"got images of shape {tuple(images.shape)}; wanted (N, C, H, W) with N >= 1")
-    if steps < 0 or batch_size < 1:
-        raise InputError(f"got steps={steps}, batch_size={batch_size}; wanted steps >= 0 and batch_size >= 1")

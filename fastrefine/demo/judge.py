@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastrefine.datasets import Images
-from fastrefine.demo.gan import build, check_batches, descend
-from fastrefine.errors import InputError
+from fastrefine.demo.gan import build
 from fastrefine.metrics import classifier_score, frechet_distance
 from fastrefine.models.digits import Classifier, classify
+from fastrefine.production.evaluation import train_classifier
 
 
 class Judge:
@@ -47,40 +46,9 @@ class Judge:
 def trained_classifier(make: Callable[[], Classifier], data: Images, *, seed: int, **training: Any) -> Classifier:
     """``make()`` initialised from ``seed`` and trained on the training images; training: as ``train_classifier`` takes it."""
     classifier = build(make, seed)
-    train_classifier(classifier, data.train, data.train_labels, seed=seed, **training)
-    return classifier
-
-
-def train_classifier(
-    classifier: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    steps: int,
-    batch_size: int = 128,
-    learning_rate: float = 2e-3,
-    noise: float = 0.15,
-    seed: int = 0,
-) -> None:
-    """Trains `classifier` (images -> logits over classes) in place with cross entropy and leaves it in eval mode.
-
-    images: (N, C, H, W), labels: (N,) int64. Adam, the rate falling to 0 along a cosine; Gaussian noise of standard
-    deviation `noise` is added to the images, so that features do not depend on single pixels.
-    """
-    check_batches(images, steps, batch_size)
-    if labels.shape != images.shape[:1]:
-        raise InputError(f"train_classifier: got labels of shape {tuple(labels.shape)} for {len(images)} images")
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    classifier.train()
-    for _ in range(steps):
-        rows = torch.randint(len(images), (batch_size,), generator=random)
-        batch = images[rows]
-        batch = batch + noise * torch.randn(batch.shape, generator=random)
-        descend(optimizer, F.cross_entropy(classifier(batch), labels[rows]))
-        schedule.step()
-    classifier.eval()
+    train_classifier(classifier, data.train, data.train_labels, random=random, **training)
+    return classifier
 
 
 @torch.no_grad()

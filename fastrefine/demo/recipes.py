@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import nn
 
 from fastrefine import datasets
-from fastrefine.demo.gan import build
 from fastrefine.models import digits as networks
 from fastrefine.models.digits import Classifier
+from fastrefine.production.saved_pair import embedded_pair
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,7 @@ MNIST = Recipe(
 )  # fmt: skip
 
 
-def embedded(recipe: Recipe) -> tuple[nn.Sequential, nn.Sequential]:
+def embedded(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     """(generator, discriminator) of the early-stopped GAN that the package carries, in eval mode."""
-    state = load_file(Path(str(files("fastrefine"))) / "weights" / f"{recipe.name}.safetensors")
-    g, d = build(recipe.generator, 0), build(recipe.discriminator, 0)
-    for module, name in ((g, "generator."), (d, "discriminator.")):
-        module.load_state_dict({k[len(name) :]: v for k, v in state.items() if k.startswith(name)})
-    return g.eval(), d.eval()
+    pair = embedded_pair(recipe.name)
+    return pair.generator, pair.discriminator

@@ -21,8 +21,8 @@ from fastrefine.demo import picture
 from fastrefine.demo.gan import build, train_gan
 from fastrefine.demo.judge import Judge, trained_classifier
 from fastrefine.demo.recipes import DIGITS, MNIST, Recipe, embedded
+from fastrefine.production.bench import Bench
 from fastrefine.result import Result
-from fastrefine.throughput import Bench
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ def run(
     return metrics
 
 
-def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool) -> tuple[nn.Sequential, nn.Sequential]:
+def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool) -> tuple[nn.Module, nn.Module]:
     """The trained pair: embedded weights of the early-stopped one where they serve, else trained now."""
     if not retrain and steps == recipe.early_steps:
         return embedded(recipe)
@@ -70,13 +70,7 @@ def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool
 
 
 def _rows(
-    recipe: Recipe,
-    pair: tuple[nn.Sequential, nn.Sequential],
-    data: Images,
-    judge: Judge,
-    n: int,
-    seed: int,
-    outdir: Path | None,
+    recipe: Recipe, pair: tuple[nn.Module, nn.Module], data: Images, judge: Judge, n: int, seed: int, outdir: Path | None
 ) -> list[Row]:
     g, d = pair
     options: dict[str, Any] = dict(

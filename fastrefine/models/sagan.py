@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .residual import DiscriminatorBlock, GeneratorBlock, Projection, conv
+from fastrefine.models.residual import DiscriminatorBlock, GeneratorBlock, Projection, conv
 
 
 class SelfAttention(nn.Module):
@@ -36,14 +36,9 @@ class SAGANGenerator(nn.Module):
     """
 
     def __init__(
-        self,
-        size: int = 128,
-        latent: int = 128,
-        features: int = 64,
-        num_classes: int = 1000,
-        channels: int = 3,
+        self, size: int = 128, latent: int = 128, features: int = 64, num_classes: int = 1000, channels: int = 3,
         attention_size: int = 32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         doublings = size.bit_length() - 3
         widths = [features * min(16, 2 ** (doublings - i)) for i in range(doublings + 1)]
@@ -52,7 +47,9 @@ class SAGANGenerator(nn.Module):
         self.blocks = nn.ModuleList(
             GeneratorBlock(widths[i], widths[i + 1], num_classes=num_classes, spectral=True) for i in range(doublings)
         )
-        self.attention_after = _attention_index(attention_size, size)
+        if not 8 <= attention_size <= size or attention_size & (attention_size - 1):
+            raise ValueError(f"attention_size must be a power of two between 8 and size={size}, got {attention_size}")
+        self.attention_after = attention_size.bit_length() - 4  # block 0 gives 8x8
         self.attention = SelfAttention(widths[self.attention_after + 1])
         self.norm = nn.BatchNorm2d(widths[-1])
         self.to_image = conv(widths[-1], channels, 3, True)
@@ -70,12 +67,7 @@ class SAGANDiscriminator(nn.Module):
     """Images (N, channels, size, size) [and labels (N,)] -> logits (N,); attention at ``attention_size``."""
 
     def __init__(
-        self,
-        size: int = 128,
-        features: int = 64,
-        num_classes: int = 1000,
-        channels: int = 3,
-        attention_size: int = 32,
+        self, size: int = 128, features: int = 64, num_classes: int = 1000, channels: int = 3, attention_size: int = 32
     ) -> None:
         super().__init__()
         halvings = size.bit_length() - 3
@@ -98,10 +90,3 @@ class SAGANDiscriminator(nn.Module):
 def conv_1x1(in_channels: int, out_channels: int) -> nn.Module:
     """Spectrally normalised 1x1 convolution without bias."""
     return spectral_norm(nn.Conv2d(in_channels, out_channels, 1, bias=False))
-
-
-def _attention_index(attention_size: int, size: int) -> int:
-    """Index of the generator block whose output is ``attention_size`` wide (block 0 gives 8x8)."""
-    if not 8 <= attention_size <= size or attention_size & (attention_size - 1):
-        raise ValueError(f"attention_size must be a power of two between 8 and size={size}, got {attention_size}")
-    return attention_size.bit_length() - 4

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .residual import DiscriminatorBlock, GeneratorBlock, Projection
+from fastrefine.models.residual import DiscriminatorBlock, GeneratorBlock, Projection
 
 
 class SNGANGenerator(nn.Module):

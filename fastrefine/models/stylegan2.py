@@ -62,15 +62,9 @@ class StyleGAN2Generator(nn.Module):
     """
 
     def __init__(
-        self,
-        size: int = 64,
-        latent: int = 512,
-        style: int = 512,
-        features: int = 64,
-        max_features: int = 512,
-        mapping_layers: int = 8,
-        channels: int = 3,
-    ) -> None:
+        self, size: int = 64, latent: int = 512, style: int = 512, features: int = 64, max_features: int = 512,
+        mapping_layers: int = 8, channels: int = 3,
+    ) -> None:  # fmt: skip
         super().__init__()
         mapping: list[nn.Module] = []
         for i in range(mapping_layers):

@@ -1,12 +1,7 @@
 """The ops of the step: one public entry each, the PyTorch reference here, other backends by name (see ``registry``)."""
 
-from fastrefine.ops.follow import follow
-from fastrefine.ops.metropolis import metropolis
-from fastrefine.ops.noise import Noise, Stream, normal, philox, uniform
-from fastrefine.ops.refine_step import baked, refine_step
-from fastrefine.ops.registry import available, choose, serving, use_backend
+from fastrefine.ops.copy_context import copy_context
+from fastrefine.ops.refine_step import refine_step
+from fastrefine.ops.registry import available, baked, choose, use_backend
 
-__all__ = [
-    "Noise", "Stream", "available", "baked", "choose", "follow", "metropolis", "normal", "philox", "refine_step",
-    "serving", "uniform", "use_backend",
-]  # fmt: skip
+__all__ = ["available", "baked", "choose", "copy_context", "refine_step", "use_backend"]

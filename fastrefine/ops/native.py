@@ -11,21 +11,17 @@ import torch
 from torch import Tensor
 
 from fastrefine.errors import BackendError
-from fastrefine.ops.follow import follow
-from fastrefine.ops.metropolis import metropolis
-from fastrefine.ops.noise import uniform
+from fastrefine.ops.copy_context import copy_context
 from fastrefine.ops.registry import Absent
+from fastrefine.ops.slots import Outputs, Pool, Rule, Slots
 from fastrefine.samplers.base import Evaluation
-from fastrefine.slots import Outputs, Pool, Rule, Slots, rows_of
 
-# The last three are PyTorch's here too: C++ has nothing to add to copies of rows and a scan of whole vectors.
-__all__ = ["RULES", "follow", "metropolis", "normal", "refine_step", "uniform"]
+# ``copy_context`` is PyTorch's here too: C++ has nothing to add to copies of rows.
+__all__ = ["RULES", "copy_context", "refine_step"]
 
 RULES = frozenset(
     {"sgd", "backtracking", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam", "dot_sgd"}
 )
-
-_SMALL = 1 << 16  # elements below which a second thread costs more than it brings
 
 
 def _load() -> Any:
@@ -43,18 +39,6 @@ def _load() -> Any:
 
 
 _native = _load()
-
-
-def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """As ``ops.normal``, on CPU tensors."""
-    assert dtype in (torch.float32, torch.float64), dtype
-    ids, steps = sample_id.to(torch.int64).contiguous(), step.to(torch.int64).contiguous()
-    assert ids.device.type == steps.device.type == "cpu" and ids.shape == steps.shape
-    out = torch.empty(len(ids), numel, dtype=dtype)
-    threads = torch.get_num_threads() if out.numel() >= _SMALL else 1
-    given = seed & (2**64 - 1), ids.data_ptr(), steps.data_ptr(), len(ids), numel, int(stream)
-    _native.normal(*given, out.data_ptr(), dtype == torch.float64, threads)
-    return out
 
 
 @dataclass(eq=False)
@@ -80,7 +64,7 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     if evaluation is None:
         _native.refine_step(bound.params, 0, 0, 0, 1)
         return
-    assert evaluation.grad is not None or not rule.sampler.reads_last_gradient, rule.sampler
+    assert evaluation.grad is not None or not rule.sampler.traits.needs_last_gradient, rule.sampler
     s, f = slots.activation.shape
     dtype = slots.activation.dtype
     logit, loss = evaluation.logit.contiguous(), evaluation.loss.contiguous()
@@ -106,7 +90,7 @@ def _params(slots: Slots, pool: Pool, outputs: Outputs, rule: Rule) -> tuple[Any
     assert real in (torch.float32, torch.float64), real
     (s, f), rows, window = slots.activation.shape, len(pool.threshold), len(outputs.status)
     state, count = slots.state, (len(kernel.scalars), len(kernel.vectors))
-    names = rows_of(state, slots.threshold), rows_of(state, slots.activation)
+    names = slots.scalar_names, slots.vector_names
     assert names == (kernel.scalars, kernel.vectors), (names, kernel)
     length = 0 if kernel.schedule is None else kernel.schedule.shape[1]
     fields: dict[str, Any] = {

@@ -1,15 +1,13 @@
 """One step of the engine after the networks were evaluated (DESIGN: evaluate -> observe -> retire or propose)."""
 
-from collections.abc import Hashable
-
 import torch
 from torch import Tensor
 
-from fastrefine import slots as S
-from fastrefine.ops.noise import Noise
+from fastrefine.noise import Noise
+from fastrefine.ops import slots as S
 from fastrefine.ops.registry import op
+from fastrefine.ops.slots import Outputs, Pool, Rule, Slots
 from fastrefine.samplers.base import Evaluation, Sample, State, per_slot
-from fastrefine.slots import Outputs, Pool, Rule, Slots
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -33,9 +31,9 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
 
     Per live slot that does not wait, with first = (step == 0) and last = (step >= last_step):
       finite     logit, loss and gradient are finite; of a last evaluation the gradient counts only for a sampler with
-                 ``reads_last_gradient``, which is never given an evaluation without one
+                 ``needs_last_gradient``, which is never given an evaluation without one
       falls      += 1 when not first and the logit is below the standing one
-      observe    sampler.observe where finite, or where the sampler rejects (then with logit -inf, loss inf, grad 0);
+      observe    sampler.observe where finite, or where the sampler rejects trials (then with logit -inf, loss inf, grad 0);
                  log_prior and prior_score are of ``sampler.latent``, where it has one
       bad        not finite, and first or the sampler cannot reject: the standing state stays
       retire     bad (NONFINITE) | standing logit >= threshold (REACHED) | last (EXHAUSTED, or STALLED when every
@@ -43,7 +41,7 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
                  or the best iterate with keep_best, to output row id % W; so do all scalars of its state
       propose    otherwise: activation <- sampler.propose, step += 1
     Empty slots then take the next proposals in slot order (a prefix sum, never a race); under ``lockstep`` only when no
-    slot is live. ``slots.source`` says which pool row each slot took (-1: none), so that contexts can follow.
+    slot is live. ``slots.source`` says which pool row each slot took (-1: none), by which ``copy_context`` copies contexts.
     A slot that stays empty keeps the retired position as its activation; its sampler state means nothing.
 
     ``slots.view``, where it is given, is what the networks read: the activation rounded to their dtype, and with C =
@@ -69,21 +67,6 @@ def refine_step(slots: Slots, evaluation: Evaluation | None, pool: Pool, outputs
     pool.counters[S.LONGEST] = torch.where(occupied.any(), most, 0)
 
 
-def baked(rule: Rule, backend: str) -> Hashable:
-    """What a captured step has baked in: it serves another rule that has the same.
-
-    The Triton kernels read hyper-parameters and the seed from device memory, which any later call with the other rule
-    loads, so only what selects their code counts.
-    """
-    kernel = rule.sampler.kernel()
-    if backend != "triton" or kernel is None:
-        return rule
-    options = kernel.noise, kernel.clamp is not None, rule.max_grad_norm is not None
-    length = None if kernel.schedule is None else kernel.schedule.shape[1]
-    tables = kernel.latent is not None, length
-    return kernel.rule, kernel.scalars, kernel.vectors, *options, *tables, rule.keep_best, rule.lockstep, rule.snapshots
-
-
 def _of_view(slots: Slots, grad: Tensor) -> Tensor:
     """A gradient in the dtype and order of the view -> in those of the activation."""
     if slots.view_channels:
@@ -100,12 +83,12 @@ def _write_view(slots: Slots) -> None:
 
 def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, rule: Rule, live: Tensor) -> Tensor:
     """``live``: the slots that this evaluation serves; returns those that retired."""
-    sampler, state, a = rule.sampler, slots.state, slots.activation
+    sampler, traits, state, a = rule.sampler, rule.sampler.traits, slots.state, slots.activation
     first, last = slots.step == 0, slots.step >= slots.last_step
     grad = torch.zeros_like(a) if evaluation.grad is None else evaluation.grad
     peak = grad.abs().amax(1)
-    unread = torch.zeros_like(last) if sampler.reads_last_gradient else last
-    assert evaluation.grad is not None or not sampler.reads_last_gradient, sampler
+    unread = torch.zeros_like(last) if traits.needs_last_gradient else last
+    assert evaluation.grad is not None or not traits.needs_last_gradient, sampler
     finite = torch.isfinite(evaluation.logit) & torch.isfinite(evaluation.loss) & (torch.isfinite(peak) | unread)
     met = live & torch.isfinite(peak) & ~unread
     slots.grad_peak.copy_(torch.where(met, torch.maximum(slots.grad_peak, peak), slots.grad_peak))
@@ -113,7 +96,7 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
         norm = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64)
         clip = torch.where(norm > rule.max_grad_norm, rule.max_grad_norm / norm, torch.ones_like(norm))
         grad = grad * per_slot(clip.to(grad.dtype))
-    bad = live & ~finite & (first if sampler.rejects else torch.ones_like(first))
+    bad = live & ~finite & (first if traits.rejects else torch.ones_like(first))
     slots.logit_falls += (live & ~first & (evaluation.logit < state["logit"])).int()
 
     clean = evaluation._replace(
@@ -136,7 +119,7 @@ def _observe_and_retire(slots: Slots, evaluation: Evaluation, outputs: Outputs, 
 
     reached = live & ~bad & (logit >= slots.threshold)
     done = bad | reached | (live & last)
-    stalled = last & (slots.step > 0) & (slots.grad_peak == 0) & (not (sampler.noisy or sampler.reads_prior))
+    stalled = last & (slots.step > 0) & (slots.grad_peak == 0) & (not (traits.stochastic or traits.reads_prior))
     status = torch.where(stalled, S.STALLED, S.EXHAUSTED)
     status = torch.where(bad, S.NONFINITE, torch.where(reached, S.REACHED, status))
     kept = position if slots.best is None else slots.best

@@ -5,16 +5,17 @@ import contextvars
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
 from fastrefine.errors import BackendError
+from fastrefine.ops.slots import Rule
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_MODULES = {"cpu": "fastrefine.ops.native", "triton": "fastrefine.kernels", "cuda": "fastrefine.ops.native_cuda"}
+_MODULES = {"cpu": "fastrefine.ops.native", "triton": "fastrefine.kernels"}
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastrefine_backend", default=None)
 
@@ -28,13 +29,13 @@ class Absent(Exception):
 @functools.cache
 def _load(backend: str) -> ModuleType | str:
     """The backend's module, or the one line that says why it is absent."""
+    if backend == "cuda":  # the name is kept for kernels to come
+        return "this version holds no kernels in CUDA; 'triton' serves GPUs"
     try:
         return importlib.import_module(_MODULES[backend])
     except Absent as reason:
         return str(reason)
     except ModuleNotFoundError as reason:
-        if reason.name == _MODULES["cuda"]:
-            return "this version holds no kernels in CUDA; 'triton' serves GPUs"
         if reason.name in (_MODULES[backend], "triton"):
             return f"{reason.name} is not installed"
         raise
@@ -64,7 +65,7 @@ def _require(backend: str) -> None:
 def available() -> dict[str, str]:
     """Every backend with "ok", the reason of its absence or why it is broken (what ``fastrefine doctor`` prints)."""
     states = {"reference": "ok"}
-    for name in _MODULES:
+    for name in BACKENDS[1:]:
         try:
             loaded = _load(name)
         except BackendError as broken:
@@ -75,28 +76,24 @@ def available() -> dict[str, str]:
 
 def choose(device: torch.device, rule: str | None) -> str:
     """The backend for this device and fused rule (None: the sampler has no fused rule, only PyTorch formulas)."""
-    return _choose(device, lambda module: rule in module.RULES, f"the rule {rule!r}")
-
-
-def serving(device: torch.device, name: str) -> str:
-    """The backend for this device that has the op of this name; for ops that know no rules."""
-    return _choose(device, lambda module: hasattr(module, name), f"{name!r}")
-
-
-def _choose(device: torch.device, has: Callable[[ModuleType], bool], what: str) -> str:
     forced = _FORCED.get() or os.environ.get("FASTREFINE_BACKEND")
     if forced is not None:
         _require(forced)
-        home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(forced, device.type)
+        home = {"cpu": "cpu", "triton": "cuda"}.get(forced, device.type)
         if device.type != home and not (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise BackendError(f"backend {forced!r} runs on {home} tensors, these are on {device.type}")
-        if forced != "reference" and not has(_load(forced)):  # type: ignore[arg-type]
-            raise BackendError(f"backend {forced!r} has no kernel for {what}; use backend 'reference'")
+        if forced != "reference" and not _has(_load(forced), rule):
+            raise BackendError(f"backend {forced!r} has no kernel for the rule {rule!r}; use backend 'reference'")
         return forced
     for name in _PREFERRED.get(device.type, ("reference",)):
-        if name == "reference" or (not isinstance(module := _load(name), str) and has(module)):
+        if name == "reference" or _has(_load(name), rule):
             return name
     return "reference"
+
+
+def _has(module: ModuleType | str, rule: str | None) -> bool:
+    """Whether the backend is there and has a kernel for the rule."""
+    return not isinstance(module, str) and rule in module.RULES
 
 
 def op(reference: Callable[..., R]) -> Callable[..., R]:
@@ -113,3 +110,18 @@ def op(reference: Callable[..., R]) -> Callable[..., R]:
         return implementation(*args, **kwargs)
 
     return entry
+
+
+def baked(rule: Rule, backend: str) -> Hashable:
+    """What a captured step has baked in: it serves another rule that has the same.
+
+    The Triton kernels read hyper-parameters and the seed from device memory, which any later call with the other rule
+    loads, so only what selects their code counts.
+    """
+    kernel = rule.sampler.kernel()
+    if backend != "triton" or kernel is None:
+        return rule
+    options = kernel.noise, kernel.clamp is not None, rule.max_grad_norm is not None
+    length = None if kernel.schedule is None else kernel.schedule.shape[1]
+    tables = kernel.latent is not None, length
+    return kernel.rule, kernel.scalars, kernel.vectors, *options, *tables, rule.keep_best, rule.lockstep, rule.snapshots

@@ -1,6 +1,6 @@
-"""The samplers: one family, one file each; they import torch and ``base`` only."""
+"""The samplers: one file each, beside its paper; ``base`` says what a sampler is."""
 
-from fastrefine.samplers.base import Evaluation, Kernel, Latent, Sample, Sampler, State
+from fastrefine.samplers.base import Evaluation, Kernel, Latent, Networks, Sample, Sampler, State, Traits
 from fastrefine.samplers.collaborative import Collaborative
 from fastrefine.samplers.ddls import DDLS
 from fastrefine.samplers.dgflow import DGflow
@@ -9,5 +9,6 @@ from fastrefine.samplers.hmc import HMC
 from fastrefine.samplers.mala import MALA
 
 __all__ = [
-    "DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow", "Evaluation", "Kernel", "Latent", "Sample", "Sampler", "State",
+    "DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow", "Evaluation", "Kernel", "Latent", "Networks", "Sample", "Sampler",
+    "State", "Traits",
 ]  # fmt: skip

@@ -5,22 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrefine.errors import InputError
-
-if TYPE_CHECKING:
-    from fastrefine.refiner import Refiner
-
 State = dict[str, Tensor]
 Self = TypeVar("Self", bound="Sampler")
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam (Kingma & Ba 2015)
 
 # Losses over logits d, elementwise; the descent direction of each is w(d) grad d with w = -dL/dd.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -107,31 +99,62 @@ class Kernel:
     schedule: Tensor | None = field(default=None, compare=False)  # (2, K), see DDLS
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What the step, the engine and the checks must know of a sampler besides its formulas.
+
+    reports: names of state entries (S,) that are returned with the samples; the Result knows "step_size", the size that each
+    sample has reached, and "accepted", how many of its trials a Metropolis test has accepted.
+    """
+
+    reports: tuple[str, ...] = ()
+    rejects: bool = False  # may reject a trial; one that is not finite is then rejected, and does not end the sample
+    stochastic: bool = False  # adds noise
+    ascends: bool = True  # raises the logit: updates that lower it tell of a step size that is too large
+    needs_last_gradient: bool = False  # decides on the last trial by its gradient too
+    transition_steps: int = 1  # steps of the engine that make one transition; max_steps is a multiple of it
+    targets_density: bool = False  # samples p0(z) exp(logit_scale d(G(z))), a law of the latent
+    reads_prior: bool = False  # reads the prior at the input
+    needs_real: bool = False  # reads logits of real images
+
+
+class Networks(Protocol):
+    """What a sampler may ask of the networks that it is bound to; the pair of a Refiner answers."""
+
+    @property
+    def scale(self) -> str:
+        """ "critic", or "logit"."""
+
+    def latent(self, required: bool = True) -> Latent | None:
+        """The prior of the latents; InputError where it is required and has no table, None where it is not there."""
+
+    def real_logits(self, why: str) -> Tensor:
+        """Logits (N,) of real images; InputError that names ``why`` without any."""
+
+    def probe(self, n: int, why: str) -> tuple[Tensor, Tensor]:
+        """Activations (n, F) and logits (n,) of proposals; InputError that names ``why`` without a prior."""
+
+
 class Sampler:
     """Base of all samplers. A state always holds ``position`` (S, F), the sample as it stands, and its ``logit`` (S,).
 
-    State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until
-    ``propose``. Persistent (S,) entries in the activation's dtype are returned with the samples: "step_size" and
-    "accepted" under these names.
+    State entries that ``init`` returns persist from step to step; what only ``observe`` returns lives until ``propose``.
     """
 
     loss: str = "nonsaturating"
     logit_scale: float = 1.0
-    rejects: bool = False  # a non-finite trial is a rejected trial, not the end of the sample
-    noisy: bool = False
-    ascends: bool = True  # whether an update that lowers the logit tells of a step size that is too large
-    reads_last_gradient: bool = False  # whether the test of the last trial needs its gradient
-    transition: int = 1  # steps of the engine that make one transition; max_steps is a multiple of it
-    targets_prior: bool = False  # whether it samples p0(z) exp(...) and must be told the prior of the latents
-    reads_prior: bool = False  # whether it reads the prior at the input
     latent: Latent | None = None
 
-    def bind(self: Self, refiner: Refiner) -> Self:
+    @property
+    def traits(self) -> Traits:
+        return Traits()
+
+    def bind(self: Self, networks: Networks) -> Self:
         """The sampler with what depends on the networks filled in; called once for each discriminator."""
         return self
 
-    def told(self: Self, loss_error: float) -> Self:
-        """The sampler, told the root mean square rounding error of a loss (0 in float32 and float64)."""
+    def with_loss_error(self: Self, loss_error: float) -> Self:
+        """The sampler for losses with this root mean square rounding error (0 in float32 and float64)."""
         return self
 
     def init(self, a: Tensor, sample: Sample) -> State:
@@ -158,45 +181,3 @@ class Sampler:
 def per_slot(value: Tensor) -> Tensor:
     """(S,) -> (S, 1), to broadcast over features."""
     return value[:, None]
-
-
-def adam(g: Tensor, state: State, step: Tensor, step_size: float) -> tuple[Tensor, State]:
-    """(what Adam takes off, both moments): bias correction by the sample's own step."""
-    m = BETA1 * state["first_moment"] + (1 - BETA1) * g
-    v = BETA2 * state["second_moment"] + (1 - BETA2) * g * g
-    count = (step + 1).double()  # in float32, 1 - BETA2**1 would keep only four digits
-    scale, correction = step_size / (1 - BETA1**count), 1 - BETA2**count
-    spread = torch.sqrt(v / per_slot(correction.to(g.dtype))) + EPSILON
-    return per_slot(scale.to(g.dtype)) * m / spread, {"first_moment": m, "second_moment": v}
-
-
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    """Raise InputError unless ``value`` is a finite number in [low, high], without an end that is open."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    ends = {low} if open_low else set()
-    ends |= {high} if open_high else set()
-    if is_number and math.isfinite(value) and low <= value <= high and value not in ends:
-        return
-    wanted = f"{'more than' if open_low else 'at least'} {low:g}"
-    wanted += f" and {'less than' if open_high else 'at most'} {high:g}" if high < math.inf else ""
-    raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise InputError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, choices))}")
-
-
-def check_clamp(clamp: Any) -> None:
-    """Raise InputError unless ``clamp`` is None or two ordered finite numbers; a bound of 0 is a bound."""
-    if clamp is None:
-        return
-    if not isinstance(clamp, tuple | list) or len(clamp) != 2:
-        raise InputError(f"clamp is {clamp!r}; wanted None or (low, high)")
-    for bound in clamp:
-        check_number("clamp bound", bound)
-    if clamp[0] > clamp[1]:
-        raise InputError(f"clamp is {clamp!r}; wanted low <= high")

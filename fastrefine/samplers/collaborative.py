@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import (
-    BETA1,
-    BETA2,
-    EPSILON,
-    LOSSES,
-    Evaluation,
-    Kernel,
-    NoiseSource,
-    Sample,
-    Sampler,
-    State,
-    adam,
-    check_choice,
-    check_clamp,
-    check_number,
-    per_slot,
-)
-
-if TYPE_CHECKING:
-    from fastrefine.refiner import Refiner
-
-GROW, SHRINK, LARGEST = 1.2, 0.5, 1e6  # backtracking: factors of the step size, and its bound relative to the first
-ERRORS = 3.0  # rounding errors of the loss that a trial may be worse by
+from fastrefine.samplers import step_control
+from fastrefine.samplers.adam import BETA1, BETA2, EPSILON, MOMENTS, adam
+from fastrefine.samplers.base import LOSSES, Evaluation, Kernel, Networks, NoiseSource, Sample, Sampler, State, Traits, per_slot
 
 
 @dataclass(frozen=True)
@@ -66,63 +48,56 @@ class Collaborative(Sampler):
     slack: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_choice("loss", self.loss, tuple(LOSSES))
-        check_choice("optimizer", self.optimizer, ("sgd", "momentum", "adam", "ladam"))
-        check_number("momentum", self.momentum, 0.0, 1.0)
-        check_clamp(self.clamp)
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.choice("loss", self.loss, tuple(LOSSES))
+        checks.choice("optimizer", self.optimizer, ("sgd", "momentum", "adam", "ladam"))
+        checks.number("momentum", self.momentum, 0.0, 1.0)
+        checks.clamp(self.clamp)
         if self.slack is not None:
-            check_number("slack", self.slack, 0.0)
+            checks.number("slack", self.slack, 0.0)
         if self.adaptive and self.optimizer != "sgd":
             raise InputError(f"adaptive steps are defined for optimizer='sgd', got {self.optimizer!r}")
         if self.control is None:
             plain = self.optimizer == "sgd" and not self.adaptive
             object.__setattr__(self, "control", "backtracking" if plain else "fixed")
-        check_choice("control", self.control, ("backtracking", "fixed"))
+        checks.choice("control", self.control, ("backtracking", "fixed"))
         if self.control == "backtracking" and (self.optimizer != "sgd" or self.adaptive):
             raise InputError("control='backtracking' is for optimizer='sgd' without adaptive; use control='fixed'")
 
     @property
-    def rejects(self) -> bool:  # type: ignore[override]
-        return self.control == "backtracking"
+    def update(self) -> Update:
+        """The row of UPDATES that it works by."""
+        return UPDATES["backtracking" if self.control == "backtracking" else "adaptive" if self.adaptive else self.optimizer]
 
     @property
-    def needs_real(self) -> bool:
-        return self.adaptive or self.optimizer == "ladam"
+    def traits(self) -> Traits:
+        tries = self.control == "backtracking"
+        needs_real = self.adaptive or self.optimizer == "ladam"
+        return Traits(reports=("step_size",) if tries else (), rejects=tries, needs_real=needs_real)
 
-    def bind(self, refiner: Refiner) -> Collaborative:
-        if self.needs_real and refiner.scale == "critic":
+    def bind(self, networks: Networks) -> Collaborative:
+        if self.traits.needs_real and networks.scale == "critic":
             raise InputError("adaptive steps and ladam compare probabilities; a 'critic' has none")
         if self.optimizer != "ladam":
             return self
-        return replace(self, real_score=float(torch.sigmoid(refiner.real_logits("optimizer='ladam'")).mean()))
+        return replace(self, real_score=float(torch.sigmoid(networks.real_logits("optimizer='ladam'")).mean()))
 
-    def told(self, loss_error: float) -> Collaborative:
-        return replace(self, slack=ERRORS * loss_error) if self.rejects and self.slack is None else self
+    def with_loss_error(self, loss_error: float) -> Collaborative:
+        measured = self.control == "backtracking" and self.slack is None
+        return replace(self, slack=step_control.ERRORS * loss_error) if measured else self
 
     def init(self, a: Tensor, sample: Sample) -> State:
-        state = super().init(a, sample)
         zero = a.new_zeros(len(a))
-        if self.control == "backtracking":
-            state |= {"grad": torch.zeros_like(a), "loss": zero, "step_size": zero + self.step_size}
-        elif self.adaptive:
-            state |= {"reference": torch.sigmoid(sample.reference_logit)}
-        elif self.optimizer == "momentum":
-            state |= {"velocity": torch.zeros_like(a)}
-        elif self.optimizer in ("adam", "ladam"):
-            state |= {"first_moment": torch.zeros_like(a), "second_moment": torch.zeros_like(a)}
-            if self.optimizer == "ladam":
-                state |= {"gap": zero}
-        return state
+        starts = {"step_size": zero + self.step_size, "reference": torch.sigmoid(sample.reference_logit)}
+        numbers = {name: starts.get(name, zero) for name in self.update.scalars}
+        return {**super().init(a, sample), **numbers, **{name: torch.zeros_like(a) for name in self.update.vectors}}
 
     def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:
         if self.control == "fixed":
             return super().observe(a, evaluation, state, step, noise)
         first = step == 0
-        accept = first | (evaluation.loss <= state["loss"] + (self.slack or 0.0))
-        largest = LARGEST * self.step_size
-        grown = torch.clamp(state["step_size"] * GROW, max=largest)
-        size = torch.where(accept, grown, state["step_size"] * SHRINK)
+        accept = first | step_control.accepts(evaluation.loss, state["loss"], self.slack or 0.0)
+        size = step_control.backtracking(state["step_size"], accept, self.step_size)
         return {
             "position": torch.where(per_slot(accept), a, state["position"]),
             "logit": torch.where(accept, evaluation.logit, state["logit"]),
@@ -132,46 +107,70 @@ class Collaborative(Sampler):
         }
 
     def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
-        a, g = state["position"], state["grad"]
-        if self.control == "backtracking":
-            a = a - per_slot(state["step_size"]) * g
-        elif self.adaptive:
-            lead = torch.clamp(state["reference"] - torch.sigmoid(state["logit"]), min=0)
-            a = a - per_slot(self.step_size * lead) * g
-        elif self.optimizer == "sgd":
-            a = a - self.step_size * g
-        elif self.optimizer == "momentum":
-            velocity = self.momentum * state["velocity"] + self.step_size * g
-            a, state = a - velocity, {**state, "velocity": velocity}
-        elif self.optimizer == "adam":
-            update, moments = adam(g, state, step, self.step_size)
-            a, state = a - update, {**state, **moments}
-        else:
-            a, state = self._ladam(a, g, state, step == 0)
-        return a if self.clamp is None else a.clamp(*self.clamp), state
-
-    def _ladam(self, a: Tensor, g: Tensor, state: State, first: Tensor) -> tuple[Tensor, State]:
-        """m <- .9m + .1g, v <- .5v + .5g^2, l <- .5l + .5(mean s(d_real) - s(d)), all started at their first value."""
-        gap = (self.real_score or 0.0) - torch.sigmoid(state["logit"])
-        m = torch.where(per_slot(first), g, 0.9 * state["first_moment"] + 0.1 * g)
-        v = torch.where(per_slot(first), g * g, 0.5 * state["second_moment"] + 0.5 * g * g)
-        gap = torch.where(first, gap, 0.5 * state["gap"] + 0.5 * gap)
-        rate = self.step_size * torch.clamp(gap + 0.5, min=0) ** 2
-        a = a - per_slot(rate) * m / (torch.sqrt(v) + EPSILON)
-        return a, {**state, "first_moment": m, "second_moment": v, "gap": gap}
+        descent, kept = self.update.descent(self, state["grad"], state, step)
+        a = state["position"] - descent
+        return a if self.clamp is None else a.clamp(*self.clamp), {**state, **kept}
 
     def kernel(self) -> Kernel:
-        size = self.step_size
-        if self.control == "backtracking":
-            hyper, scalars = (size, GROW, SHRINK, LARGEST, self.slack or 0.0), ("loss", "step_size")
-            return Kernel("backtracking", hyper, scalars, ("grad",), clamp=self.clamp)
-        if self.adaptive:
-            return Kernel("adaptive", (size,), ("reference",), clamp=self.clamp)
-        if self.optimizer == "sgd":
-            return Kernel("sgd", (size, 0.0), clamp=self.clamp)
-        if self.optimizer == "momentum":
-            return Kernel("momentum", (size, self.momentum), (), ("velocity",), clamp=self.clamp)
-        moments = ("first_moment", "second_moment")
-        if self.optimizer == "adam":
-            return Kernel("adam", (size, BETA1, BETA2, EPSILON), (), moments, clamp=self.clamp)
-        return Kernel("ladam", (size, EPSILON, self.real_score or 0.0), ("gap",), moments, clamp=self.clamp)
+        update = self.update
+        return Kernel(update.rule, update.hyper(self), update.scalars, update.vectors, clamp=self.clamp)
+
+
+class Update(NamedTuple):
+    """One way to step along a gradient: its formula, its fused rule, and what it keeps of each sample."""
+
+    rule: str  # name in the C++ and Triton skeletons
+    hyper: Callable[[Collaborative], tuple[float, ...]]  # numbers of the fused rule
+    # (sampler, gradient (S, F), state, step (S,)) -> (what is taken off the activation (S, F), entries of the state)
+    descent: Callable[[Collaborative, Tensor, State, Tensor], tuple[Tensor, State]]
+    scalars: tuple[str, ...] = ()  # state entries (S,), in the order of the fused rule
+    vectors: tuple[str, ...] = ()  # state entries (S, F)
+
+
+def _sgd(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    return own.step_size * g, {}
+
+
+def _backtracking(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    """Each sample has its own step size, which ``observe`` sets."""
+    return per_slot(state["step_size"]) * g, {}
+
+
+def _adaptive(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    """step_size * max(0, s(d*) - s(d)) ([CS0] 3.1)."""
+    lead = torch.clamp(state["reference"] - torch.sigmoid(state["logit"]), min=0)
+    return per_slot(own.step_size * lead) * g, {}
+
+
+def _momentum(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    """m <- momentum m + step_size g."""
+    velocity = own.momentum * state["velocity"] + own.step_size * g
+    return velocity, {"velocity": velocity}
+
+
+def _adam(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    return adam(g, state, step, own.step_size)
+
+
+def _ladam(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    """m <- .9m + .1g, v <- .5v + .5g^2, l <- .5l + .5(mean s(d_real) - s(d)), all started at their first value."""
+    first, gap = step == 0, (own.real_score or 0.0) - torch.sigmoid(state["logit"])
+    m = torch.where(per_slot(first), g, 0.9 * state["first_moment"] + 0.1 * g)
+    v = torch.where(per_slot(first), g * g, 0.5 * state["second_moment"] + 0.5 * g * g)
+    gap = torch.where(first, gap, 0.5 * state["gap"] + 0.5 * gap)
+    rate = own.step_size * torch.clamp(gap + 0.5, min=0) ** 2
+    return per_slot(rate) * m / (torch.sqrt(v) + EPSILON), {"first_moment": m, "second_moment": v, "gap": gap}
+
+
+def _bounds(own: Collaborative) -> tuple[float, ...]:
+    return own.step_size, step_control.GROW, step_control.SHRINK, step_control.LARGEST, own.slack or 0.0
+
+
+UPDATES = {
+    "sgd": Update("sgd", lambda own: (own.step_size, 0.0), _sgd),
+    "backtracking": Update("backtracking", _bounds, _backtracking, ("loss", "step_size"), ("grad",)),
+    "adaptive": Update("adaptive", lambda own: (own.step_size,), _adaptive, ("reference",)),
+    "momentum": Update("momentum", lambda own: (own.step_size, own.momentum), _momentum, (), ("velocity",)),
+    "adam": Update("adam", lambda own: (own.step_size, BETA1, BETA2, EPSILON), _adam, (), MOMENTS),
+    "ladam": Update("ladam", lambda own: (own.step_size, EPSILON, own.real_score or 0.0), _ladam, ("gap",), MOMENTS),
+}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import Evaluation, Kernel, Latent, NoiseSource, Sampler, State, check_number, per_slot
-
-if TYPE_CHECKING:
-    from fastrefine.refiner import Refiner
+from fastrefine.samplers.base import Evaluation, Kernel, Latent, Networks, NoiseSource, Sampler, State, Traits, per_slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,6 @@ class DDLS(Sampler):
     schedule: Schedule | None = field(default=None, repr=False)
 
     loss = "wasserstein"
-    targets_prior = reads_prior = True
 
     def __post_init__(self) -> None:
         for name, open_low in (("step_size", True), ("noise_scale", False)):
@@ -61,20 +58,21 @@ class DDLS(Sampler):
                 if not values:
                     raise InputError(f"{name} is empty; wanted a number, or a number for each step")
             for value in _sequence(values):
-                check_number(name, value, 0.0, open_low=open_low)
-        check_number("logit_scale", self.logit_scale, 0.0, open_low=True)
+                checks.number(name, value, 0.0, open_low=open_low)
+        checks.number("logit_scale", self.logit_scale, 0.0, open_low=True)
 
     @property
-    def noisy(self) -> bool:  # type: ignore[override]
+    def traits(self) -> Traits:
+        # with noise s other than 1 the law is that of U / s^2, whose mean logit may well be lower than the prior's
+        ascends = all(scale == 1 for scale in _sequence(self.noise_scale))
+        return Traits(stochastic=self._noisy, ascends=ascends, targets_density=True, reads_prior=True)
+
+    @property
+    def _noisy(self) -> bool:
         return any(scale > 0 for scale in _sequence(self.noise_scale))
 
-    @property
-    def ascends(self) -> bool:  # type: ignore[override]
-        """With other noise the law is that of U / s^2, which may well have a lower mean logit than the prior."""
-        return all(scale == 1 for scale in _sequence(self.noise_scale))
-
-    def bind(self, refiner: Refiner) -> DDLS:
-        latent = refiner.latent()
+    def bind(self, networks: Networks) -> DDLS:
+        latent = networks.latent()
         assert latent is not None
         return self.over(latent)
 
@@ -95,12 +93,12 @@ class DDLS(Sampler):
         assert self.latent is not None and self.schedule is not None
         size, scale = self.schedule.at(step)
         a = state["position"] - size * state["grad"]
-        return self.latent.fold(a + scale * noise.normal() if self.noisy else a)[0], state
+        return self.latent.fold(a + scale * noise.normal() if self._noisy else a)[0], state
 
     def kernel(self) -> Kernel | None:
         if self.latent is None or self.schedule is None:
             return None
-        return Kernel("ddls", (), noise=self.noisy, latent=self.latent.table, schedule=self.schedule.table)
+        return Kernel("ddls", (), noise=self._noisy, latent=self.latent.table, schedule=self.schedule.table)
 
 
 def _sequence(values: Any) -> tuple[float, ...]:

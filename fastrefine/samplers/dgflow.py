@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State, check_choice, check_number
+from fastrefine import checks
+from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State, Traits
 
 _LOSS = {"KL": "wasserstein", "JS": "minimax", "logD": "nonsaturating"}
 
@@ -28,25 +29,25 @@ class DGflow(Sampler):
     gamma: float = 0.01
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_choice("divergence", self.divergence, tuple(_LOSS))
-        check_number("gamma", self.gamma, 0.0)
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.choice("divergence", self.divergence, tuple(_LOSS))
+        checks.number("gamma", self.gamma, 0.0)
 
     @property
     def loss(self) -> str:  # type: ignore[override]
         return _LOSS[self.divergence]
 
     @property
-    def noisy(self) -> bool:  # type: ignore[override]
-        return self.gamma > 0
+    def traits(self) -> Traits:
+        return Traits(stochastic=self.gamma > 0)
 
     def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
         a = state["position"] - self.step_size * state["grad"]
-        return (a + self._scale * noise.normal() if self.noisy else a), state
+        return (a + self._scale * noise.normal() if self.gamma > 0 else a), state
 
     @property
     def _scale(self) -> float:
         return math.sqrt(2 * self.step_size * self.gamma)
 
     def kernel(self) -> Kernel:
-        return Kernel("sgd", (self.step_size, self._scale), noise=self.noisy)
+        return Kernel("sgd", (self.step_size, self._scale), noise=self.gamma > 0)

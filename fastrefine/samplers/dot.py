@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import (
-    BETA1,
-    BETA2,
-    EPSILON,
-    Evaluation,
-    Kernel,
-    Latent,
-    NoiseSource,
-    Sample,
-    Sampler,
-    State,
-    adam,
-    check_choice,
-    check_number,
-    per_slot,
-)
-
-if TYPE_CHECKING:
-    from fastrefine.refiner import Refiner
+from fastrefine.samplers.adam import BETA1, BETA2, EPSILON, MOMENTS, adam
+from fastrefine.samplers.base import Evaluation, Kernel, Latent, Networks, NoiseSource, Sample, Sampler, State, Traits, per_slot
 
 SHIFT = 1e-3  # delta: keeps the distance from the origin differentiable at it
 PAIRS = 100  # random pairs whose largest slope is K_eff
@@ -55,29 +38,30 @@ class DOT(Sampler):
     latent: Latent | None = field(default=None, repr=False)
 
     loss = "wasserstein"
-    reads_prior, ascends = True, False  # it weighs the logit against the distance
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
-        check_choice("projection", self.projection, ("radial", "published", "none"))
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.choice("optimizer", self.optimizer, ("adam", "sgd"))
+        checks.choice("projection", self.projection, ("radial", "published", "none"))
         if self.lipschitz is not None:
-            check_number("lipschitz", self.lipschitz, 0.0, open_low=True)
+            checks.number("lipschitz", self.lipschitz, 0.0, open_low=True)
 
-    def bind(self, refiner: Refiner) -> DOT:
-        latent = refiner.latent(required=False)
+    @property
+    def traits(self) -> Traits:
+        return Traits(ascends=False, reads_prior=True)  # it weighs the logit against the distance
+
+    def bind(self, networks: Networks) -> DOT:
+        latent = networks.latent(required=False)
         projection = self.projection if latent is not None and latent.is_normal else "none"
         lipschitz = self.lipschitz
         if lipschitz is None:
-            lipschitz = largest_slope(*refiner.probe(2 * PAIRS, "lipschitz=None"))
+            lipschitz = largest_slope(*networks.probe(2 * PAIRS, "lipschitz=None"))
         return replace(self, latent=latent, projection=projection, lipschitz=lipschitz)
 
     def init(self, a: Tensor, sample: Sample) -> State:
         zero = a.new_zeros(len(a))
         state = {**super().init(a, sample), "pull": zero, "radial": zero, "origin": torch.zeros_like(a)}
-        if self.optimizer == "adam":
-            state |= {"first_moment": torch.zeros_like(a), "second_moment": torch.zeros_like(a)}
-        return state
+        return state | {name: torch.zeros_like(a) for name in self._moments}
 
     def observe(self, a: Tensor, evaluation: Evaluation, state: State, step: Tensor, noise: NoiseSource) -> State:
         assert self.lipschitz is not None
@@ -104,14 +88,17 @@ class DOT(Sampler):
             a = a - self.step_size * g
         return a if self.latent is None else a.clamp(*self.latent.table[1:]), state
 
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return MOMENTS if self.optimizer == "adam" else ()
+
     def kernel(self) -> Kernel | None:
         if self.lipschitz is None:
             return None
         modes = {"none": 0.0, "radial": 1.0, "published": 2.0}
         hyper = (self.step_size, BETA1, BETA2, EPSILON, 1 / self.lipschitz, SHIFT, modes[self.projection])
-        vectors = ("origin", "first_moment", "second_moment") if self.optimizer == "adam" else ("origin",)
         table = None if self.latent is None else self.latent.table
-        return Kernel(f"dot_{self.optimizer}", hyper, ("pull", "radial"), vectors, latent=table)
+        return Kernel(f"dot_{self.optimizer}", hyper, ("pull", "radial"), ("origin", *self._moments), latent=table)
 
 
 def largest_slope(a: Tensor, logits: Tensor) -> float:

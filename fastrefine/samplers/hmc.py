@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, check_number, per_slot
-from fastrefine.samplers.metropolis import DECAY, LARGEST, SMALLEST, MetropolisSampler
+from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, State, Traits, per_slot
+from fastrefine.samplers.metropolis import MetropolisSampler
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class HMC(MetropolisSampler):
 
     All steps of a trajectory have the size eps (1 + jitter v), v uniform in (-1, 1) and drawn once for each trajectory,
     whatever the state (Neal 2011, section 3.2; Mackenzie 1989): each size leaves the law invariant, so their mixture does.
-    Of one length, trajectories resonate: where d is flat under a normal prior a direction turns by leapfrog x eps, near a
-    multiple of pi z comes back as -z or z, nothing mixes, and all is accepted. jitter=0 keeps the one length.
+    With a fixed length, trajectories can resonate: where d is flat under a normal prior, a trajectory turns z by the angle
+    leapfrog x eps. Near a multiple of pi it comes back to z or -z: all is accepted, and nothing mixes. jitter=0: fixed length.
 
     step_size: eps of the leapfrog, more than 0. leapfrog: 1 or more. logit_scale: more than 0. jitter: 0 to 1, without 1.
     adapt: for how many steps each chain tunes its own eps (that before the jitter) towards the acceptance ``target`` (.65,
@@ -39,11 +40,11 @@ class HMC(MetropolisSampler):
         super().__post_init__()
         if not isinstance(self.leapfrog, int) or isinstance(self.leapfrog, bool) or self.leapfrog < 1:
             raise InputError(f"leapfrog is {self.leapfrog!r}; wanted a whole number of at least 1")
-        check_number("jitter", self.jitter, 0.0, 1.0, open_high=True)
+        checks.number("jitter", self.jitter, 0.0, 1.0, open_high=True)
 
     @property
-    def transition(self) -> int:  # type: ignore[override]
-        return self.leapfrog
+    def traits(self) -> Traits:
+        return replace(super().traits, transition_steps=self.leapfrog)
 
     def init(self, a: Tensor, sample: Sample) -> State:
         return {**super().init(a, sample), "momentum": torch.zeros_like(a)}
@@ -72,7 +73,7 @@ class HMC(MetropolisSampler):
         return per_slot(size * (1 + self.jitter * noise.jitter(ago)).to(size.dtype))
 
     def kernel(self) -> Kernel | None:
-        hyper = (self.step_size, float(self.adapt), self.target, DECAY, SMALLEST, LARGEST, float(self.leapfrog), self.jitter)
+        hyper = *self.numbers(), float(self.leapfrog), self.jitter
         table = None if self.latent is None else self.latent.table
         scalars, vectors = ("energy", "step_size", "accepted"), ("grad", "momentum")
         return Kernel("hmc", hyper, scalars, vectors, noise=True, latent=table)

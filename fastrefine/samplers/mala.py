@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, State, per_slot
-from fastrefine.samplers.metropolis import DECAY, LARGEST, SMALLEST, MetropolisSampler
+from fastrefine.samplers.metropolis import MetropolisSampler
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,5 @@ class MALA(MetropolisSampler):
         return state["position"] - 0.5 * size * state["grad"] + torch.sqrt(size) * noise.normal(), state
 
     def kernel(self) -> Kernel | None:
-        hyper = (self.step_size, float(self.adapt), self.target, DECAY, SMALLEST, LARGEST)
         table = None if self.latent is None else self.latent.table
-        return Kernel("mala", hyper, ("energy", "step_size", "accepted"), ("grad",), noise=True, latent=table)
+        return Kernel("mala", self.numbers(), ("energy", "step_size", "accepted"), ("grad",), noise=True, latent=table)

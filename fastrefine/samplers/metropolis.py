@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrefine.samplers.base import Evaluation, Latent, NoiseSource, Sample, Sampler, State, check_number, per_slot
-
-if TYPE_CHECKING:
-    from fastrefine.refiner import Refiner
-
-DECAY, SMALLEST, LARGEST = 0.6, 1e-6, 1e6  # gain k^-DECAY of the k-th test; bounds relative to the first step size
+from fastrefine import checks
+from fastrefine.samplers import step_control
+from fastrefine.samplers.base import Evaluation, Latent, Networks, NoiseSource, Sample, Sampler, State, Traits, per_slot
 
 
 class Energy(NamedTuple):
@@ -37,16 +34,22 @@ class MetropolisSampler(Sampler):
     latent: Latent | None = field(default=None, repr=False)
 
     loss = "wasserstein"
-    rejects = noisy = reads_last_gradient = targets_prior = reads_prior = True
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size, 0.0, open_low=True)
-        check_number("logit_scale", self.logit_scale, 0.0, open_low=True)
-        check_number("adapt", self.adapt, 0.0)
-        check_number("target", self.target, 0.0, 1.0, open_low=True)
+        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        checks.number("logit_scale", self.logit_scale, 0.0, open_low=True)
+        checks.number("adapt", self.adapt, 0.0)
+        checks.number("target", self.target, 0.0, 1.0, open_low=True)
 
-    def bind(self, refiner: Refiner) -> MetropolisSampler:
-        return replace(self, latent=refiner.latent())
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            reports=("step_size", "accepted"), rejects=True, stochastic=True, needs_last_gradient=True, targets_density=True,
+            reads_prior=True,
+        )  # fmt: skip
+
+    def bind(self, networks: Networks) -> MetropolisSampler:
+        return replace(self, latent=networks.latent())
 
     def init(self, a: Tensor, sample: Sample) -> State:
         zero = a.new_zeros(len(a))
@@ -63,16 +66,15 @@ class MetropolisSampler(Sampler):
         noise: NoiseSource,
     ) -> State:  # fmt: skip
         """Accept ``a`` with probability min(1, exp(U - U' + correction)), correction (S,) float64; adapt the step size."""
-        first, tests = step == 0, step // self.transition
+        length = self.traits.transition_steps
+        first, ends = step == 0, step % length == 0
         log_ratio = (state["energy"] - energy.value).double() + correction
         log_ratio = torch.where(torch.isnan(log_ratio), -torch.inf, log_ratio)
-        ends = step % self.transition == 0
         accept = first | (ends & (torch.log(noise.uniform().double()) < log_ratio))
         size = state["step_size"]
         if self.adapt:
-            gain = tests.clamp(min=1).double() ** -DECAY * (torch.exp(log_ratio.clamp(max=0)) - self.target)
-            size = torch.clamp(size * torch.exp(gain).to(size.dtype), SMALLEST * self.step_size, LARGEST * self.step_size)
-            size = torch.where(ends & ~first & (step <= self.adapt), size, state["step_size"])
+            adapted = step_control.robbins_monro(size, step // length, log_ratio, self.target, self.step_size)
+            size = torch.where(ends & ~first & (step <= self.adapt), adapted, size)
         return {
             "position": torch.where(per_slot(accept), a, state["position"]),
             "logit": torch.where(accept, evaluation.logit, state["logit"]),
@@ -81,3 +83,8 @@ class MetropolisSampler(Sampler):
             "accepted": state["accepted"] + (accept & ~first),
             "grad": torch.where(per_slot(accept), energy.grad, state["grad"]),
         }
+
+    def numbers(self) -> tuple[float, ...]:
+        """What the fused rules know of the adaptation."""
+        bounds = step_control.DECAY, step_control.SMALLEST, step_control.LARGEST
+        return self.step_size, float(self.adapt), self.target, *bounds

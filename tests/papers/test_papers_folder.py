@@ -8,7 +8,8 @@ import fastrefine as fr
 from benchmarks.papers import folder
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.image_networks import LabelledTrainer, drawn, networks_of, prior_of
-from fastrefine.datasets import Images, PictureFolder
+from benchmarks.papers.pictures import PictureFolder
+from fastrefine.datasets import Images
 from fastrefine.demo import gan
 
 CLASSES = folder.QUICK_LABELLED

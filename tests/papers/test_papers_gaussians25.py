@@ -12,7 +12,7 @@ from benchmarks.papers import gaussians25, imbalanced8
 from benchmarks.papers.latent_law import LatentGrid
 from benchmarks.papers.plane import DOT25, at_random25, earth_mover, evenly25, quality25
 from benchmarks.papers.run import run
-from fastrefine import flatten
+from fastrefine.networks import recording
 
 
 def random(seed=0):
@@ -121,8 +121,8 @@ def test_every_row_stands_beside_its_law(quick_run):
 
 def test_fitting_a_discriminator_traces_its_networks_no_oftener_for_more_iterations(monkeypatch):
     traced = []
-    record = flatten.record
-    monkeypatch.setattr(flatten, "record", lambda *a, **k: traced.append(1) or record(*a, **k))
+    record = recording.record
+    monkeypatch.setattr("fastrefine.networks.recording.record", lambda *a, **k: traced.append(1) or record(*a, **k))
 
     def times(iterations):
         traced.clear()

@@ -1,0 +1,296 @@
+"""``python -m benchmarks.results_page`` writes docs/results.md: every measured table, from the records in results/ alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers import report
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+Record = dict[str, Any]
+
+
+def page(results: Path = RESULTS) -> str:
+    """The page as Markdown."""
+    parts = (_head, _demo, _seeds, _papers, _correctors, _laws, _speed, _precision, _production)
+    return "\n\n".join(block for part in parts for block in part(results)) + "\n"
+
+
+def _head(results: Path) -> Iterator[str]:
+    yield "# Results"
+    yield (
+        "`python -m benchmarks.results_page` writes this page from the records in [benchmarks/results](../benchmarks/results). "
+        "Do not edit it by hand. Each section names the command that measured it and the commit it was measured at. "
+        "Nothing here was measured on a GPU."
+    )
+    yield (
+        "FD is the Fréchet distance (lower is better), CS the classifier score (higher is better). Both use the features of a "
+        "small classifier that was trained here on the real images, so they compare only with figures of the same classifier "
+        "and the same number of images. B0 is the loop of the public codes, B1 a careful expert's loop, B2 is B1 under "
+        "`torch.compile` ([benchmarks](../benchmarks/README.md))."
+    )
+
+
+def _demo(results: Path) -> Iterator[str]:
+    record = _read(results / "demo-digits.json")
+    yield "## The demo"
+    yield (
+        f"The embedded digits generator, stopped early after 1000 training steps, sampled in four ways: "
+        f'{record["samples"]:,} samples a row, seed {record["seed"]}. "refined" uses the discriminator as the GAN left it, '
+        f'"shaped" one that was shaped for refinement first, "shaped+mh" selects from refined proposals by '
+        f"Metropolis-Hastings. Ours stops a sample at the median real logit, after {record['max_steps']} steps at most; B0 "
+        f"takes {record['max_steps']} steps for every sample. The generator's row is the engine with no step, which also "
+        "scores each image."
+    )
+    yield _told(record)
+    yield _table(
+        ("", "FD", "CS", "mean steps", "images/s", "B0 images/s", "ratio"),
+        [(r["name"], f"{r['frechet_distance']:.2f}", f"{r['classifier_score']:.2f}", f"{r['mean_steps']:.1f}",
+          f"{r['images_per_second']:,}", f"{r['images_per_second_b0']:,}", f"{r['ratio_b0']:.1f}x")
+         for r in record["rows"]],
+    )  # fmt: skip
+    repeats = "; ".join(
+        f"{', '.join(f'{name} {ratio:.1f}x' for name, ratio in repeat['ratio_b0'].items())} at commit "
+        f"{repeat['commit'][:7]} on {repeat['when']}"
+        for repeat in record["repeats"]
+    )
+    yield (
+        "FD, CS and steps repeat to the last digit. Speed does not: other work ran on this machine. The same ratios were "
+        f"{repeats}."
+    )
+
+
+def _seeds(results: Path) -> Iterator[str]:
+    record = _read(results / "demo-seeds.json")
+    yield "## Three training seeds"
+    yield (
+        "The demo with GANs that were trained anew, FD / CS. The classifier has 98 % accuracy on digits and 99 % on MNIST. "
+        "The converged MNIST generator was trained for one seed."
+    )
+    yield f"    {record['command']}"
+    for table in record["tables"]:
+        rows = [
+            (row["name"], *map(_figures, row["frechet_distance"], row["classifier_score"])) for row in table["rows"]
+        ]  # fmt: skip
+        change = ("shaped, change of FD", *(f"{percent} %" for percent in table["shaped_change_percent"]))
+        seeds = record["seeds"][: len(change) - 1]
+        title = f"{table['title']}, {table['samples']:,} samples a row, commit {table['commit'][:7]}"
+        yield f"**{title[0].upper()}{title[1:]}**"
+        yield _table(("", *(f"seed {seed}" for seed in seeds)), [*rows, change])
+    yield (
+        "Refinement by the discriminator as it is raised the FD of most digits generators: shape it first. "
+        "Metropolis-Hastings adds little after shaping, because refined samples stop at nearly one logit. An early-stopped "
+        "GAN is the paper's setting and no advice: the converged generators start about where the refined early ones end "
+        "(digits) or well below (MNIST), and refinement improves them too."
+    )
+
+
+def _papers(results: Path) -> Iterator[str]:
+    yield "## The papers' experiments"
+    yield (
+        'Published figures beside ours, a few of each experiment; ± is the standard deviation over seeds. "Reduced" is yes '
+        "where a run is smaller than the published one. [What the experiments are and what came out](papers.md); "
+        "[every row and every claim](../benchmarks/results/papers/report.md)."
+    )
+    yield "    python -m benchmarks.papers run NAME --outdir DIR\n    python -m benchmarks.papers report DIR --summary"
+    yield report.summary(results / "papers").strip()
+
+
+def _correctors(results: Path) -> Iterator[str]:
+    record = _read(results / "papers" / "corrector" / "result.json")
+    found = {(row["model"], row["stage"], row["seed"]): row for row in record["rows"]}
+    stages = {"raw": "", "uncorrected": ", the GAN's D alone", "refined": ", with the corrector"}
+    yield "## Generators without a discriminator of their own"
+    yield (
+        "A VAE and a normalizing flow of the digits, FD / CS of 4,000 samples. They are refined by `DGflow` (KL, in the "
+        "latent, 25 steps of .03, chosen on seed 0) with a GAN's discriminator alone, and with the corrector of "
+        "`fit_corrector` added."
+    )
+    yield _told(record, "python -m benchmarks.papers run corrector --outdir DIR")
+    yield _table(
+        ("", *(f"seed {seed}" for seed in record["seeds"])),
+        [(f"{name}{text}", *(_judged(found[model, stage, seed]) for seed in record["seeds"]))
+         for model, name in (("vae", "VAE"), ("flow", "flow")) for stage, text in stages.items()],
+    )  # fmt: skip
+    record = _read(results / "papers" / "fitted" / "result.json")
+    yield (
+        "The early-stopped MNIST generator with its discriminator thrown away, and one trained for it by `fit_discriminator`, "
+        "FD / CS of 3,000 samples:"
+    )
+    yield _told(record, "python -m benchmarks.papers run fitted --outdir DIR --data MNIST_FOLDER")
+    yield _table(("", "FD / CS", "mean steps"), [
+        (row["stage"], _judged(row), f"{row['mean_steps']:.1f}") for row in record["rows"]
+    ])  # fmt: skip
+
+
+LAWS = {
+    "generator": "generator", "the law, sampled": "the law itself", "MALA": "MALA", "HMC": "HMC",
+    "DDLS (ULA), eps .0002": "DDLS, eps .0002", "DDLS (ULA), eps .001": "DDLS, eps .001: biased", "MH": "Metropolis-Hastings",
+    "DRS": "DRS", "DGflow KL, latent": "DGflow, latent", "DOT, latent": "DOT, latent",
+    "refine, shaped D": "refinement of the image, shaped D", "collaborative": "the same, then Metropolis-Hastings",
+}  # fmt: skip
+
+
+def _laws(results: Path) -> Iterator[str]:
+    record = _read(results / "papers" / "gaussians25" / "result.json")
+    found = {row["name"]: row for row in record["rows"] if row["version"] == "[DDLS]"}
+    yield "## Samplers against the exact law"
+    yield (
+        "A WGAN-GP on the 25 Gaussians of [DOT], a logit from `fit_discriminator` that was calibrated on held-out data, and "
+        "the exact law p0(z) exp(d(G(z))) by quadrature on a grid. HQ is the share of samples within 4 sigma of a mode, of "
+        f"{sum(found['generator']['samples']):,} samples a row. The next two columns are distances to the exact law: in HQ, "
+        "and in the worst of the 25 mode shares. EMD is the earth mover's distance of 2,000 samples to real data (real against "
+        f"real: {found['real data']['emd']:.3f})."
+    )
+    yield _told(record, "python -m benchmarks.papers run gaussians25 --outdir DIR")
+    yield _table(
+        ("", "K", "HQ", "HQ off the law", "worst share off", "EMD"),
+        [(text, _steps(found[name], record["recipe"]["[DDLS]"]["warm_up"]),
+          *(f"{found[name][key]:.3f}" for key in ("high_quality", "high_quality_distance", "share_distance", "emd")))
+         for name, text in LAWS.items()],
+    )  # fmt: skip
+    yield (
+        "MALA and HMC start from a warm-up of 50 steps of MALA that adapts its step sizes. Step sizes, K and the fit were "
+        "tuned on this one training seed, with the distance to the law in view; there are three sampling seeds. The raw "
+        f"critic's own law has HQ {record['laws']['critic']['high_quality']:.3f}: sampling it exactly makes nothing better."
+    )
+
+
+def _steps(row: Record, warm_up: int) -> str:
+    """K, after the steps of a warm-up."""
+    return f"{warm_up} + {row['steps']}" if row.get("start") == "warm" else str(row["steps"] or "–")
+
+
+def _speed(results: Path) -> Iterator[str]:
+    records = [_read(path) for path in sorted(results.glob("cpu-*.json"))]
+    yield "## Speed on a CPU"
+    yield (
+        "One thread, fixed steps, equal results. B0, B1, B2: how many times as fast as each baseline, by CPU times of the same "
+        "rounds. Gain: of stopping at a random step over K steps for all, and what is ideal, (K + 1) / (mean steps + 1). Slot "
+        "efficiency: useful evaluations / (slots x steps), and the best that a greedy schedule can reach."
+    )
+    yield "    make bench"
+    header = (
+        "workload, cut, precision", "stop", "slots", "images/s", "B0", "B1", "B2", "gain (ideal)", "efficiency (bound)",
+        "commit",
+    )  # fmt: skip
+    yield _table(header, [_speed_row(row, record) for record in records for row in _timed(record)])
+    machine = records[0]["machine_info"]
+    yield (
+        f"{machine['cpu_model']} ({', '.join(machine['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of "
+        "64 and 256. Other work ran on this machine, so whole processes differ by a tenth and more: repeated runs gave "
+        "1.42-1.81x (first, float32) and 1.63-1.73x (output, float32) over B0, 2.8-3.3x and 2.9-3.3x (bfloat16), and gains of "
+        "1.64-1.80x."
+    )
+
+
+def _timed(record: Record) -> list[Record]:
+    return [timed["extra_info"] for timed in record["benchmarks"]]
+
+
+def _speed_row(row: Record, record: Record) -> tuple[str, ...]:
+    commit = record["commit_info"]
+    ratios = (f"{row[name]:.2f}x" if name in row else "–" for name in ("ratio_b0", "ratio_b1", "ratio_b2"))
+    gain = f"{row['gain']:.2f}x ({row['ideal_gain']:.2f}x)" if "gain" in row else "–"
+    return (
+        f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["num_slots"]),
+        f"{row['images_per_second']:.0f}", *ratios, gain, f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})",
+        commit["id"][:7] + "+" * commit["dirty"],
+    )  # fmt: skip
+
+
+def _precision(results: Path) -> Iterator[str]:
+    yield "## What a precision costs"
+    yield (
+        "The same proposals of the embedded GANs, refined in each precision of the networks. Means of three sampling seeds, "
+        "the range over seeds in brackets. Other steps: the share of samples that took another number of steps than in "
+        "float32."
+    )
+    yield "    python -m benchmarks.precision [--data MNIST_FOLDER]"
+    for path in sorted(results.glob("precision-*.json")):
+        record = _read(path)
+        machine, rows = record["machine"], record["rows"]
+        yield (
+            f"**{record['data']}**, {rows[0]['samples']:,} samples a seed, {machine['cpu']}, torch {machine['torch']}, "
+            f"commit {_short(machine['commit'])}"
+        )
+        yield _table(("discriminator", "precision", "FD", "CS", "mean steps", "other steps"), [
+            (row["discriminator"], row["precision"], _with_range(row, "frechet_distance"), _with_range(row, "classifier_score"),
+             f"{row['mean_steps']:.1f}", f"{100 * row['moved']:.0f} %" if row["precision"] != "float32" else "–")
+            for row in rows
+        ])  # fmt: skip
+    yield (
+        "On both GANs 16 bits cost nothing that exceeds the difference between two sampling seeds, though single samples "
+        "differ. tf32 exists on GPUs only and is not measured."
+    )
+
+
+def _production(results: Path) -> Iterator[str]:
+    record = _read(results / "production-cpu.json")
+    ways, memory, writing = (dict(record[part]) for part in ("ways", "memory", "writing"))
+    facts = {name: ways[name] for name in ("commit", "torch", "machine", "threads")}
+    for part in (ways, memory, writing):
+        for name in facts:
+            part.pop(name)
+    yield "## Production"
+    yield (
+        f"{facts['machine']} that other work shared, threads a process: {facts['threads']}, torch {facts['torch']}, commit "
+        f"{_short(facts['commit'])}."
+    )
+    yield "    python -m benchmarks.production --output FILE.json"
+    yield "50,000 digits by five ways of running; the sha256 is that of the merged npz:"
+    yield _table(("way", "seconds", "sha256"), [
+        (name, f"{way['seconds']:.0f}", f"{way['sha256'][:12]}…") for name, way in ways.items()
+    ])  # fmt: skip
+    yield "Peak memory in MB (images of 8x8):"
+    commands = tuple(next(iter(memory.values())))
+    yield _table(("images", *commands), [
+        (f"{int(n):,}", *(f"{use[command]['peak_mb']:.0f}" for command in commands)) for n, use in memory.items()
+    ])  # fmt: skip
+    yield "A run with its files against the engine alone, median ratio of images/s, and images/s of the three rounds:"
+    yield _table(("images and format", "ratio", "images/s"), [
+        (name, f"{way['ratio']:.2f}", ", ".join(f"{rate:,.0f}" for rate in way["images_per_second"]))
+        for name, way in writing.items()
+    ])  # fmt: skip
+
+
+def _read(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _told(record: Record, command: str = "") -> str:
+    """Command, commit and hardware of a record."""
+    hardware = record["hardware"]
+    machine = hardware if isinstance(hardware, str) else hardware.get("cpu", "")
+    return f"Measured by `{command or record['command']}` at commit {_short(record['commit'])}, {machine}."
+
+
+def _short(commit: str) -> str:
+    """Seven digits, and "+" where the tree differed from the commit."""
+    return commit[:7] + "+" * commit.endswith("+")
+
+
+def _figures(distance: float, score: float) -> str:
+    return f"{distance:.1f} / {score:.2f}"
+
+
+def _judged(row: Record) -> str:
+    return _figures(row["frechet_distance"], row["classifier_score"])
+
+
+def _with_range(row: Record, key: str) -> str:
+    return f"{row[key]:.2f} ({row[f'{key}_spread']:.2f})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

@@ -1,0 +1,221 @@
+"""Commands that look at a pair or change it: layers, shape, evaluate, bench. Torch is imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastrefine.cli.production import FOLDER, configuration_of, model_options, worker_of
+
+PATH = click.Path(exists=True, path_type=Path)
+TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
+
+
+@click.command()
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
+    """List the places where the generator can be cut (for --at), with shapes and the cost of a step from there.
+
+    \b
+    fastrefine layers --pair digits
+    fastrefine layers --generator mymodels:Generator --generator-weights g.pt \\
+        --prior '{"name": "normal", "shape": [128]}'
+    """
+    if not flags["pair"] and not flags["generator"]:
+        raise click.UsageError("wanted --pair, or --generator with --prior; no discriminator is needed here")
+    import torch
+
+    import fastrefine as fr
+    from fastrefine.networks.calls import attempt, takes_labels
+    from fastrefine.production import saved_pair
+
+    if flags["generator"] and not flags["discriminator"]:  # not used here, but a configuration has two networks
+        flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
+    allow_pickle, _ = flags.pop("allow_pickle"), flags.pop("device")
+    pair, configuration = saved_pair.configured(configuration_of(ctx, flags), allow_pickle=allow_pickle)
+    latents = saved_pair.make_prior(configuration.prior).sample(torch.arange(8), 0)
+    labels = torch.zeros(len(latents), dtype=torch.int64) if takes_labels(pair.generator, {})[1] else None
+    found = attempt("generator", lambda: fr.layers(pair.generator, latents, labels), latents)
+    if as_json:
+        click.echo(json.dumps([layer.__dict__ for layer in found]))
+        return
+    width = max(len(layer.name) for layer in found)
+    click.echo(f"{'at':<{width}}  {'activation':<16}{'tail MFLOPs':>12}{'share':>8}")
+    for layer in found:
+        shape = "x".join(map(str, layer.shape))
+        click.echo(f"{layer.name:<{width}}  {shape:<16}{layer.tail_flops / 1e6:>12.3f}{layer.tail_share:>8.1%}")
+
+
+@click.command()
+@model_options
+@click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--outdir", type=FOLDER, required=True, help="New or empty: discriminator.safetensors and curve.csv go there.")
+@click.pass_context
+def shape(
+    ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, outdir: Path, **flags: Any
+) -> None:
+    """Train the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator is not changed.
+
+    With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. Otherwise pass
+    the same --discriminator with --discriminator-weights OUTDIR/discriminator.safetensors.
+
+    \b
+    fastrefine shape --pair mypair --real train/ --stop median --iterations 300 --outdir shaped
+    fastrefine refine --pair shaped --real train/ --stop median --seeds 0-9999 --outdir run
+    """
+    if not flags["real"]:
+        raise click.UsageError("--real is needed: real images to shape the discriminator on")
+    for name, what in (("config.json", "pair"), ("discriminator.safetensors", "discriminator.safetensors")):
+        if (outdir / name).exists():
+            raise click.UsageError(f"{outdir} holds a {what} already; wanted a new or empty --outdir")
+    import csv
+
+    from safetensors.torch import save_file
+
+    import fastrefine as fr
+    from fastrefine.production import saved_pair
+
+    started = last_line = time.monotonic()
+    worker = worker_of(ctx, flags, labels=True)
+    refiner, c = worker.refiner, worker.configuration
+    curve: list[dict[str, float]] = []
+
+    def note(facts: dict[str, float]) -> None:
+        nonlocal last_line
+        curve.append(facts)
+        if time.monotonic() - last_line >= TELL_EVERY and not sys.stderr.isatty():
+            last_line = time.monotonic()
+            click.echo(f"shaping: {len(curve)} of {iterations} iterations in {last_line - started:.0f} s", err=True)
+
+    shaped = fr.shape_discriminator(
+        refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
+        seed=seed, progress=None, callback=note,
+    )  # fmt: skip
+    outdir.mkdir(parents=True, exist_ok=True)
+    if c.pair:
+        pair, (g, d) = worker.pair, worker.pair.specs
+        saved_pair.save_pair(
+            outdir, pair.generator, shaped.cpu(), code=(g.code, d.code), arguments=(g.arguments, d.arguments),
+            prior=saved_pair.make_prior(pair.prior), **{**pair.defaults, "at": c.at},
+        )  # fmt: skip
+    else:
+        part = outdir / "discriminator.part"
+        save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
+        part.replace(outdir / "discriminator.safetensors")
+    with (outdir / "curve.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(curve[0]))
+        writer.writeheader()
+        writer.writerows(curve)
+    use = f"fastrefine refine --pair {outdir}"
+    if c.discriminator:
+        use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
+        if c.discriminator.code.endswith(".pt2"):
+            use += f" and --discriminator package.module:callable, of which {c.discriminator.code} is an export"
+        elif c.discriminator.key:
+            use += " and no --discriminator-key"
+    first, last = curve[0], curve[-1]
+    click.echo(
+        f"wrote {outdir}: mean logit of refined images {first['fake_logit']:.3f} > {last['fake_logit']:.3f}, of real ones "
+        f"{first['real_logit']:.3f} > {last['real_logit']:.3f} over {iterations} iterations\n"
+        f"to refine with it: {use}"
+    )
+
+
+@click.command()
+@click.argument("images", metavar="DIR", type=PATH)
+@click.option("--real", required=True, help="Real images: a folder, .npz, .safetensors, or digits; held out is best.")
+@click.option("--features", metavar="CODE", help="package.module:callable that, called without arguments, returns a "
+              "torch.nn.Module with its weights loaded: images -> features, or (features, logits). Default: a classifier "
+              "trained here on --train.")  # fmt: skip
+@click.option("--train", help="Labelled real images for the default features (default: --real, if it is labelled).")
+@click.option("--baseline", type=PATH, help="Unrefined images: warns where refining raised both score and distance.")
+@click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most, drawn from all of them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with torch-fidelity's names.")
+def evaluate(
+    images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
+) -> None:
+    """Frechet distance, score, KID, precision and recall of DIR (a run, pictures or .npz) against real images.
+
+    The figures depend on the network of the features, which is printed with them: compare only figures of one network.
+
+    \b
+    fastrefine evaluate run --real held-out/ --features mymodule:network
+    fastrefine evaluate run --real held-out/ --train train/ --baseline unrefined
+    """
+    from fastrefine.errors import InputError
+    from fastrefine.production import evaluation
+    from fastrefine.production.images import load_images, load_labelled
+
+    ours = evaluation.images_of(images, limit)
+    unrefined = None if baseline is None else evaluation.images_of(baseline, limit)
+    truth = load_images(real, limit, signed=True)
+    for given in (ours, unrefined):
+        if given is not None:
+            evaluation.check(given, truth)
+    if features:
+        network = evaluation.given_features(features)
+    else:
+        examples, labels = load_labelled(train or real, signed=True)
+        if labels is None:
+            raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
+        evaluation.check(ours, examples)
+        network = evaluation.trained_features(examples, labels)
+    found = evaluation.measure(ours, truth, network)
+    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network)
+    warnings = evaluation.warnings_of(found, raw)
+    if as_json:
+        click.echo(json.dumps({**found, "baseline": raw, "warnings": warnings}))
+    else:
+        n = found["num_samples"]
+        click.echo(f"{n} images against {found['num_real']} real ones, features {found['features']}")
+        for key, value in found.items():
+            if isinstance(value, float):
+                beside = f"   baseline {raw[key]:.4f}" if raw is not None and key in raw else ""
+                click.echo(f"  {f'{key}-{n}':<46}{value:.4f}{beside}")
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
+
+
+@click.command()
+@model_options
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Updates of every sample.")
+@click.option("--layers", "names", help="Comma-separated; default: --at, or input, output and those between "
+              "that save work.")  # fmt: skip
+@click.option("--precisions", default="float32,bfloat16", show_default=True)
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="For each figure, about.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def bench(
+    ctx: click.Context, steps: int, names: str | None, precisions: str, seconds: float, as_json: bool, **flags: Any
+) -> None:
+    """Measure images per second of YOUR pair at several layers and precisions, and of the usual loop (B0) beside them.
+
+    \b
+    fastrefine bench --pair mypair --steps 20
+    fastrefine bench --pair mypair --layers layer2,output --precisions float32
+    """
+    names = names or flags["at"]
+    worker = worker_of(ctx, flags, labels=True)
+    from fastrefine.production.bench import Bench
+
+    ours = Bench(worker.refiner, steps, seconds, labelled=worker.labelled)
+    rows = ours.rows(names.split(",") if names else ours.candidates(), precisions.split(","))
+    if as_json:
+        click.echo(json.dumps(list(rows)))
+        return
+    click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
+    for row in rows:
+        click.echo(
+            f"{row['at']:<20}{row['precision']:<11}{row['images_per_second']:>12.1f}{row['b0_images_per_second']:>12.1f}"
+            f"{row['ratio_b0']:>7.2f}x  {row['backend']}, {row['driver']}, {row['threads']}, {row['num_slots']}"
+        )

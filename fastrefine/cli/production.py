@@ -1,0 +1,274 @@
+"""The commands of production: refine into shards, verify, merge. Nothing here imports torch until a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from fastrefine.errors import InputError
+from fastrefine.production.configuration import CHOICES, FORMATS, SELECTIONS, Configuration
+
+if TYPE_CHECKING:
+    from fastrefine.production.worker import Outcome, Worker
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+RUN = click.Path(exists=True, file_okay=False, path_type=Path)
+RESUMABLE = 3  # exit code
+SAMPLERS = ("collaborative", "ddls", "mala", "hmc", "dgflow", "dot")
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived."""
+
+
+class JsonObject(click.ParamType):
+    """A JSON object on the command line; example: for messages."""
+
+    name = "json"
+
+    def __init__(self, example: str):
+        self.example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON ({error}); wanted e.g. {self.example}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is no JSON object; wanted e.g. {self.example}", param, ctx)
+        return found
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say where the two networks come from, where G is cut and how samples are refined."""
+    keywords = JsonObject("'{\"width\": 64}'")
+    options = [
+        click.option("--pair", help="digits | mnist (embedded), or a folder of fastrefine.save_pair."),
+        *(
+            option
+            for name in ("generator", "discriminator")
+            for option in (
+                click.option(f"--{name}", metavar="CODE", help="package.module:callable, or a torch.export archive (.pt2)."),
+                click.option(f"--{name}-args", type=keywords, help="Keywords of the callable, as JSON."),
+                click.option(f"--{name}-weights", type=click.Path(), help=".safetensors, or a torch.save file of tensors."),
+                click.option(f"--{name}-key", help="Which state dict of the file, e.g. g_ema."),
+            )
+        ),
+        click.option("--prior", type=JsonObject('\'{"name": "normal", "shape": [128]}\''),
+                     help='e.g. {"name": "normal", "shape": [128]} (default: the pair\'s).'),
+        click.option("--at", help="input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
+        click.option("--sampler", type=click.Choice(SAMPLERS), default="collaborative", show_default=True),
+        click.option("--step-size", type=float, default=0.1, show_default=True),
+        click.option("--sampler-args", type=keywords, help="Further arguments of the sampler, as JSON."),
+        click.option("--max-steps", type=click.IntRange(min=0), default=50, show_default=True),
+        click.option("--stop", default="none", show_default=True, help="none | median | reference | uniform | a logit."),
+        click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
+        click.option("--real", type=click.Path(), help="Real images, for --stop and --select: folder, .npz, digits..."),
+        click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
+        click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
+        click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
+        click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
+        click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
+        click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@model_options
+@click.option("--seeds", metavar="RANGE", default="0-999", show_default=True,
+              help="One image each, e.g. 0-49999 or 3,7,10-12 (10 alone: one image).")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the whole run.")
+@click.option("--class", "classes", help="Label of every image, or random.")
+@click.option("--num-classes", type=click.IntRange(min=1), help="For --class random.")
+@click.option("--select", type=click.Choice(SELECTIONS), default="none", show_default=True,
+              help="Choose among the refined proposals of each image: Metropolis-Hastings or rejection.")  # fmt: skip
+@click.option("--chain-length", type=click.IntRange(min=1), default=10, show_default=True, help="Proposals for each image.")
+@click.option("--budget", type=float, default=0.25, show_default=True, help="For obrs: accepted share.")
+@click.option("--percentile", type=float, default=95.0, show_default=True, help="For drs.")
+@click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True)
+@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a file.")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="JSON as in a manifest's \"configuration\"; flags given beside it win.")  # fmt: skip
+@click.option(
+    "--outdir",
+    type=FOLDER,
+    required=True,
+    help="For shards, markers and manifest.json; given again, resumes.",
+)
+@click.option("--shard-id", type=click.IntRange(min=0), default=0, help="This job of an array, from 0.")
+@click.option("--num-shards", type=click.IntRange(min=1), default=1, help="Jobs of the array.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON on stdout.")
+@click.pass_context
+def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_json: bool, **flags: Any) -> None:
+    """Refine images and write them as shards, which do not depend on how many workers make them.
+
+    Given again, the same command goes on where it stopped. Under torchrun every process makes its share of the shards;
+    --shard-id and --num-shards do the same for job arrays.
+
+    \b
+    fastrefine refine --pair digits --real digits --stop median --seeds 0-9999 --outdir run
+    fastrefine refine --generator mymodels:Generator --generator-weights g.pt \\
+        --discriminator mymodels:Discriminator --discriminator-weights d.pt \\
+        --prior '{"name": "normal", "shape": [128]}' --at layer2 --seeds 0-9999 --outdir run
+    """
+    if shard_id >= num_shards:
+        raise click.UsageError(f"--shard-id is {shard_id}; wanted it below --num-shards {num_shards}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    again = f"fastrefine {shlex.join(sys.argv[1:])}"
+    from tqdm import tqdm
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        worker = worker_of(ctx, flags)
+        share = shard_id * world + rank, num_shards * world
+        total = sum(shard.count for shard in worker.folder(outdir).share(*share))
+        with tqdm(total=total, unit="image", desc=f"worker {rank}" if world > 1 else None, disable=None) as bar:
+            outcome = worker.run(
+                outdir, worker=share[0], workers=share[1], on_shard=lambda shard, _: bar.update(shard.count) and None
+            )
+    except (KeyboardInterrupt, Interrupted) as stop:
+        click.echo(f"stopped; finished shards are kept. To go on:\n  {again}", err=True)
+        ctx.exit(130 if isinstance(stop, KeyboardInterrupt) else RESUMABLE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        click.echo(f"fastrefine: {error}; finished shards are kept. With room again, go on by:\n  {again}", err=True)
+        ctx.exit(RESUMABLE)
+    _tell(outcome, outdir, as_json)
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=RUN)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+@click.pass_context
+def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
+    """Check every shard of DIR against its marker: count, sha256, configuration. Exit code 3 where shards must be made.
+
+    \b
+    fastrefine verify run && fastrefine merge run --output run.npz
+    """
+    from fastrefine.production import run_folder
+
+    found = run_folder.verify(directory)
+    if as_json:
+        click.echo(json.dumps(found.__dict__ | {"complete": found.complete}))
+    else:
+        for name, why in found.damaged:
+            click.echo(f"damaged  {name}: {why}")
+        if found.missing:
+            click.echo(f"missing  {len(found.missing)} of {found.total} shards, first {found.missing[0]}")
+        for name in found.leftovers:
+            click.echo(f"leftover {name} (of a worker that was killed, or is at work; remove it when none is)")
+        for name in found.foreign:
+            click.echo(f"foreign  {name} (left alone)")
+        state = "complete" if found.complete else "incomplete; the command of the run, given again, makes the rest"
+        good = found.total - len(found.damaged) - len(found.missing)
+        click.echo(f"{found.images} images, {good} of {found.total} shards good: {state}")
+    if not found.complete:
+        ctx.exit(RESUMABLE)
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=RUN)
+@click.option("--output", type=click.Path(path_type=Path), required=True,
+              help="FILE.npz (ADM: arr_0 uint8 NHWC, arr_1 labels), FILE.tar (webdataset), or a PNG folder.")  # fmt: skip
+def merge(directory: Path, output: Path) -> None:
+    """Join the shards of DIR into one file or tree, in order of seed.
+
+    \b
+    fastrefine merge run --output run.npz
+    """
+    from fastrefine.production import run_folder
+
+    count = run_folder.merge(directory, output)
+    click.echo(f"wrote {output}: {count} images")
+
+
+def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration:
+    """The configuration of --config and the flags; a flag that is not given takes the file's value. Raises UsageError."""
+    path = flags.pop("config", None)
+    base: dict[str, Any] = {}
+    if path is not None:
+        try:
+            base = json.loads(path.read_text())
+        except ValueError as error:
+            raise click.UsageError(f"{path} is no JSON ({error})") from error
+        base = base.get("configuration", base) if isinstance(base, dict) else base
+        if not isinstance(base, dict):
+            raise click.UsageError(f'{path} holds {base!r}; wanted a JSON object, as a manifest\'s "configuration"')
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+
+    values = dict(base)
+    for role in ("generator", "discriminator"):
+        parts = {key: flags.pop(name) for key, name in (("code", role), ("arguments", f"{role}_args"),
+                 ("weights", f"{role}_weights"), ("key", f"{role}_key"))}  # fmt: skip
+        there = {key: value for key, value in parts.items() if value is not None}
+        if there:
+            if not isinstance(base.get(role), dict | None):
+                wanted = 'wanted e.g. {"code": "package.module:callable"}'
+                raise click.UsageError(f"{path} has a {role} {base[role]!r}; {wanted}")
+            values[role] = {**(base.get(role) or {}), **there}
+            if "code" not in values[role]:
+                raise click.UsageError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
+    sampler = {"name": flags.pop("sampler"), "step_size": flags.pop("step_size"), **(flags.pop("sampler_args") or {})}
+    if "sampler" not in base or any(given(name) for name in ("sampler", "step_size", "sampler_args")):
+        values["sampler"] = sampler
+    with contextlib.suppress(ValueError):  # "median", ...
+        flags["stop"] = float(flags["stop"])
+    if (flags.get("classes") or "").isdecimal():
+        flags["classes"] = int(flags["classes"])
+    for name, value in flags.items():
+        if value is not None and (given(name) or name not in base):
+            values[name] = value
+    try:
+        return Configuration.from_json(values)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False) -> Worker:
+    """The networks of the flags, prepared to run; labels: see ``Worker``."""
+    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
+    configuration = configuration_of(ctx, flags)
+    import torch
+
+    from fastrefine.production.worker import Worker
+
+    if not device and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process under torchrun
+    return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels)
+
+
+def _terminated(*_: Any) -> None:
+    raise Interrupted
+
+
+def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:
+    speed = outcome.images / outcome.seconds if outcome.seconds and not outcome.found else None
+    if as_json:
+        click.echo(json.dumps({**outcome.__dict__, "images_per_second": speed, "outdir": str(outdir)}))
+    rate = f", {speed:.1f} images/s" if speed else ""
+    click.echo(f"{outdir}: {outcome.made} shards made, {outcome.found} there already, {outcome.images} images{rate}", err=True)
+    if outcome.nonfinite:
+        click.echo(f"warning: {outcome.nonfinite} images met a non-finite logit or gradient (status NONFINITE)", err=True)
+    if outcome.unselected:
+        click.echo(
+            f"warning: {outcome.unselected} of {outcome.images} images had no proposal accepted and hold their first one "
+            '("selected" is false); a longer --chain-length makes them fewer', err=True,
+        )  # fmt: skip

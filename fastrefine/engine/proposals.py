@@ -1,0 +1,122 @@
+"""Proposals by sample id: blocks of num_slots consecutive ids that go through the prefix together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrefine.engine.transfer import send
+from fastrefine.networks.generator import PreparedGenerator
+from fastrefine.priors import Prior
+from fastrefine.stopping import RealLogits, StopRule
+
+DRAWN_TOGETHER = 16  # blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """The samples with ids from index * size to (index + 1) * size - 1, of which those in [start, stop) were asked for."""
+
+    index: int
+    size: int
+    start: int
+    stop: int
+    whole: bool  # every id enters the pool, so that lock-step groups are complete
+    latents: Tensor
+    labels: Tensor | None
+    activation: Tensor | None  # (size, F); None once every row is in the pool
+    context: tuple[Tensor, ...]
+    threshold: Tensor
+    last_step: Tensor
+    reference_logit: Tensor
+
+    @property
+    def base(self) -> int:
+        """The id of row 0."""
+        return self.index * self.size
+
+    @property
+    def asked(self) -> slice:
+        """The rows that were asked for."""
+        return slice(self.start - self.base, self.stop - self.base)
+
+    @property
+    def admitted(self) -> slice:
+        """The rows that enter the pool."""
+        return slice(0, self.size) if self.whole else self.asked
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the latents and labels of ids [first, first + count) come from."""
+
+    first: int
+    count: int
+    seed: int
+    prior: Prior | None
+    latents: Tensor | None
+    labels: Tensor | None
+
+    def after(self, first: int) -> Source:
+        """The rest of the source from id ``first`` on."""
+        skip = first - self.first
+        latents = None if self.latents is None else self.latents[skip:]
+        labels = None if self.labels is None else self.labels[skip:]
+        return Source(first, self.count - skip, self.seed, self.prior, latents, labels)
+
+
+class Proposals:
+    """Blocks of a source. A sample has place id % size in its block, so that the prefix gives it equal bits in any run."""
+
+    def __init__(
+        self, source: Source, generator: PreparedGenerator, stop: StopRule, real: RealLogits | None,
+        max_steps: int, size: int, dtype: torch.dtype, device: torch.device, whole_blocks: bool = False,
+    ):  # fmt: skip
+        self.source, self.generator, self.stop, self.real = source, generator, stop, real
+        self.max_steps, self.size, self.dtype, self.device, self.whole = max_steps, size, dtype, device, whole_blocks
+        end = source.first + source.count
+        self.indices = range(source.first // size, -(-end // size)) if source.count else range(0)
+        self.first_id = self.indices.start * size if whole_blocks else source.first
+        self._drawn_from = -1  # first block of the group below
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _labels(self, ids: Tensor) -> Tensor | None:
+        """Labels of ids; outside the source those of the nearest id."""
+        source = self.source
+        return None if source.labels is None else source.labels[(ids - source.first).clamp(0, source.count - 1)]
+
+    def _draws(self, index: int) -> tuple[Tensor, ...]:
+        """(threshold, last step, reference logit) of a block. Many blocks are drawn at once: a draw is many small ops."""
+        group = index - (index - self.indices.start) % DRAWN_TOGETHER
+        if group != self._drawn_from or self._drawn is None:
+            ids = torch.arange(group * self.size, min(group + DRAWN_TOGETHER, self.indices.stop) * self.size)
+            labels, seed = self._labels(ids), self.source.seed
+            classes = labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
+            threshold, last_step = self.stop.draw(ids, seed, self.max_steps, classes)
+            unknown = torch.full((len(ids),), torch.nan)
+            reference = unknown if self.real is None else self.real.reference(ids, seed, classes)
+            self._drawn_from, self._drawn = group, (threshold, last_step, reference)
+        rows = slice((index - group) * self.size, (index - group + 1) * self.size)
+        return tuple(drawn[rows] for drawn in self._drawn)
+
+    def block(self, index: int) -> Block:
+        """Run the prefix for one block. Rows outside the source are padding: they repeat the nearest sample."""
+        source, base = self.source, index * self.size
+        ids = torch.arange(base, base + self.size)
+        labels = self._labels(ids)
+        if source.latents is None:
+            assert source.prior is not None
+            latents = source.prior.sample(ids, source.seed, self.dtype)
+        else:
+            rows = (ids - source.first).clamp(0, source.count - 1)
+            latents = source.latents[send(rows, source.latents.device)].to(self.dtype)
+        threshold, last_step, reference = self._draws(index)
+        latents = send(latents, self.device)
+        labels = None if labels is None else send(labels, self.device)
+        a, context = self.generator.prefix(latents, labels)
+        start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
+        drawn = (send(t, self.device) for t in (threshold.to(self.dtype), last_step, reference.to(self.dtype)))
+        flat = a.reshape(self.size, -1)
+        return Block(index, self.size, start, stop, self.whole, latents, labels, flat, context, *drawn)

@@ -1,0 +1,224 @@
+"""Private evaluation copies: parametrizations baked, BatchNorm folded, layout and dtype set. The original never changes."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from fastrefine.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile; a scripted module is an InputError."""
+    while True:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"got a scripted or traced module ({type(module).__name__}), whose graph cannot be cut or frozen: "
+                "give the nn.Module it was made from"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
+            module = original  # torch._dynamo's OptimizedModule
+        else:
+            return module
+
+
+def own_copy(module: nn.Module, like: Tensor) -> nn.Module:
+    """Our copy of a network of the caller's, on the device and in the dtype of ``like``."""
+    plain = unwrap(module)
+    for name, child in plain.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise InputError(
+                f"module {name!r} is scripted or traced, and can neither be looked into nor frozen: "
+                "give the nn.Module it was made from"
+            )
+    return private_copy(plain).to(device=like.device, dtype=like.dtype)
+
+
+def private_copy(module: M) -> M:
+    """A deep copy in eval mode whose parameters need no gradient, with parametrizations and weight hooks baked in.
+
+    Hooks of the user travel with the copy, for they may be part of the function.
+    """
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(module, non_leaf_tensors(module)).eval()
+        for parameter in twin.parameters():
+            parameter.grad = None
+        _bake(twin)
+        for child in twin.modules():  # what was made under inference_mode cannot take part in autograd
+            for store in (child._parameters, child._buffers):
+                for name, value in store.items():
+                    if value is not None and value.is_inference():
+                        fresh = value.clone()
+                        is_parameter = isinstance(value, nn.Parameter)
+                        store[name] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh  # type: ignore[assignment]
+            for name, value in list(child.__dict__.items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    child.__dict__[name] = value.clone()
+    return twin.requires_grad_(False)
+
+
+def non_leaf_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy: tensors in an autograd graph (old-style spectral norm after a forward) refuse to be copied."""
+    values = (value for child in module.modules() for value in child.__dict__.values())
+    return {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
+
+
+def _bake(module: nn.Module) -> None:
+    """Replace parametrizations and spectral/weight-norm hooks by their present (eval mode) value, in place."""
+    for child in module.modules():
+        if parametrize.is_parametrized(child):
+            # remove_parametrizations would edit the dynamic class that the copy shares with the user's module
+            weights = {name: getattr(child, name).detach().clone() for name in child.parametrizations}  # type: ignore[union-attr, operator]
+            child.__class__ = parametrize.type_before_parametrizations(child)
+            del child._modules["parametrizations"]
+            for name, weight in weights.items():
+                child.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        for key, hook in list(child._forward_pre_hooks.items()):
+            if type(hook).__name__ not in ("SpectralNorm", "WeightNorm") or not hasattr(hook, "name"):
+                continue
+            hook(child, ())
+            weight = getattr(child, hook.name).detach().clone()
+            del child._forward_pre_hooks[key]
+            for part in ("orig", "g", "v"):
+                child._parameters.pop(f"{hook.name}_{part}", None)
+            child.__dict__.pop(hook.name, None)
+            child.register_parameter(hook.name, nn.Parameter(weight, requires_grad=False))
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """A copy of an eval-mode module with each BatchNorm folded into the convolution or linear layer before it.
+
+    By an fx trace where the module allows one, else between neighbours of each nn.Sequential. The caller compares the
+    result with the original on a probe batch: a trace loses custom backward formulas and data-dependent control flow.
+    """
+    try:
+        traced = fx.symbolic_trace(copy.deepcopy(module))
+    except Exception:  # tracing runs the user's code on proxies: it may fail in any way
+        return fold_in_sequentials(module)
+    shared = _shared_parameters(traced)
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or calls[node.target] != 1 or len(node.args) != 1:
+            continue
+        before = node.args[0]
+        is_layer = isinstance(before, fx.Node) and before.op == "call_module" and calls[before.target] == 1
+        if not is_layer or len(before.users) != 1:
+            continue
+        fused = _fuse(traced.get_submodule(before.target), traced.get_submodule(node.target), shared)
+        if fused is not None:
+            traced.set_submodule(before.target, fused)
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def fold_in_sequentials(module: nn.Module) -> nn.Module:
+    """As fold_batch_norm, without tracing: only neighbours within an nn.Sequential."""
+    twin = copy.deepcopy(module)
+    shared = _shared_parameters(twin)
+    for sequential in [child for child in twin.modules() if isinstance(child, nn.Sequential)]:
+        names = list(sequential._modules)
+        for first, second in zip(names, names[1:], strict=False):
+            fused = _fuse(sequential._modules[first], sequential._modules[second], shared)
+            if fused is not None:
+                sequential._modules[first], sequential._modules[second] = fused, nn.Identity()
+    return twin
+
+
+def _shared_parameters(module: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module owns: folding one owner would change the other."""
+    owners = Counter(id(p) for child in {id(m): m for m in module.modules()}.values() for p in child._parameters.values())
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _fuse(layer: nn.Module | None, norm: nn.Module | None, shared: set[int]) -> nn.Module | None:
+    if not isinstance(norm, _NORM) or norm.running_mean is None or layer is None:
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks:
+        return None
+    if any(id(p) in shared for p in layer.parameters()):
+        return None
+    if type(layer) in _CONV:
+        return fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
+    if type(layer) in _CONV_TRANSPOSE and layer.groups == 1:  # type: ignore[union-attr]
+        return fuse_conv_bn_eval(layer, norm, transpose=True)  # type: ignore[type-var]
+    if type(layer) is nn.Linear and isinstance(norm, nn.BatchNorm1d):
+        return fuse_linear_bn_eval(layer, norm)
+    return None
+
+
+def has_spatial_weights(module: nn.Module) -> bool:
+    """Whether channels_last can pay: the module has 4-d weights."""
+    return any(p.dim() == 4 for p in module.parameters())
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Write the parameters and buffers of ``source`` into the storage of ``target`` (same structure)."""
+    with torch.no_grad():
+        for kind in ("named_parameters", "named_buffers"):
+            values = dict(getattr(source, kind)())
+            for name, tensor in getattr(target, kind)():
+                tensor.copy_(values[name])
+
+
+class Weights:
+    """A module's parameters and buffers as they are now; unequal once one was updated in place, or replaced.
+
+    An update by way of ``.data`` leaves a tensor's version as it is, so that the content is summed up too, in two ways.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        self.tensors = () if module is None else (*module.parameters(), *module.buffers())  # held: an id is not used again
+        self.versions = [0 if t.is_inference() else t._version for t in self.tensors]
+        self.sums: list[bytes] = []
+        with torch.no_grad():
+            for device in dict.fromkeys(t.device for t in self.tensors):  # one wait for each
+                here = [t for t in self.tensors if t.device == device and t.numel()]
+                sums = [part for t in here for part in _sums(t)]
+                self.sums.append(torch.stack(sums).cpu().numpy().tobytes() if sums and device.type != "meta" else b"")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Weights):
+            return NotImplemented
+        same = len(self.tensors) == len(other.tensors) and all(map(operator.is_, self.tensors, other.tensors))
+        return same and self.versions == other.versions and self.sums == other.sums
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sums(t: Tensor) -> list[Tensor]:
+    """Int64 scalars where ``t`` lies, of its bits: equal whatever the number of threads. Of sparse and quantized ones none."""
+    if t.layout is not torch.strided or t.is_quantized:
+        return []
+    t = torch.view_as_real(t) if t.is_complex() else t
+    bits = t.view(_BITS[t.element_size()]).reshape(-1)
+    return [bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]  # the other half alone: for what was swapped
+
+
+def device_of(*modules: Any) -> torch.device:
+    """Where the first of the modules with any tensor has it."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,149 @@
+"""The discriminator, prepared: a private copy in evaluation mode, read as logits, its final sigmoid cut where declared."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.networks import probe
+from fastrefine.networks.calls import Readout, attempt, label_classes, takes_labels
+from fastrefine.networks.copies import own_copy
+from fastrefine.options import Options
+
+Cut = Callable[[nn.Module], nn.Module]
+
+
+class PreparedDiscriminator:
+    """The discriminator as images -> logits (n, P), in evaluation mode and in the dtype of the state."""
+
+    def __init__(self, discriminator: nn.Module, options: Options, images: Tensor, labels: Tensor | None):
+        self.kwargs = kwargs = options.discriminator_kwargs or {}
+        self.scale, self.num_classes = options.discriminator_output, None
+        own = own_copy(discriminator, images)
+        self.takes_labels, required = takes_labels(own, kwargs)
+        self.takes_labels = self.takes_labels and labels is not None
+        if labels is None and required:
+            raise InputError("the discriminator needs labels: pass labels=(N,) to sample, refine or stream")
+        if labels is not None and self.takes_labels:
+            self.num_classes = label_classes([own], lambda y: own(images.clone(), y, **kwargs), labels)
+        given = (labels,) if self.takes_labels else ()
+        self._like = images[:0]
+
+        def call(module: nn.Module) -> Any:
+            return attempt("discriminator", lambda: module(images.clone(), *given, **kwargs), images)
+
+        self._cut, self.readout = _output_form(own, options, call, len(images))
+        self.module = self._cut(own)
+        y = None if labels is None else labels[:1]
+        probe.check(
+            {"discriminator": self.module},
+            lambda x: self.logits(self.module, x, probe.repeated(y, x)),
+            images,
+            options.coupling,
+        )
+
+    def updated(self, discriminator: nn.Module) -> PreparedDiscriminator:
+        """The same side with other weights; nothing is probed again."""
+        twin = copy.copy(self)
+        twin.module = self._cut(own_copy(discriminator, self._like))
+        return twin
+
+    def logits(self, module: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, P) logits by ``module``: the exact copy, or a folded form of it."""
+        given = (images, labels) if self.takes_labels else (images,)
+        raw = module(*given, **self.kwargs)
+        return self.readout(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
+
+
+def _output_form(discriminator: nn.Module, options: Options, call: Callable[[nn.Module], Any], n: int) -> tuple[Cut, Readout]:
+    """How to cut a declared final sigmoid from our copy of D, and how to read it; checks the declaration on a probe batch.
+
+    call: runs a module on the probe batch of ``n`` images. With "probability" the final Sigmoid is cut, so that a logit
+    of 60 stays 60. InputError when declaration and network disagree.
+    """
+    scale, key = options.discriminator_output, options.output_key
+    readout = Readout(key)
+    with torch.no_grad():
+        values = readout(call(discriminator), n, torch.float64)
+    if values.shape[1] > 1:
+        warnings.warn(
+            f"the discriminator returns a map of {values.shape[1]} patches; their mean is the sample's logit",
+            FastrefineWarning,
+            stacklevel=2,
+        )
+    name = probe.last_leaf(discriminator, lambda: call(discriminator))
+    ends_in_sigmoid = name is not None and isinstance(discriminator.get_submodule(name), nn.Sigmoid)
+    known = values[values.isfinite()]  # a sample that is not finite decides nothing
+    inside = bool(((known >= 0) & (known <= 1)).all())
+    cuts: list[Cut] = [functools.partial(_cut_module, name=name)] if ends_in_sigmoid and name else []
+    found = None
+    if inside:
+        found = _working_cut([*cuts, _cut_traced], discriminator, lambda m: readout(call(m), n, torch.float64), values)
+    if scale != "probability":
+        if len(known) and inside and (ends_in_sigmoid or found is not None):
+            where = f" (module {name!r})" if ends_in_sigmoid else ""
+            raise InputError(
+                f"the discriminator ends in a sigmoid{where} and returned values in [0, 1], but "
+                f"discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
+            )
+        return _uncut, readout
+    if not inside:
+        raise InputError(
+            f"discriminator_output='probability' was declared, but the discriminator returned values from "
+            f"{float(known.min()):.3g} to {float(known.max()):.3g}; pass 'logit' or 'critic'"
+        )
+    if found is not None:
+        return found, readout
+    warnings.warn(
+        "the discriminator's sigmoid could not be found and cut: logits beyond +-16 are lost. Return logits instead",
+        FastrefineWarning,
+        stacklevel=2,
+    )
+    return _uncut, Readout(key, invert_sigmoid=True)
+
+
+def _uncut(discriminator: nn.Module) -> nn.Module:
+    return discriminator
+
+
+def _cut_module(discriminator: nn.Module, name: str) -> nn.Module:
+    twin = copy.deepcopy(discriminator)
+    twin.set_submodule(name, nn.Identity())
+    return twin
+
+
+def _cut_traced(discriminator: nn.Module) -> nn.Module:
+    """The discriminator without the sigmoids, functions or modules, just before it returns."""
+    traced = fx.symbolic_trace(discriminator)
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        while node.op == "call_method" and node.target in ("view", "reshape", "squeeze", "flatten"):
+            node = node.all_input_nodes[0]
+        is_module = node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Sigmoid)
+        if is_module or node.target in (torch.sigmoid, torch.nn.functional.sigmoid, torch.special.expit, "sigmoid"):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            traced.graph.erase_node(node)
+            traced.recompile()
+    return traced
+
+
+def _working_cut(
+    cuts: list[Cut], discriminator: nn.Module, logits_of: Callable[[nn.Module], Tensor], values: Tensor
+) -> Cut | None:
+    """The first cut after which the sigmoid of the output gives the probabilities ``values`` again."""
+    for cut in cuts:
+        try:
+            with torch.no_grad():
+                logits = logits_of(cut(discriminator))
+        except Exception:  # tracing runs the user's code on proxies: it may fail in any way
+            continue
+        if torch.allclose(torch.sigmoid(logits), values, atol=1e-5, equal_nan=True):
+            return cut
+    return None

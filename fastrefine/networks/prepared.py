@@ -1,0 +1,288 @@
+"""The two networks of a Refiner, prepared: copied, cut, probed, bound to sampler and stop rule, made fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrefine import checks
+from fastrefine.errors import InputError
+from fastrefine.networks import torch_state
+from fastrefine.networks.calls import attempt
+from fastrefine.networks.copies import Weights
+from fastrefine.networks.discriminator import PreparedDiscriminator
+from fastrefine.networks.generator import PreparedGenerator
+from fastrefine.networks.split import Split
+from fastrefine.networks.target import Target
+from fastrefine.noise import Stream
+from fastrefine.options import Options
+from fastrefine.priors import Prior
+from fastrefine.samplers.base import Latent, Sampler
+from fastrefine.stopping import RealLogits, StopRule
+
+PROBE = 4  # samples of a probe batch
+_OF_THE_GENERATOR = ("at", "prior", "precision", "device", "coupling", "generator_kwargs")  # options its preparation reads
+
+
+class Networks:
+    """A caller's generator and discriminator under one set of options; a sampler is bound to it.
+
+    ``prepare`` does the work at the first use for each kind of input, and again when the caller's weights were updated.
+    """
+
+    def __init__(self, generator: nn.Module | Split | None, discriminator: nn.Module, options: Options):
+        self.generator, self.discriminator, self.options = generator, discriminator, options
+        self._seen = Weights(None), Weights(None)
+        self._probe_batch: tuple[Tensor, Tensor | None] | None = None
+        self._forget()
+
+    def twin(self, discriminator: nn.Module, options: Options) -> Networks:
+        """The same generator with another discriminator or other options; what was prepared of it is shared where it fits."""
+        twin = Networks(self.generator, discriminator, options)
+        if all(getattr(options, name) is getattr(self.options, name) for name in _OF_THE_GENERATOR):
+            twin.prepared_generator, twin._generator_kind = self.prepared_generator, self._generator_kind
+            twin._seen, twin._probe_batch = (self._seen[0], twin._seen[1]), self._probe_batch
+        return twin
+
+    def _forget(self) -> None:
+        self.prepared_generator: PreparedGenerator | None = None
+        self._generator_kind: Any = None
+        self._forget_discriminator()
+
+    def _forget_discriminator(self) -> None:
+        self.prepared_discriminator: PreparedDiscriminator | None = None
+        self._scorer: PreparedDiscriminator | None = None
+        self.target: Target | None = None
+        self.real: RealLogits | None = None  # logits of the options' real images
+        self.bound: tuple[Sampler, StopRule] | None = None
+        self._kind: Any = None
+
+    def prepare(self, latents: Tensor | None, labels: Tensor | None, seed: int) -> Target:
+        """The target for latents (N, ...) like these, or like the prior's, with labels (N, ...) or None.
+
+        Networks are copied, cut, probed, folded and recorded once for each kind of input, and then kept. Raises InputError,
+        SplitError, CouplingError or GradientError where the networks do not fit.
+        """
+        self._notice_updates()
+        options, prior = self.options, self.options.prior
+        shape = tuple(latents.shape[1:] if latents is not None else prior.shape)  # type: ignore[union-attr]
+        kind = shape, None if labels is None else (labels.is_floating_point(), tuple(labels.shape[1:]))
+        if self.target is not None and self._kind == kind:
+            self.check_labels(labels)
+            return self.target
+        if self._generator_kind != kind:
+            self._forget()
+        z, y = self._probe_batch = self._drawn_probe_batch(latents, shape, labels, seed)
+        if self.prepared_generator is None:
+            self.prepared_generator = PreparedGenerator(self.generator, options, z, y)
+        g = self.prepared_generator
+        with g.evaluation_mode():
+            a, context = g.prefix(z, y)
+            images = g.render(a, context)
+            if self.prepared_discriminator is None:
+                self.prepared_discriminator = PreparedDiscriminator(self.discriminator, options, images, y)
+            d = self.prepared_discriminator
+            if y is not None and not (g.takes_labels or d.takes_labels):
+                raise InputError(
+                    "labels were given, but neither the generator nor the discriminator takes them; wanted a second argument, "
+                    "named e.g. labels or y where it is optional"
+                )
+            if options.real is not None:
+                checks.real_images(options.real, g.image_shape, images)
+            sampler, stop = self._bind(d)
+            self.check_labels(labels)
+            target = Target(g, d, sampler, options)
+            target.prepare(a, (*context, y) if d.takes_labels and y is not None else context)
+            self.bound = sampler.with_loss_error(self._loss_error(target)), stop
+        self.target, self._kind, self._generator_kind = target, kind, kind
+        return target
+
+    def refresh(self, discriminator: nn.Module) -> None:
+        """Take an updated discriminator of the same structure; nothing is recorded again (used while shaping)."""
+        self.discriminator = discriminator
+        self._seen = self._seen[0], Weights(discriminator)
+        if self.target is None or self.prepared_discriminator is None:
+            return
+        options = self.options
+        with torch_state.quiet_torch(options.device), self.target.generator.evaluation_mode():
+            d = self.prepared_discriminator = self.prepared_discriminator.updated(discriminator)
+            self.target.refresh(d)
+            self._scorer = self.real = None
+            assert self.bound is not None
+            sampler, stop = self._bind(d) if options.needs_real else (options.sampler.bind(self), self.bound[1])
+            with torch_state.arithmetic(options.precision, options.deterministic):
+                self.bound = sampler.with_loss_error(self._loss_error(self.target)), stop
+
+    def _notice_updates(self) -> None:
+        """Forget what was prepared from weights that the caller has updated since."""
+        now = Weights(self.generator), Weights(self.discriminator)
+        if now[0] != self._seen[0]:
+            self._forget()
+        elif now[1] != self._seen[1]:
+            self._forget_discriminator()
+        self._seen = now
+
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Raise InputError for labels (n,) that the prepared networks do not know."""
+        for network in (self.prepared_generator, self.prepared_discriminator):
+            assert network is not None
+            if labels is not None and network.takes_labels:
+                checks.classes(labels, network.num_classes)
+
+    def _drawn_probe_batch(
+        self, latents: Tensor | None, shape: tuple[int, ...], labels: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A few distinct latents like those to come, and their labels."""
+        dtype, device = self.options.dtype, self.options.device
+        if latents is None:
+            assert self.options.prior is not None
+            z = self.options.prior.sample(torch.arange(PROBE), seed, dtype, Stream.PROBE)
+        else:
+            given = latents[:PROBE].to(dtype)
+            given = given if len(given) else torch.zeros(1, *shape, dtype=dtype)
+            z = _several(given)
+        if labels is None:
+            return z.to(device), None
+        y = labels if len(labels) else labels.new_zeros(1, *labels.shape[1:])
+        return z.to(device), y[torch.arange(PROBE) % len(y)].to(device)
+
+    def _bind(self, discriminator: PreparedDiscriminator) -> tuple[Sampler, StopRule]:
+        """Score the real images; the sampler and the stop rule with what they read of the networks filled in."""
+        options = self.options
+        if options.real is not None:
+            if discriminator.takes_labels and options.real_labels is None:
+                raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
+            logits = self._score(discriminator, options.real, options.real_labels).double().cpu()
+            bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
+            if bad:
+                raise InputError(f"the discriminator gives real images non-finite logits, first at {bad}")
+            labels = options.real_labels
+            self.real = RealLogits(logits, labels.argmax(1) if labels is not None and labels.dim() > 1 else labels)
+        return options.sampler.bind(self), options.stop.bind(self.real)
+
+    def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Logits (N,) of images (N, ...), in blocks of num_slots, where the networks are."""
+        self._notice_updates()
+        options = self.options
+        if len(images) == 0:
+            return torch.zeros(0, dtype=options.dtype, device=options.device)
+        with torch_state.quiet_torch(options.device), torch_state.arithmetic(options.precision, options.deterministic):
+            return self._score(self._discriminator_for(images, labels), images, labels)
+
+    def _discriminator_for(self, images: Tensor, labels: Tensor | None) -> PreparedDiscriminator:
+        """The prepared discriminator, or one prepared on these images where that one is labelled otherwise."""
+        for known in (self.prepared_discriminator, self._scorer):
+            if known is not None and known.takes_labels == (labels is not None):
+                return known
+        probe = _several(images[:PROBE].to(self.options.device, self.options.dtype))
+        y = None if labels is None else labels[torch.arange(PROBE) % len(labels)].to(self.options.device)
+        self._scorer = PreparedDiscriminator(self.discriminator, self.options, probe, y)
+        if labels is not None and not self._scorer.takes_labels:
+            raise InputError("labels were given, but the discriminator takes none")
+        return self._scorer
+
+    def _score(self, discriminator: PreparedDiscriminator, images: Tensor, labels: Tensor | None) -> Tensor:
+        if discriminator.takes_labels and labels is not None:
+            checks.classes(labels, discriminator.num_classes)
+        device, dtype, parts = self.options.device, self.options.dtype, []
+        for rows in torch.arange(len(images)).split(self.options.num_slots):
+            # a copy, for layers may work in place
+            x = images[rows[0] : rows[-1] + 1].to(device, dtype, copy=True)
+            y = None if labels is None else labels[rows[0] : rows[-1] + 1].to(device)
+            parts.append(attempt("discriminator", lambda: discriminator.logits(discriminator.module, x, y).mean(1), x))  # noqa: B023
+        return torch.cat(parts)
+
+    # What a sampler is bound to: see ``samplers.base``.
+
+    @property
+    def scale(self) -> str:
+        """ "critic" or "logit"."""
+        return self.options.scale
+
+    def real_logits(self, why: str) -> Tensor:
+        """Logits (N,) of the real images under the current discriminator; InputError naming ``why`` without any."""
+        if self.options.real is None:
+            raise InputError(f"{why} needs real images: pass real= to the Refiner")
+        if self.real is None:
+            return self.score(self.options.real, self.options.real_labels).double().cpu()
+        return self.real.logits
+
+    def latent(self, required: bool = True) -> Latent | None:
+        """The prior's numbers for a sampler that reads them; None where it may do without and there are none."""
+        prior = self.options.prior
+        known = refines_latents(self.generator, self.options.at) and prior is not None and type(prior).table is not Prior.table
+        if not required and not known:
+            return None
+        assert prior is not None
+        try:
+            table = prior.table().to(self.options.device, self.options.dtype).contiguous()
+        except NotImplementedError:
+            name = type(self.options.sampler).__name__
+            raise InputError(f"{prior!r} has no table(), by which {name} reads a prior; see fastrefine/priors.py") from None
+        if table.shape != (3, prior.numel):
+            raise InputError(f"table() of {prior!r} has shape {tuple(table.shape)}; wanted (3, {prior.numel})")
+        low, high = table[1:]
+        if bool((torch.isfinite(low) != torch.isfinite(high)).any() | (low >= high).any()):
+            raise InputError(f"table() of {prior!r} must give each element two finite bounds, low < high, or -inf and inf")
+        return Latent(table)
+
+    def probe(self, n: int, why: str) -> tuple[Tensor, Tensor]:
+        """Activations (n, F) and logits (n,) of proposals of no sample id; InputError naming ``why`` without a prior.
+
+        To be called while a sampler is bound. Where there are labels, two and two proposals have the same one.
+        """
+        if self.options.prior is None:
+            raise InputError(f"{why} needs proposals to look at: pass a number, or prior= to the Refiner")
+        found = [(a.flatten(1), logits) for a, _, logits in self._proposals(n)]
+        return torch.cat([a for a, _ in found]), torch.cat([logits for _, logits in found])
+
+    def _loss_error(self, target: Target) -> float:
+        """Rounding error of a loss, see Target.loss_error; on the first call's own latents where the prior is not theirs."""
+        assert self._probe_batch is not None
+        prior = self.options.prior
+        if target.is_exact or prior is None or tuple(self._probe_batch[0].shape[1:]) != tuple(prior.shape):
+            return target.loss_error()
+        ((a, context, _),) = self._proposals(PROBE)
+        return target.loss_error(a, context)
+
+    def _proposals(self, n: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
+        """Activations, contexts as a step has them, and logits, in blocks of at most num_slots but no fewer than PROBE."""
+        g, d, options = self.prepared_generator, self.prepared_discriminator, self.options
+        assert g is not None and d is not None and options.prior is not None
+        for ids in torch.arange(PROBE, PROBE + n).split(max(options.num_slots, PROBE)):
+            z, y = options.prior.sample(ids, 0, options.dtype, Stream.PROBE).to(options.device), self._classes(ids // 2)
+            a, context = g.prefix(z, y)
+            logits = d.logits(d.module, g.render(a, context), y).mean(1)
+            yield a, (*context, y) if d.takes_labels and y is not None else context, logits
+
+    def _classes(self, which: Tensor) -> Tensor | None:
+        """Classes in turn, as far as they are known; of the kind that the networks were given."""
+        assert self._probe_batch is not None
+        like = self._probe_batch[1]
+        if like is None:
+            return None
+        if like.is_floating_point():
+            return F.one_hot(which % like.shape[1], like.shape[1]).to(like)
+        both = (self.prepared_generator, self.prepared_discriminator)
+        known = [network.num_classes for network in both if network is not None and network.num_classes is not None]
+        return (which % min(known, default=1)).to(like)
+
+    def probe_images(self) -> Tensor:
+        """The images of the probe batch, as the generator makes them."""
+        assert self.prepared_generator is not None and self._probe_batch is not None
+        with self.prepared_generator.evaluation_mode():
+            return self.prepared_generator.render(*self.prepared_generator.prefix(*self._probe_batch))
+
+
+def refines_latents(generator: nn.Module | Split | None, at: str) -> bool:
+    """Whether the activation is the latent itself, so that the prior is its law."""
+    return at == "input" and isinstance(generator, nn.Module) and not isinstance(generator, Split)
+
+
+def _several(given: Tensor) -> Tensor:
+    """PROBE samples; where fewer are given, scaled and shifted copies too, so that the companions in the batch differ."""
+    return torch.cat([given * (1 - 0.1 * k) + 0.05 * k for k in range(-(-PROBE // len(given)))])[:PROBE]

@@ -1,0 +1,152 @@
+"""Questions put to the networks with a handful of samples, before anything is refined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrefine.errors import CouplingError, GradientError
+
+Forward = Callable[[Tensor], Tensor]
+Trace = list[tuple[str, Any, Any]]
+
+
+def _trace(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> tuple[Tensor, Trace]:
+    """The output, and (module name, tensor inputs, output) of every module, inner ones first, in order of execution."""
+    calls: Trace = []
+    handles = []
+    for root, module in roots.items():
+        for name, child in module.named_modules():
+            label = f"{root} module {name!r} ({type(child).__name__})" if name else f"{root} ({type(child).__name__})"
+
+            def record(_: nn.Module, args: Any, out: Any, label: str = label) -> None:
+                tensors = [a.detach().clone() for a in args if isinstance(a, Tensor)]
+                if isinstance(out, Tensor):
+                    calls.append((label, tensors, out.detach().clone()))
+
+            handles.append(child.register_forward_hook(record))
+    try:
+        with torch.no_grad():
+            return forward(x), calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point() or not a.numel():
+        return a.shape == b.shape and torch.equal(a, b)
+    tolerance = 1e-4 if torch.finfo(a.dtype).bits < 64 else 1e-9
+    scale = float(torch.nan_to_num(a, 0, 0, 0).abs().max())
+    return torch.allclose(a, b, rtol=0, atol=max(tolerance * scale, 1e-30), equal_nan=True)
+
+
+def _culprit(first: Trace, second: Trace, row: slice) -> str:
+    """The first module whose inputs agree on ``row`` and whose outputs do not."""
+    for (name, inputs, out), (_, inputs2, out2) in zip(first, second, strict=False):
+        same = all(_close(a[row], b[row]) for a, b in zip(inputs, inputs2, strict=False) if a.dim() and b.dim())
+        if same and out.dim() and not _close(out[row], out2[row]):
+            return name
+    return "a function outside any module"
+
+
+def check_repeatable(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> None:
+    """Raise CouplingError, naming the module, when two passes over the same batch differ (noise layers, dropout)."""
+    out, first = _trace(roots, forward, x)
+    again, second = _trace(roots, forward, x)
+    if not _close(out, again):
+        raise CouplingError(
+            f"{_culprit(first, second, slice(None))} gives different outputs for the same input in eval mode; "
+            "replace its noise by a constant buffer before refining"
+        )
+
+
+def check_independent(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> None:
+    """Raise CouplingError, naming the module, when a sample's output depends on its companions in the batch or its place.
+
+    x: (n, ...), n >= 3: the first sample keeps its place while its companions are replaced, then all are permuted.
+    """
+    out, first = _trace(roots, forward, x)
+    others = x.flip(0) if not x.is_floating_point() else torch.cat([x[:1], 1.5 * x[1:].flip(0)])
+    replaced, second = _trace(roots, forward, others)
+    order = torch.arange(len(x) - 1, -1, -1, device=x.device)
+    permuted, _ = _trace(roots, forward, x[order])
+    if not _close(out[:1], replaced[:1]) or not _close(out[order], permuted):
+        raise CouplingError(
+            f"{_culprit(first, second, slice(0, 1))} mixes the samples of a batch (minibatch statistics?); samples of a "
+            "batch must be independent: fix its statistic, or pass coupling='lockstep' to keep fixed groups together"
+        )
+
+
+def check(roots: dict[str, nn.Module], forward: Forward, x: Tensor, coupling: str) -> None:
+    """Refuse networks that are not repeatable or, unless in lock step, not independent; x is left as it is."""
+    check_repeatable(roots, lambda given: forward(given.clone()), x)
+    if coupling == "refuse":
+        check_independent(roots, lambda given: forward(given.clone()), x)
+
+
+def repeated(label: Tensor | None, x: Tensor) -> Tensor | None:
+    """One label (1, ...) for every row of x."""
+    return None if label is None else label.expand(len(x), *label.shape[1:])
+
+
+def last_leaf(module: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Name of the leaf module that ran last, or None when it has no name of its own."""
+    last: list[str] = []
+    handles = [
+        child.register_forward_hook(lambda m, i, o, name=name: last.append(name))  # type: ignore[misc]
+        for name, child in module.named_modules()
+        if next(child.children(), None) is None
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return last[-1] if last else None
+
+
+def explain_missing_gradient(roots: dict[str, nn.Module], loss: Callable[[Tensor], Tensor], a: Tensor) -> GradientError | None:
+    """Why no gradient reaches ``a``: the error that names the module, or None when it is zero for a reason of its own.
+
+    A module is to blame when gradient reaches its output but not its input. Activations of torch.nn that are zero or
+    saturated for every sample are not to blame: that is a matter of the weights.
+    """
+    calls: list[tuple[str, nn.Module, list[Tensor], Tensor]] = []
+    handles = []
+    for root, module in roots.items():
+        for name, child in module.named_modules():
+
+            def record(m: nn.Module, args: Any, out: Any, label: str = f"{root} module {name!r}") -> None:
+                inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+                if isinstance(out, Tensor) and inputs:
+                    calls.append((f"{label} ({type(m).__name__})", m, inputs, out))
+
+            handles.append(child.register_forward_hook(record))
+    try:
+        with torch.enable_grad():
+            leaf = a.detach().requires_grad_()
+            value = loss(leaf)
+            cut = next((label for label, _, _, out in calls if not out.requires_grad), None)
+            if not value.requires_grad:
+                where = cut or "a function outside any module"
+                return GradientError(f"{where} detaches its output, so no gradient reaches the refined activation")
+            for label, module, inputs, out in reversed(calls):
+                own = type(module).__module__.startswith("torch.nn")
+                if own or next(module.children(), None) is not None or not out.requires_grad:
+                    continue
+                # in-place layers after a call may have replaced what it returned: then torch refuses, and we move on
+                grads = torch.autograd.grad(value, [out, *inputs], retain_graph=True, allow_unused=True)
+                arrives = grads[0] is not None and bool((grads[0] != 0).any())
+                if arrives and not any(g is not None and bool((g != 0).any()) for g in grads[1:]):
+                    return GradientError(f"{label} passes no gradient on (rounding?), so nothing can be refined before it")
+    except RuntimeError as error:
+        return GradientError(f"no gradient reaches the refined activation: {error}")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None

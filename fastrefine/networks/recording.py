@@ -1,0 +1,271 @@
+"""A step as one flat aten graph: forward and input gradient, no autograd at run time, same bits in every slot.
+
+On a CPU the bits of a row may depend on its place in the batch: a matrix product treats its last rows and columns
+apart (MKL), and a vectorised function computes the last elements of a tensor with scalar code. Which slot a sample sits
+in depends on its neighbours, so both are replaced by forms that give every row the same bits.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+Modules = tuple[torch.nn.Module, ...]
+_FOLDED, _DERIVED = "_folded", "_derived"  # names of constants: computed from nothing, or from tensors that the trace met
+BLOCK_BYTES = 2**23  # largest single result of a block of rows on a CPU
+LANES = 16  # floats of an AVX-512 register, in which oneDNN keeps output channels
+VECTOR = 32  # elements of two AVX-512 float registers: the stride of ATen's vectorised loops
+# Pointwise operations that are exactly rounded, so scalar and vector code agree.
+_EXACT = {
+    "abs", "neg", "relu", "relu_", "mul", "mul_", "div", "div_", "sqrt", "where", "clamp", "clamp_min", "clamp_max", "maximum",
+    "minimum", "leaky_relu", "leaky_relu_", "leaky_relu_backward", "threshold_backward", "eq", "ne", "lt", "le", "gt", "ge",
+    "logical_and", "logical_or", "logical_not", "bitwise_and", "round", "floor", "ceil", "sign", "clone", "_to_copy", "fill",
+    "square", "reciprocal", "hardtanh", "hardtanh_backward", "masked_fill", "copy", "copy_", "fill_",
+}  # fmt: skip
+# Pointwise operations whose tags do not say so.
+_UNTAGGED = {
+    "softplus_backward", "elu_backward", "mish_backward", "hardswish", "hardswish_backward", "hardsigmoid_backward",
+}  # fmt: skip
+
+
+def trace(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
+    """``function(*args)`` as a graph of aten operations for these shapes; it may call torch.autograd.grad inside.
+
+    modules: those whose weights may be updated in place, so that nothing that depends on them is computed in advance.
+    """
+    graph = record(function, args, modules)
+    if args[0].device.type == "cpu":
+        make_rows_equal(graph, args[0].dtype)
+    return graph
+
+
+def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
+    """As ``trace``, with the operations as they were called: what a FLOP counter knows."""
+    rules: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}
+    if args[0].device.type == "cpu":
+        rules[aten.convolution.default] = _convolution_on_cpu
+    graph = make_fx(function, decomposition_table=rules)(*args)
+    fold_constants(graph, modules)
+    return graph
+
+
+def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
+    """Compute once what depends on no input and no weight, such as coordinates or a kernel that is sent to the device.
+
+    Random numbers and memory that the step writes to stay as they are.
+    """
+    weights, known, written = _storages(_weights(modules)), {}, set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(node.target)(graph)
+            if isinstance(value, Tensor) and not _storages([value]) & weights:
+                known[node] = value
+        elif node.op == "call_function":
+            given = [known[n] for n in node.all_input_nodes if n in known]
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                written |= _storages(given)
+            elif len(given) == len(node.all_input_nodes) and _gives_the_same_each_time(node.target):
+                own_args, own_kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                with torch.no_grad():
+                    known[node] = node.target(*own_args, **own_kwargs)
+    kept: dict[fx.Node, bool] = {}  # -> whether a tensor that the trace met has part in it
+    for node, value in known.items():
+        inputs = node.all_input_nodes
+        if not _storages(tree_leaves(value)) & written and all(n in kept for n in inputs):
+            kept[node] = any(kept[n] for n in inputs) or (node.op == "get_attr" and value.numel() > 1)
+    changed = False
+    for node in reversed(kept):
+        if node.op == "call_function" and isinstance(known[node], Tensor) and any(user not in kept for user in node.users):
+            name = f"{_DERIVED if kept[node] else _FOLDED}{len(list(graph.buffers()))}"
+            graph.register_buffer(name, known[node])
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(name), lambda user: user not in kept)
+            changed = True
+        if not node.users:
+            graph.graph.erase_node(node)
+            changed = True
+    if changed:
+        graph.recompile()
+
+
+def _gives_the_same_each_time(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return is_aten and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _weights(modules: Modules) -> Iterator[Tensor]:
+    for module in modules:
+        yield from (*module.parameters(), *module.buffers())
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in values if isinstance(t, Tensor)}
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int, mask: list[bool],
+) -> tuple[Tensor, None, None]:  # fmt: skip
+    """Input gradient of a convolution as a convolution: the flat graph then holds inference operations only."""
+    assert not mask[1] and not mask[2], "the networks are frozen: no parameter gradient can be asked for"
+    if transposed:
+        return (
+            aten.convolution(grad, weight, None, stride, padding, dilation, False, [0] * len(stride), groups),
+            None,
+            None,
+        )
+    spare = [
+        int(
+            x.shape[2 + i]
+            - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        )
+        for i in range(len(stride))
+    ]
+    return aten.convolution(grad, weight, None, stride, padding, dilation, True, spare, groups), None, None
+
+
+def _convolution_on_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Any:  # fmt: skip
+    """The convolutions that oneDNN does badly, in forms that it does well; NotImplemented for all others.
+
+    From or to a single pixel: a matrix product, 4-10x as fast. Transposed to few channels (an image): most lanes of a
+    register idle, so all stride x stride phases are computed together as channels of one convolution, 2x as fast.
+    """
+    if x.dim() != 4 or x.dtype == torch.float64 or groups != 1 or list(dilation) != [1, 1]:
+        return NotImplemented
+    if not transposed and x.shape[2:] == weight.shape[2:] and not any(padding):
+        rows = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+        return F.linear(rows, weight.permute(0, 2, 3, 1).reshape(len(weight), -1), bias)[:, :, None, None]
+    if transposed and x.shape[2:] == (1, 1) and not any(padding) and not any(output_padding):
+        columns = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+        return _to_channels_first((x[:, :, 0, 0] @ columns).view(len(x), *weight.shape[2:], -1), bias)
+    if transposed and weight.shape[1] * stride[0] * stride[1] <= LANES:
+        return _by_phases(x, weight, bias, stride, padding, output_padding)
+    return NotImplemented
+
+
+def _by_phases(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], output_padding: list[int]
+) -> Any:
+    """A transposed convolution that enlarges by exactly its stride s, as a convolution to s x s x channels.
+
+    Output pixel s i + r takes weight k = s (i - j) + r + p of input pixel j: a fixed few neighbours j of i, whatever r.
+    """
+    reach: list[int] = []  # neighbours on either side
+    spare: list[int] = []  # zeros around the weights, to whole groups of s; the last dimension first, as F.pad wants
+    for size, s, p, extra in zip(weight.shape[2:], stride, padding, output_padding, strict=True):
+        before, after = (size - 1 - p) // s, (s - 1 + p) // s
+        if size - 2 * p + extra != s or before != after:
+            return NotImplemented
+        reach.append(after)
+        spare = [s * after - p, s * (before + 1) + p - size, *spare]
+    (n, channels, h, w), (sh, sw), (rh, rw) = x.shape, stride, reach
+    taps = F.pad(weight, spare).view(channels, -1, 2 * rh + 1, sh, 2 * rw + 1, sw).flip(2, 4)
+    taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(-1, channels, 2 * rh + 1, 2 * rw + 1)  # (s s out, in, ...)
+    taps = taps.contiguous(memory_format=torch.channels_last)
+    phases = aten.convolution(x, taps, None, [1, 1], reach, [1, 1], False, [0, 0], 1)
+    phases = phases.permute(0, 2, 3, 1).reshape(n, h, w, sh, sw, -1)
+    return _to_channels_first(phases.transpose(2, 3).reshape(n, h * sh, w * sw, -1), bias)
+
+
+def _to_channels_first(pixels: Tensor, bias: Tensor | None) -> Tensor:
+    return (pixels if bias is None else pixels + bias).permute(0, 3, 1, 2)
+
+
+def make_rows_equal(graph: fx.GraphModule, state: torch.dtype) -> None:
+    """Replace what gives rows different bits by their place in the batch, in a graph recorded on a CPU."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function":
+            node.target, node.args = _equal_form(node.target, node.args, node.kwargs, state)
+    graph.recompile()
+
+
+class EqualRows(TorchDispatchMode):
+    """The same for a step that could not be recorded: replaces the operations as they are dispatched."""
+
+    def __init__(self, state: torch.dtype):
+        super().__init__()
+        self.state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        function, given = _equal_form(func, args, kwargs, self.state)
+        return function(*given, **kwargs)
+
+
+def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
+    # oneDNN has no float64; a product per row is slow but serves verification
+    product = _row_products if state == torch.float64 else _onednn_product
+    if target is aten.mm.default:
+        return product, (None, *args)
+    if target is aten.addmm.default and not kwargs:
+        return product, args
+    name = target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
+    if name and (torch.Tag.pointwise in target.tags or name in _UNTAGGED):
+        is_sum = name in ("add", "add_", "sub", "sub_") and not kwargs and len(args) == 2
+        if name not in _EXACT and not is_sum:  # a scaled sum may be fused into one rounding by scalar code
+            return _aligned, (target, *args)
+    return target, args
+
+
+def _onednn_product(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """bias + x @ weight: oneDNN accumulates every row alike, wherever it stands. Many CPUs lack its half precisions."""
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        wide = _onednn_product(None if bias is None else bias.float(), x.float(), weight.float())
+        return wide.to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
+
+
+def _row_products(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """bias + x @ weight, one row at a time."""
+    out = torch.bmm(x[:, None, :], weight.expand(len(x), -1, -1))[:, 0]
+    return out if bias is None else out + bias
+
+
+def _aligned(function: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
+    """A pointwise function with its tensors padded to whole vectors where they end in a part of one."""
+    tensors = [a for a in args if isinstance(a, Tensor) and a.dim()]
+    first = tensors[0]
+    whole = VECTOR * max(1, torch.get_num_threads())
+    if first.numel() % whole == 0 or any(t.shape != first.shape for t in tensors):
+        return function(*args, **kwargs)
+    padding = -first.numel() % whole
+    flat = [F.pad(a.reshape(-1), (0, padding)) if isinstance(a, Tensor) and a.dim() else a for a in args]
+    result = function(*flat, **kwargs)[: first.numel()].view(first.shape)
+    return first.copy_(result) if function._schema.is_mutable else result
+
+
+def block_rows(graph: fx.GraphModule, n: int, rows: int) -> int:
+    """How many of ``rows`` to evaluate at once, a divisor of it; ``graph``: a trace of ``n`` rows.
+
+    On a CPU, large results leave the cache before they are read again, and glibc returns their pages to the system:
+    fetching 80 MB of them anew took a seventh of each DCGAN step.
+    """
+    values = [v for node in graph.graph.nodes if isinstance(v := node.meta.get("val"), Tensor) and v.shape[:1] == (n,)]
+    if values[0].device.type != "cpu":
+        return rows
+    affordable = BLOCK_BYTES * n // max(v.numel() * v.element_size() for v in values)
+    size = max((d for d in range(1, rows + 1) if rows % d == 0 and d <= affordable), default=1)
+    return size if 4 * size > min(rows, affordable) else rows  # an awkward number of rows stays whole
+
+
+def has_derived_constants(graph: fx.GraphModule, modules: Modules) -> bool:
+    """Whether the trace evaluated something from the weights once: such a value does not follow new weights."""
+    own = _storages(_weights(modules))
+    names = [n.target for n in graph.graph.nodes if n.op == "get_attr" and not n.target.startswith(_FOLDED)]
+    constants = {name: operator.attrgetter(name)(graph) for name in names}
+    return any(n.startswith(_DERIVED) or (c.numel() > 1 and not _storages([c]) <= own) for n, c in constants.items())

@@ -1,0 +1,212 @@
+"""The configuration of a run of ``fastrefine refine``: flags, the file of --config and the manifest all become this dataclass.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fastrefine import checks
+from fastrefine.errors import InputError
+
+FORMATS = ("npz", "png", "wds", "safetensors")
+SELECTIONS = ("none", "mh", "drs", "obrs")
+STOPS = ("none", "median", "reference", "uniform")
+CHOICES = {
+    "format": FORMATS, "select": SELECTIONS, "keep": ("last", "best"),
+    "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
+    "discriminator_output": ("", "logit", "probability", "critic"),  # "": as the pair says
+}  # fmt: skip
+COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1}  # minimum
+USUAL_RANGE = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network comes from.
+
+    code: "package.module:callable", called with ``arguments``, or the path of a torch.export archive (.pt2), which holds
+    the weights too. weights: a .safetensors or torch.save file; key: which state dict of it, where it holds several.
+    """
+
+    code: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, str, ("code", "weights", "key"))
+        _check_kinds(self, dict, ("arguments",))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that the bytes of a run's files depend on, except machine and versions.
+
+    pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
+    sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: real images, for stop, steps and select.
+    seeds: "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
+    select: among chain_length proposals of each image; budget: of obrs. image_range: of the generator's images; None: the
+    pair's, or -1 to 1 (``saved_pair.configured``). Raises InputError on values of the wrong kind or out of range.
+    """
+
+    pair: str = ""
+    generator: Network | None = None
+    discriminator: Network | None = None
+    prior: dict[str, Any] = field(default_factory=dict)
+    at: str = ""
+    sampler: dict[str, Any] = field(default_factory=lambda: {"name": "collaborative", "step_size": 0.1})
+    max_steps: int = 50
+    stop: str | float = "none"
+    keep: str = "last"
+    real: str = ""
+    discriminator_output: str = ""
+    num_slots: int = 256
+    precision: str = "float32"
+    seed: int = 0
+    seeds: str = "0-999"
+    classes: int | str | None = None
+    num_classes: int = 0
+    select: str = "none"
+    chain_length: int = 10
+    budget: float = 0.25
+    percentile: float = 95.0
+    format: str = "npz"
+    shard_size: int = 1000
+    image_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, str, ("pair", "at", "real", "seeds", *CHOICES))
+        _check_kinds(self, dict, ("prior", "sampler"))
+        if bool(self.pair) == bool(self.generator or self.discriminator):
+            raise InputError("wanted either a pair, or a generator and a discriminator")
+        if not self.pair and not (self.generator and self.discriminator):
+            raise InputError("wanted both a generator and a discriminator")
+        _check_kinds(self, Network | None, ("generator", "discriminator"))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(filter(None, choices))}")
+        if self.stop not in STOPS and not _is_number(self.stop):
+            raise InputError(f"stop is {self.stop!r}; wanted a logit or one of {', '.join(STOPS)}")
+        for name, least in COUNTS.items():
+            object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
+        if self.classes not in (None, "random") and (type(self.classes) is not int or self.classes < 0):
+            raise InputError(f"classes is {self.classes!r}; wanted a class for all, a whole number of at least 0, or random")
+        checks.number("budget", self.budget, 0, 1, open_low=True)
+        if not _is_number(self.percentile) or not 0 <= self.percentile <= 100:
+            raise InputError(f"percentile is {self.percentile!r}; wanted 0 to 100")
+        ranges(self.seeds)
+        if self.image_range is not None:
+            ends: Any = self.image_range if isinstance(self.image_range, tuple | list) else ()
+            if len(ends) != 2 or not all(map(_is_number, ends)) or not ends[0] < ends[1]:
+                raise InputError(f"image_range is {self.image_range!r}; wanted two finite numbers, low before high")
+            object.__setattr__(self, "image_range", (float(ends[0]), float(ends[1])))
+
+    @property
+    def proposals(self) -> int:
+        """How many proposals each image has."""
+        return 1 if self.select == "none" else self.chain_length
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """``image_range``, or the usual one where none is given."""
+        return self.image_range or USUAL_RANGE
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Configuration:
+        """The configuration of a JSON object; InputError names unknown entries."""
+        if not isinstance(values, Mapping):
+            raise InputError(f'a configuration is {values!r}; wanted a JSON object, as a manifest\'s "configuration"')
+        known = {f.name for f in fields(cls)}
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise InputError(f"unknown in a configuration: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        found = dict(values)
+        try:
+            for name in ("generator", "discriminator"):
+                if isinstance(found.get(name), Mapping):
+                    found[name] = Network(**found[name])
+            return cls(**found)
+        except TypeError as error:
+            raise InputError(f"the configuration does not fit: {error}") from error
+
+    def identity(self, facts: Mapping[str, Any]) -> str:
+        """sha256 of the configuration without paths, and of ``facts``: code and digests of the networks and images there."""
+        text = json.dumps({"configuration": without_paths(self.to_json()), **facts}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's JSON without the paths of pair, weights and real images: a run depends on their content only."""
+    kept = {name: value for name, value in values.items() if name not in ("pair", "real")}
+    for role in ("generator", "discriminator"):
+        if isinstance(kept.get(role), Mapping):
+            paths = {"weights", "code"} if str(kept[role].get("code")).endswith(".pt2") else {"weights"}
+            kept[role] = {name: value for name, value in kept[role].items() if name not in paths}
+    return kept
+
+
+def _check_kinds(given: Any, kind: Any, names: Iterable[str]) -> None:
+    wanted = {str: "text", dict: "an object of names and values"}.get(kind, 'e.g. {"code": "package.module:callable"}')
+    for name in names:
+        if not isinstance(getattr(given, name), kind):
+            raise InputError(f"{name} is {getattr(given, name)!r}; wanted {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def ranges(text: str) -> list[range]:
+    """Seeds such as "0-49999" or "3,7,10-12" as ranges; InputError unless they ascend without overlap."""
+    found = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            raise InputError(f"seeds are {text!r}; wanted e.g. 0-49999 or 3,7,10-12")
+        found.append(range(int(low), int(high if dash else low) + 1))
+    if any(not len(r) for r in found) or any(a.stop > b.start for a, b in zip(found, found[1:], strict=False)):
+        raise InputError(f"seeds are {text!r}; wanted them ascending, each once")
+    return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The seeds of one shard: those of the run from index * size up to (index + 1) * size, as ranges of consecutive seeds."""
+
+    index: int
+    runs: tuple[range, ...]
+
+    @property
+    def count(self) -> int:
+        """Images in it."""
+        return len(self.seeds)
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds in ascending order."""
+        return [seed for run in self.runs for seed in run]
+
+
+def shards(configuration: Configuration) -> Iterator[Shard]:
+    """All shards in ascending order; which seeds a shard holds does not depend on where the run begins or ends."""
+    size = configuration.shard_size
+    parts = (
+        range(max(run.start, index * size), min(run.stop, (index + 1) * size))
+        for run in ranges(configuration.seeds)
+        for index in range(run.start // size, -(-run.stop // size))
+    )
+    for index, runs in itertools.groupby(parts, lambda part: part.start // size):
+        yield Shard(index, tuple(runs))

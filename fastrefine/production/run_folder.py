@@ -1,0 +1,209 @@
+"""The folder of a run: its manifest, its shards and their markers. Tells done, damaged and foreign files apart."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastrefine.errors import InputError
+from fastrefine.production import formats
+from fastrefine.production.configuration import Configuration, Shard, shards, without_paths
+
+MANIFEST = "manifest.json"
+
+
+class Folder:
+    """A run's folder: one configuration, and a marker beside every finished shard.
+
+    A marker holds the shard's count and sha256 and the run's identity; a shard counts as done where all three are right. Files
+    that the run did not write are never changed.
+    """
+
+    def __init__(self, path: Path, configuration: Configuration, identity: str):
+        self.path, self.configuration, self.identity = path, configuration, identity
+
+    @classmethod
+    def claim(cls, path: Path, configuration: Configuration, facts: dict[str, Any]) -> Folder:
+        """The folder of this configuration, made if need be; facts: what else the identity depends on.
+
+        Raises InputError where the folder has a manifest of another configuration, or has none but holds files with names
+        that this run would use.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        identity = configuration.identity(facts)
+        manifest = {"fastrefine": 1, "identity": identity, "configuration": configuration.to_json(), **facts}
+        text = json.dumps(manifest, indent=1) + "\n"
+        target = path / MANIFEST
+        taken = sorted(cls(path, configuration, identity).names() & {p.name for p in path.iterdir()} - {MANIFEST})
+        if taken and not target.exists():  # read after the files' names: a worker writes its manifest before them
+            raise InputError(
+                f"{path} has no {MANIFEST}, but holds {taken[0]}, which the run would write over; wanted a new or empty "
+                "--outdir, or that file elsewhere"
+            )
+        with contextlib.suppress(FileExistsError):  # another worker was first
+            if not target.exists():
+                formats.publish(target, text.encode(), new=True)
+        there = _read_manifest(path)
+        differing = _differences(there, json.loads(text))
+        if differing:
+            raise InputError(
+                f"{path} belongs to a run of another configuration (differs in {', '.join(differing)}); wanted a new "
+                "--outdir, or the flags of that run"
+            )
+        return cls(path, configuration, there["identity"])
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """The folder of a run that was begun. Raises InputError where there is none."""
+        there = _read_manifest(path)
+        return cls(path, Configuration.from_json(there["configuration"]), there["identity"])
+
+    def shards(self) -> list[Shard]:
+        """All shards of the run."""
+        return list(shards(self.configuration))
+
+    def names(self) -> set[str]:
+        """The names of all files of the run."""
+        return {MANIFEST}.union(*({self.file(shard).name, self.marker(shard).name} for shard in self.shards()))
+
+    def share(self, worker: int, workers: int) -> list[Shard]:
+        """The shards of one worker of several: consecutive ones, equally many for each as far as the number allows."""
+        every = self.shards()
+        return every[len(every) * worker // workers : len(every) * (worker + 1) // workers]
+
+    def file(self, shard: Shard) -> Path:
+        """Where a shard is."""
+        return self.path / formats.name_of(self.configuration.format, shard.index)
+
+    def marker(self, shard: Shard) -> Path:
+        """Where its marker is."""
+        return self.path / f"{formats.name_of(self.configuration.format, shard.index)}.done.json"
+
+    def write(self, shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> float:
+        """Write the shard, then its marker; returns the seconds that it took."""
+        began, path = time.perf_counter(), self.file(shard)
+        formats.write(self.configuration.format, path, batch)
+        marker = {"identity": self.identity, "count": shard.count, "sha256": formats.digest(path), **facts}
+        formats.publish(self.marker(shard), (json.dumps(marker) + "\n").encode())
+        return time.perf_counter() - began
+
+    def problem(self, shard: Shard) -> str:
+        """Why a shard does not count as done; empty if it does."""
+        path, marker = self.file(shard), self.marker(shard)
+        if not marker.exists():
+            return "no marker" if path.exists() else "missing"
+        try:
+            facts = self.facts(shard)
+            identity, count, sha256 = facts["identity"], facts["count"], facts["sha256"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            return f"its marker cannot be read ({error})"
+        if identity != self.identity:
+            return "of another configuration"
+        if not path.exists():
+            return "gone, though its marker is there"
+        if count != shard.count:
+            return f"holds {count} images, wanted {shard.count}"
+        return "" if formats.digest(path) == sha256 else "its sha256 is not its marker's: cut short or changed"
+
+    def check(self, shard: Shard) -> None:
+        """Raise InputError unless the shard is done."""
+        problem = self.problem(shard)
+        if problem:
+            raise InputError(f"{self.file(shard)}: {problem}; the command of the run, given again, makes it anew")
+
+    def facts(self, shard: Shard) -> dict[str, Any]:
+        """The content of its marker."""
+        return json.loads(self.marker(shard).read_text())
+
+    def parts(self) -> Iterator[formats.Part]:
+        """(pixels, columns) of shard after shard. Raises InputError at the first that is not done."""
+        for shard in self.shards():
+            self.check(shard)
+            yield formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``verify`` found. total: shards of the run; images: in shards that are done. damaged: (file, why).
+
+    missing: files that are not there. foreign: names of files that are not the run's. leftovers: half-written files of the
+    run, of workers that were killed or are writing now.
+    """
+
+    total: int
+    images: int
+    damaged: list[tuple[str, str]]
+    missing: list[str]
+    foreign: list[str]
+    leftovers: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is done."""
+        return not self.damaged and not self.missing
+
+
+def verify(path: Path) -> Verdict:
+    """Check every shard against its marker. Raises InputError where there is no run."""
+    folder = Folder.open(path)
+    every, own = folder.shards(), folder.names()
+    problems = [folder.problem(shard) for shard in every]
+    files = [(folder.file(shard).name, problem) for shard, problem in zip(every, problems, strict=True) if problem]
+    others = sorted(p.name for p in path.iterdir() if p.name not in own)
+    return Verdict(
+        total=len(every),
+        images=sum(shard.count for shard, problem in zip(every, problems, strict=True) if not problem),
+        damaged=[(name, problem) for name, problem in files if problem != "missing"],
+        missing=[name for name, problem in files if problem == "missing"],
+        foreign=[name for name in others if formats.whole_of(name) not in own],
+        leftovers=[name for name in others if formats.whole_of(name) in own],
+    )
+
+
+def merge(path: Path, output: Path) -> int:
+    """Join the run's images in one .npz (ADM's), .tar (webdataset) or folder of PNG files; returns how many.
+
+    Reads shard by shard. Raises InputError where a shard is not done, before anything is written to ``output``.
+    """
+    folder = Folder.open(path)
+    if output.suffix not in (".npz", ".tar", ""):
+        raise InputError(f"output is {output}; wanted a name that ends in .npz or .tar, or a folder for PNG files")
+    if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; wanted a new folder for the PNG files")
+    for shard in folder.shards():
+        folder.check(shard)
+    count = sum(shard.count for shard in folder.shards())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parts = folder.parts()
+    if output.suffix == ".npz":
+        first = next(parts)
+        formats.merge_npz(output, count, first[0].shape[1:], itertools.chain([first], parts))
+    elif output.suffix == ".tar":
+        formats.merge_tar(output, parts)
+    else:
+        formats.merge_png(output, parts)
+    return count
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    target = path / MANIFEST
+    try:
+        found = json.loads(target.read_text())
+        found["identity"], found["configuration"].items()
+        return found
+    except FileNotFoundError as error:
+        raise InputError(f"{path} has no {MANIFEST}; wanted the --outdir of `fastrefine refine`") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{target} is no manifest of a run ({error}); remove it if it is yours to remove") from error
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    mine, other = ({**m, "configuration": None, **without_paths(m["configuration"])} for m in (a, b))
+    keys = dict.fromkeys([*mine, *other])
+    return [key for key in keys if mine.get(key) != other.get(key) and key != "identity"]

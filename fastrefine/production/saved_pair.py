@@ -1,0 +1,252 @@
+"""A generator and a discriminator in files: saved pairs, the embedded pairs, and networks named by a configuration.
+
+A saved pair is a folder: config.json (where the architectures come from, prior, defaults) and two .safetensors files.
+Loading it imports the modules that config.json names; no code in the folder runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastrefine import priors, samplers
+from fastrefine.errors import InputError
+from fastrefine.networks.copies import unwrap
+from fastrefine.priors import Prior
+from fastrefine.production.configuration import USUAL_RANGE, Configuration, Network
+from fastrefine.production.weights_file import load_weights, read_weights
+from fastrefine.samplers.base import Sampler
+
+CONFIG = "config.json"
+EMBEDDED = {"digits": (32, "act2"), "mnist": (64, "act7")}  # elements of a latent, default place
+ROLES = ("generator", "discriminator")
+DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes")
+PRIORS = {"normal": priors.Normal, "uniform": priors.Uniform, "truncated_normal": priors.TruncatedNormal}
+SAMPLERS = {
+    "collaborative": samplers.Collaborative, "ddls": samplers.DDLS, "mala": samplers.MALA, "hmc": samplers.HMC,
+    "dgflow": samplers.DGflow, "dot": samplers.DOT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two networks in eval mode, their prior and the defaults of a run as they were saved, and where the networks come from."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    prior: dict[str, Any]
+    defaults: dict[str, Any]
+    specs: tuple[Network, Network]
+
+
+def save_pair(
+    folder: str | Path, generator: nn.Module, discriminator: nn.Module, *, code: tuple[str, str], prior: Prior,
+    arguments: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}), at: str = "input",
+    discriminator_output: str = "logit", image_range: tuple[float, float] = (-1.0, 1.0), num_classes: int = 0,
+) -> Path:  # fmt: skip
+    """Write a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``; returns the folder.
+
+    code: "package.module:callable" of (generator, discriminator). Called with ``arguments`` (keywords, JSON values), it makes
+    the architecture. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
+
+    Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Raises InputError where the weights do not
+    fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. An earlier pair
+    in the folder is replaced when all of the new one is written.
+    """
+    folder = Path(folder)
+    if not isinstance(code, tuple | list) or [type(part) for part in code] != [str, str]:
+        raise InputError(f'code is {code!r}; wanted two texts, ("package.module:Generator", "package.module:Discriminator")')
+    networks = [unwrap(network) for network in (generator, discriminator)]
+    for network, name in zip(networks, ROLES, strict=True):
+        if not isinstance(network, nn.Module):
+            raise InputError(f"the {name} is a {type(network).__name__}; wanted a torch.nn.Module")
+    names = {"input", "output", *dict(networks[0].named_modules(remove_duplicate=False))} - {""}
+    if at.partition("#")[0] not in names:
+        raise InputError(f"at is {at!r}, no module of the generator; wanted one of {', '.join(sorted(names)[:20])}")
+    try:
+        g_arguments, d_arguments = (json.loads(json.dumps(dict(given))) for given in arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"arguments are {arguments!r}, no two objects of JSON ({error}); wanted ({{...}}, {{...}})") from error
+    defaults = Configuration(
+        pair=str(folder), at=at, discriminator_output=discriminator_output, image_range=image_range, num_classes=num_classes
+    )  # which checks them
+    config: dict[str, Any] = {}
+    weights = {}
+    for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
+        state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
+        load_weights(build(Network(where, given), name), state, f"the {name}")
+        weights[f"{name}.safetensors"] = state
+        config[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
+    config |= {
+        "prior": describe_prior(prior), "at": at, "discriminator_output": discriminator_output,
+        "image_range": list(defaults.value_range), "num_classes": num_classes,
+    }  # fmt: skip
+    text = json.dumps(config, indent=1) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as made:
+        part = Path(made)
+        for file, state in weights.items():
+            save_file(state, part / file)
+        (part / CONFIG).write_text(text)
+        for file in (*weights, CONFIG):
+            os.replace(part / file, folder / file)
+    return folder
+
+
+def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
+    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong."""
+    if str(folder) in EMBEDDED and not Path(folder).exists():
+        return embedded_pair(str(folder))
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        g, d = (Network(**config[name]) for name in ROLES)
+        prior = dict(config["prior"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} is no configuration of a pair ({type(error).__name__}: {error})") from error
+    here = [replace(spec, weights=str(folder / spec.weights)) for spec in (g, d)]
+    return Pair(*_loaded(here, allow_pickle), prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
+
+
+def _loaded(specs: Sequence[Network], allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
+    g, d = (load_network(spec, name, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
+    return g, d
+
+
+def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:
+    """The network of a specification, on the CPU in eval mode; name: its role, for errors."""
+    if network.code.endswith(".pt2"):
+        return _exported(Path(network.code), name)
+    module = build(network, name)
+    if not network.weights:
+        raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
+    load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
+    return module.eval()
+
+
+def configured(configuration: Configuration, *, allow_pickle: bool = False) -> tuple[Pair, Configuration]:
+    """The networks of a configuration, and the configuration with the pair's values filled in where it has none."""
+    if configuration.pair:
+        pair = load_pair(configuration.pair, allow_pickle=allow_pickle)
+    else:
+        assert configuration.generator and configuration.discriminator
+        specs = configuration.generator, configuration.discriminator
+        pair = Pair(*_loaded(specs, allow_pickle), {}, {}, specs)
+    at, generator = configuration.at, configuration.generator
+    if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
+        raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
+    usual = {"at": "input", "discriminator_output": "logit", "image_range": USUAL_RANGE, **pair.defaults}
+    own = {name: value for name, value in usual.items() if not getattr(configuration, name)}
+    if not configuration.prior:
+        if not pair.prior:
+            raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')
+        own["prior"] = pair.prior
+    return pair, replace(configuration, **own)
+
+
+def make_prior(values: Mapping[str, Any]) -> Prior:
+    """{"name": "normal" | "uniform" | "truncated_normal", "shape": [...], ...} as a prior."""
+    given = dict(values)
+    kind, shape = PRIORS.get(str(given.pop("name", ""))), given.pop("shape", None)
+    if kind is None or not isinstance(shape, list | tuple):
+        raise InputError(f'prior is {dict(values)!r}; wanted e.g. {{"name": "normal", "shape": [64]}} of {", ".join(PRIORS)}')
+    try:
+        return kind(*shape, **given)
+    except TypeError as error:
+        raise InputError(f"prior is {dict(values)!r}: {error}") from error
+
+
+def describe_prior(prior: Prior) -> dict[str, Any]:
+    """The JSON values from which ``make_prior`` makes this prior."""
+    for name, kind in PRIORS.items():
+        if type(prior) is kind:
+            extra = {key: value for key, value in vars(prior).items() if key != "shape"}
+            return {"name": name, "shape": list(prior.shape), **extra}
+    raise InputError(f"{prior!r} cannot be written down; wanted one of {', '.join(k.__name__ for k in PRIORS.values())}")
+
+
+def make_sampler(values: Mapping[str, Any]) -> Sampler:
+    """{"name": "collaborative" | "ddls" | ..., and its arguments} as a sampler."""
+    given = dict(values)
+    name = str(given.pop("name", ""))
+    if name not in SAMPLERS:
+        raise InputError(f"sampler is {name!r}; wanted one of {', '.join(SAMPLERS)}")
+    if isinstance(given.get("clamp"), list):
+        given["clamp"] = tuple(given["clamp"])
+    try:
+        return SAMPLERS[name](**given)
+    except TypeError as error:
+        raise InputError(f"sampler {name}: {error}") from error
+
+
+def build(network: Network, name: str) -> nn.Module:
+    """The architecture in eval mode, with the weights that its code gives it; torch's random state is not changed."""
+    module_name, colon, attribute = network.code.partition(":")
+    if not colon or not attribute:
+        raise InputError(f"the {name} is {network.code!r}; wanted package.module:callable, or a torch.export archive (.pt2)")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the {name}'s code {network.code!r} cannot be imported ({error}); is its folder on PYTHONPATH? In that "
+            "folder: PYTHONPATH=. fastrefine ..., or python -m fastrefine ..."
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        try:
+            made = target(**network.arguments) if not isinstance(target, nn.Module) else copy.deepcopy(target)
+        except TypeError as error:
+            raise InputError(f"the {name}'s {network.code} does not take {network.arguments}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"the {name}'s {network.code} gave a {type(made).__name__}; wanted a torch.nn.Module")
+    return made.eval()
+
+
+def _exported(path: Path, name: str) -> nn.Module:
+    if not path.is_file():
+        raise InputError(f"the {name}'s {path} is not there; wanted an archive of torch.export.save")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
+            program = torch.export.load(path)
+            module = program.module()
+    except Exception as error:
+        raise InputError(
+            f"the {name}'s {path} is no archive of torch.export.save ({str(error).splitlines()[0][:120]})"
+        ) from error
+    given = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    fixed = [x.shape[0] for x in given if isinstance(x, torch.Tensor) and x.dim() and isinstance(x.shape[0], int)]
+    if fixed:
+        raise InputError(
+            f"the {name}'s {path} takes batches of {fixed[0]} only; export it with a dynamic batch: torch.export.export("
+            'module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))'
+        )
+    return module
+
+
+def embedded_pair(name: str) -> Pair:
+    """The pair "digits" or "mnist" that the package carries."""
+    latent, at = EMBEDDED[name]
+    path = Path(str(files("fastrefine"))) / "weights" / f"{name}.safetensors"
+    weights = read_weights(path)
+    specs = Network(f"fastrefine.models.digits:{name}_generator"), Network(f"fastrefine.models.digits:{name}_discriminator")
+    networks = [build(spec, role) for spec, role in zip(specs, ROLES, strict=True)]
+    for role, network in zip(ROLES, networks, strict=True):
+        load_weights(network, {k: v for k, v in weights.items() if k.startswith(f"{role}.")}, str(path))
+    return Pair(networks[0], networks[1], {"name": "normal", "shape": [latent]}, {"at": at}, specs)

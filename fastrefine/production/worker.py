@@ -1,0 +1,266 @@
+"""One worker of a run: it prepares the networks, makes its share of the shards, and writes each with its marker."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrefine import stopping
+from fastrefine.diagnosis.calibration import check_trust
+from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.copies import unwrap
+from fastrefine.noise import Stream, uniform
+from fastrefine.production import formats, per_image_selection, saved_pair
+from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard
+from fastrefine.production.images import load_labelled, scaled
+from fastrefine.production.per_image_selection import Chooser
+from fastrefine.production.run_folder import Folder
+from fastrefine.production.weights_file import digest
+from fastrefine.refiner import Refiner
+from fastrefine.result import Result, Status
+
+log = logging.getLogger("fastrefine")
+HELD = 4096  # proposals in memory at once, about
+STREAMED = 2**20  # proposals of one stream; their labels are in memory
+_RULES = {"median": stopping.MedianOfReal, "reference": stopping.ReferenceSample, "uniform": stopping.UniformStep}
+
+
+@dataclass
+class Outcome:
+    """What a worker did. made, found: shards it made, and that were done already; images: in both.
+
+    seconds: of the whole; seconds_writing: of its writing thread. unselected, nonfinite: images with that fate.
+    """
+
+    made: int = 0
+    found: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    seconds_writing: float = 0.0
+    unselected: int = 0
+    nonfinite: int = 0
+
+
+class Worker:
+    """The networks of a configuration, prepared once; any number of shards may be made with it.
+
+    device: as for Refiner. labels: the caller gives labels itself, so networks may need them without ``classes`` in the
+    configuration. Raises InputError on what does not fit.
+    """
+
+    def __init__(
+        self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False, labels: bool = False
+    ):
+        pair, configuration = saved_pair.configured(configuration, allow_pickle=allow_pickle)
+        self.pair, self.configuration = pair, configuration
+        c = configuration
+        if c.select != "none" and c.discriminator_output == "critic":
+            raise InputError(f"select={c.select} reads logits of a probability, and a critic has none; use select=none")
+        taken = [takes_labels(unwrap(network), {}) for network in (pair.generator, pair.discriminator)]
+        required = any(needs for _, needs in taken)
+        if required and c.classes is None and not labels:
+            raise InputError("the networks need labels: pass --class 3, or --class random, with --num-classes 10")
+        if c.classes == "random" and c.num_classes < 1:
+            raise InputError("random classes need num_classes, how many there are")
+        self.labelled = c.classes is not None or required or (labels and c.num_classes > 0 and any(takes for takes, _ in taken))
+        usual = c.value_range == USUAL_RANGE
+        real, classes = load_labelled(c.real, signed=not usual) if c.real else (None, None)
+        if real is not None and not usual:
+            real = scaled(real, c.value_range)
+        if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
+            raise InputError(f"the networks take labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
+        stop: Any = None if c.stop == "none" else c.stop
+        if isinstance(stop, str):
+            stop = _RULES[stop]()
+        self.refiner = Refiner(
+            pair.generator, pair.discriminator, saved_pair.make_sampler(c.sampler), at=c.at, max_steps=c.max_steps, stop=stop,
+            prior=saved_pair.make_prior(c.prior), real=real, real_labels=classes if self.labelled else None,
+            discriminator_output=c.discriminator_output, num_slots=c.num_slots, device=device, precision=c.precision,
+            keep=c.keep,
+        )  # fmt: skip
+        self.facts: dict[str, Any] = {
+            "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
+            "code": [[_code(spec.code), spec.arguments] for spec in pair.specs],
+            "real_sha256": None if real is None else _sha256(real, self.refiner.real_labels),
+        }  # fmt: skip
+        # networks that do not fit raise here, before a folder is claimed
+        nobody = torch.zeros(0, dtype=torch.int64)
+        shape = self.refiner.sample(0, labels=nobody if self.labelled else None).images.shape[1:]
+        if c.classes is not None:
+            sampled = range(c.num_classes) if c.classes == "random" else range(int(c.classes), int(c.classes) + 1)
+            self.refiner.check_labels(torch.tensor(sampled[-1:]))
+            missing = set(sampled) - set(sampled if classes is None else classes.tolist())
+            if missing:
+                raise InputError(f"{c.real} has no image of class {min(missing)}; wanted some of every class that is sampled")
+        if len(shape) != 3:
+            raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
+        formats.check_channels(c.format, shape[0])
+        self.chooser = self._chooser()
+        self.trust_checked = self.chooser is None
+        self.facts["selection"] = per_image_selection.described(self.chooser)
+
+    def folder(self, outdir: Path) -> Folder:
+        """The run's folder; InputError where it is another run's."""
+        return Folder.claim(outdir, self.configuration, self.facts)
+
+    def run(
+        self, outdir: Path, *, worker: int = 0, workers: int = 1, on_shard: Callable[[Shard, Outcome], None] | None = None
+    ) -> Outcome:
+        """Make this worker's share of the run (``Folder.share``), except for the shards that are done.
+
+        on_shard: called for every shard that is done already, and when one has been written. A shard is written while the
+        next is made.
+        """
+        folder, outcome, started = self.folder(outdir), Outcome(), time.perf_counter()
+
+        def count(shard: Shard, facts: dict[str, Any]) -> None:
+            outcome.images += shard.count
+            outcome.unselected += facts.get("unselected", 0)
+            outcome.nonfinite += facts.get("status", {}).get("NONFINITE", 0)
+            outcome.seconds = time.perf_counter() - started
+            if on_shard is not None:
+                on_shard(shard, outcome)
+
+        todo = []
+        for shard in folder.share(worker, workers):
+            problem = folder.problem(shard)
+            if problem:
+                if problem != "missing":
+                    log.warning("%s: %s; made anew", folder.file(shard).name, problem)
+                todo.append(shard)
+            else:
+                outcome.found += 1
+                count(shard, folder.facts(shard))
+        made = self.make(todo)
+        following = next(made, None)
+        with ThreadPoolExecutor(1, "fastrefine-writer") as writer:
+            while following is not None:
+                shard, batch, facts = following
+                written = writer.submit(folder.write, shard, batch, facts)
+                following = next(made, None)
+                outcome.seconds_writing += written.result()
+                outcome.made += 1
+                count(shard, facts)
+        return outcome
+
+    def make(self, todo: list[Shard]) -> Iterator[tuple[Shard, formats.Batch, dict[str, Any]]]:
+        """(shard, its images, further facts for its marker); each depends on the configuration only.
+
+        Shards that follow one another are refined as one stream, so that slots run empty only at its end.
+        """
+        pieces = self._pieces([run for shard in todo for run in shard.runs])
+        for shard in todo:
+            outs, selected = zip(*(next(pieces) for _ in shard.runs), strict=True)
+            images = torch.cat([out.images for out in outs])
+            names = ["logits", "steps", "status", *(["labels"] if outs[0].labels is not None else [])]
+            columns = {name: torch.cat([getattr(out, name) for out in outs]).cpu().numpy() for name in names}
+            columns = {"ids": np.array(shard.seeds, np.int64), **columns}
+            counts = Counter(Status(int(s)).name for s in columns["status"])
+            facts: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
+            if self.chooser is not None:
+                columns["selected"] = torch.cat(selected).numpy()
+                facts["unselected"] = int((~columns["selected"]).sum())
+            yield shard, formats.Batch(images, columns, self.configuration.value_range), facts
+
+    def _pieces(self, runs: list[range]) -> Iterator[tuple[Result, Tensor]]:
+        """Result of each run of seeds, and which of its images were selected."""
+        for group in _streams(runs, max(STREAMED // self.configuration.proposals, 1)):
+            parts = self._parts(range(group[0].start, group[-1].stop))
+            held: list[Result] = []
+            chosen: list[Tensor] = []
+            for run in group:
+                while sum(len(part) for part in held) < len(run):
+                    part, selected = next(parts)
+                    held.append(part)
+                    chosen.append(selected)
+                out, selected = Result.concatenate(held), torch.cat(chosen)
+                yield out.select(slice(0, len(run))), selected[: len(run)]
+                held, chosen = [out.select(slice(len(run), None))], [selected[len(run) :]]
+
+    def _parts(self, seeds: range) -> Iterator[tuple[Result, Tensor]]:
+        """Results of consecutive seeds in parts, and which of their images were selected."""
+        c, length = self.configuration, self.configuration.proposals
+        labels = self._labels(torch.arange(seeds.start, seeds.stop))
+        proposed = None if labels is None else labels.repeat_interleave(length)
+        per_part = max(HELD // length, 1) * length
+        stream = self.refiner.stream(
+            len(seeds) * length, first_id=seeds.start * length, seed=c.seed, chunk=per_part, labels=proposed
+        )
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FastrefineWarning)  # the command prints counts of the whole run
+                part = next(stream, None)
+            if part is None:
+                return
+            if not self.trust_checked:
+                check_trust(part, f"select={c.select}", "warn")
+                self.trust_checked = True
+            selected = torch.ones(len(part) // length, dtype=torch.bool)
+            if self.chooser is not None:
+                images = part.ids[::length] // length
+                classes = None if part.labels is None else part.labels[::length].cpu()
+                column, selected = self.chooser.choose(part.logits.view(-1, length), images, classes)
+                part = part.select(torch.arange(len(images)) * length + column)
+            yield part, selected
+
+    def _labels(self, ids: Tensor) -> Tensor | None:
+        c = self.configuration
+        if c.classes is None:
+            return None
+        if c.classes == "random":
+            u = uniform(c.seed, ids, torch.ones_like(ids), 1, Stream.BATCH)[:, 0]
+            return (u * c.num_classes).long().clamp(max=c.num_classes - 1)
+        return torch.full_like(ids, int(c.classes))
+
+    def _chooser(self) -> Chooser | None:
+        """The chooser with what it needs to know before the first image; None without selection."""
+        c = self.configuration
+        if c.select == "none":
+            return None
+        if c.select == "mh":  # needs no pilot pass
+            if self.refiner.real is None:
+                return Chooser(c, {})
+            return Chooser(c, {}, stopping.RealLogits(self.refiner.real_logits("select=mh"), self.refiner.real_labels))
+        n = per_image_selection.pilot_size(c)
+        ids = torch.arange(n)
+        labels = ids % c.num_classes if c.classes == "random" else self._labels(ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastrefineWarning)
+            pilot = self.refiner.sample(n, first_id=2**32 - n, seed=c.seed, labels=labels)  # ids that no image owns
+        return Chooser.piloted(c, pilot.logits.cpu(), labels)
+
+
+def _streams(runs: list[range], limit: int) -> list[list[range]]:
+    """The runs in groups that follow one another without a gap, of at most ``limit`` seeds unless one run is longer."""
+    groups: list[list[range]] = []
+    for run in runs:
+        if groups and groups[-1][-1].stop == run.start and run.stop - groups[-1][0].start <= limit:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def _code(where: str) -> str:
+    """What makes a network: "package.module:callable", or the sha256 of an archive."""
+    return hashlib.sha256(Path(where).read_bytes()).hexdigest() if where.endswith(".pt2") else where
+
+
+def _sha256(images: Tensor, labels: Tensor | None) -> str:
+    found = hashlib.sha256(images.numpy().tobytes())
+    if labels is not None:
+        found.update(labels.numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,99 @@
+"""A discriminator for a generator that comes without one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrefine import checks
+from fastrefine.diagnosis.calibration import diagnose
+from fastrefine.errors import InputError
+from fastrefine.models.default import default_discriminator
+from fastrefine.networks import copies
+from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.copies import unwrap
+from fastrefine.networks.torch_state import quiet_torch, seed_torch
+from fastrefine.priors import Prior
+from fastrefine.refiner import Refiner
+from fastrefine.training.batches import RealBatches
+from fastrefine.training.trainer import RAW, Trainer, progress_bar, trainable
+
+MIN_HELD_OUT, HELD_OUT = 16, 1000  # real and generated images that decide when to stop
+
+
+def fit_discriminator(
+    generator: nn.Module,
+    real: Any,
+    iterations: int,
+    *,
+    prior: Prior,
+    discriminator: nn.Module | None = None,
+    discriminator_output: str = "logit",
+    real_labels: Any = None,
+    batch_size: int = 64,
+    learning_rate: float = 2e-4,
+    betas: tuple[float, float] = (0.5, 0.999),
+    check_every: int = 100,
+    patience: int = 10,
+    seed: int = 0,
+    progress: bool | None = False,
+) -> nn.Module:
+    """Train a discriminator for a generator that comes without one, on real images against samples of G.
+
+    real, real_labels: as for ``shape_discriminator``, labels where generator or discriminator take them. Held out are a
+    tenth of the images, at least 16 and at most 1,000 but never more than half; of a loader its first batches, up to
+    1,000 images of one pass, which come again when it is cycled. Every ``check_every`` iterations the Brier score on the
+    held-out images and as many fresh samples is taken; the weights with the lowest are returned, and training ends after
+    ``patience`` checks without a better one.
+    discriminator: the backbone to train (a copy is), default models.default_discriminator of the image shape.
+    discriminator_output: "logit" | "probability", of a discriminator that ends in a sigmoid (it keeps it).
+    progress: a tqdm bar on stderr; None shows it on a terminal only.
+
+    Returns a module in eval mode, D(x) -> logit (N,) unless another was given. Raises InputError on bad arguments.
+    """
+    checks.count("iterations", iterations, 1)
+    checks.count("check_every", check_every, 1)
+    checks.count("patience", patience, 1)
+    checks.choice("discriminator_output", discriminator_output, ("logit", "probability"))
+    if not isinstance(generator, nn.Module):
+        raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module")
+    device = next((p.device for p in unwrap(generator).parameters()), torch.device("cpu"))
+    with quiet_torch(device):
+        g = copies.private_copy(unwrap(generator)).float()
+        wanted = takes_labels(g, {})[0] or takes_labels(discriminator, {})[0]
+        batches = RealBatches(real, batch_size, seed, real_labels, wanted)
+        count = HELD_OUT if batches.size is None else min(HELD_OUT, max(MIN_HELD_OUT, batches.size // 10))
+        held, held_labels = batches.hold_out(count)
+        held = held.float()
+        if discriminator is None:
+            seed_torch(torch.device("cpu"), seed)
+            discriminator = default_discriminator(tuple(held.shape[1:]))
+        student = trainable(discriminator, device)
+        still = trainable(discriminator, device)  # not the student, whose updates would have every batch recorded anew
+        source = Refiner(
+            g, still, RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device,
+            discriminator_output=discriminator_output,
+        )  # fmt: skip
+        trainer = Trainer(student, source, "adam", learning_rate, betas, None, "train", seed)
+        held, held_labels = trainer.checked((held, held_labels))
+        read = held_labels if trainer.reads_labels else None
+        examination = source.sample(len(held), first_id=2**31, seed=seed, labels=held_labels).images
+        checks.real_images(held, tuple(examination.shape[1:]), examination)
+        best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
+        for iteration in progress_bar(iterations, "fitting", progress):
+            x, labels = trainer.checked(batches.batch(iteration))
+            fakes = source.sample(len(x), first_id=first_id, seed=seed, labels=labels).images
+            first_id += len(x)
+            trainer.update(x, fakes, labels)
+            if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
+                judge = source.with_discriminator(student)
+                brier = diagnose(judge.score(held, read), judge.score(examination, read)).brier
+                if brier < best:
+                    best, best_weights, since = brier, copy.deepcopy(student.state_dict()), 0
+                elif (since := since + 1) >= patience:
+                    break
+        student.load_state_dict(best_weights)
+        return student.eval()

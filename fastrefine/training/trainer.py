@@ -1,0 +1,131 @@
+"""One update of a discriminator on real against generated images: what shaping, tuning and fitting share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from tqdm import tqdm
+
+from fastrefine import checks, noise
+from fastrefine.errors import InputError
+from fastrefine.networks import copies
+from fastrefine.networks.calls import Readout, takes_labels
+from fastrefine.networks.copies import unwrap
+from fastrefine.networks.torch_state import seed_torch
+from fastrefine.noise import Stream
+from fastrefine.refiner import Refiner
+from fastrefine.samplers.collaborative import Collaborative
+from fastrefine.training.batches import Batch
+
+# With max_steps=0 it moves nothing: the engine is then the generator, by sample id.
+RAW = Collaborative(step_size=1.0, loss="wasserstein")
+
+
+def progress_bar(iterations: int, name: str, progress: bool | None) -> Iterable[int]:
+    """The iterations, with a tqdm bar on stderr; None shows it on a terminal only."""
+    return tqdm(range(iterations), desc=name, disable=None if progress is None else not progress)
+
+
+def trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
+    """A copy with its parametrizations in place and every parameter trainable; the original keeps its graph and grads."""
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(unwrap(discriminator), copies.non_leaf_tensors(discriminator)).to(device)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin.requires_grad_(True)
+
+
+def _has_spectral_norm(module: nn.Module) -> bool:
+    return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
+
+
+class Trainer:
+    """One update of D on real against generated images; to be used under ``quiet_torch``."""
+
+    def __init__(
+        self, student: nn.Module, refiner: Refiner, optimizer: str, learning_rate: float, betas: tuple[float, float],
+        gradient_penalty: float | None, batch_norm: str, seed: int,
+    ):  # fmt: skip
+        checks.number("learning_rate", learning_rate, 0.0, open_low=True)
+        checks.choice("optimizer", optimizer, ("adam", "sgd"))
+        checks.choice("batch_norm", batch_norm, ("eval", "train"))
+        if gradient_penalty is not None:
+            checks.number("gradient_penalty", gradient_penalty, 0.0)
+        self.student, self.refiner, self.training = student, refiner, batch_norm == "train"
+        self.read, self.updates = Readout(refiner.output_key), 0
+        self.seed, g = seed, refiner.generator
+        self.reads_labels, required = takes_labels(student, refiner.discriminator_kwargs)
+        by_generator, needed = takes_labels(g, refiner.generator_kwargs)
+        self.labelled, self.required = self.reads_labels or by_generator, required or needed
+        self.scale = refiner.discriminator_output
+        self.penalty = (10.0 if self.scale == "critic" else 0.0) if gradient_penalty is None else gradient_penalty
+        parameters = list(student.parameters())
+        if not parameters:
+            raise InputError(f"the discriminator, a {type(student).__name__}, has no parameters to train")
+        self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(parameters, learning_rate, betas=betas)
+            if optimizer == "adam"
+            else torch.optim.SGD(parameters, learning_rate)
+        )
+
+    def checked(self, batch: Batch) -> Batch:
+        """The batch with labels if a network takes them; InputError if one needs them and there are none."""
+        x, labels = batch
+        if labels is None and self.required:
+            raise InputError(
+                "the generator or the discriminator needs labels: give `real` as (image, label), or pass real_labels=(N,)"
+            )
+        return x, labels if self.labelled else None
+
+    def update(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """One step of the optimizer; returns loss and mean logits. What D draws is a function of (seed, update)."""
+        device = self.refiner.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            seed_torch(device, (self.seed * 1_000_003 + self.updates) % 2**63)
+            self.student.train(self.training)
+            for module in self.student.modules():
+                if _has_spectral_norm(module):  # which follows its weights in training mode only
+                    module.training = True
+            real = real.detach().to(device, self.dtype).requires_grad_(self.penalty > 0)
+            fake = fake.detach().to(device, self.dtype)
+            if labels is not None:
+                labels = labels.to(device, self.dtype if labels.is_floating_point() else None)
+            d_real, d_fake = self._logits(real, labels), self._logits(fake, labels)
+            if self.scale == "critic":
+                loss = d_fake.mean() - d_real.mean()
+            else:
+                loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+            if self.penalty:
+                loss = loss + self.penalty * self._gradient_penalty(real, fake, d_real, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.student.eval()
+        self.updates += 1
+        return {"loss": loss.item(), "real_logit": d_real.mean().item(), "fake_logit": d_fake.mean().item()}
+
+    def _logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, P); a probability is turned back into its logit, for the module must keep its final sigmoid."""
+        given = (x, labels) if labels is not None and self.reads_labels else (x,)
+        raw = self.student(*given, **self.refiner.discriminator_kwargs)
+        out = self.read(raw, len(x), torch.promote_types(x.dtype, torch.float32))
+        return torch.logit(out, eps=1e-6) if self.scale == "probability" else out
+
+    def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: Tensor, labels: Tensor | None) -> Tensor:
+        if self.scale != "critic":
+            (grad,) = torch.autograd.grad(d_real.mean(1).sum(), real, create_graph=True)
+            return grad.flatten(1).square().sum(1).mean()
+        n = min(len(real), len(fake))
+        ids = torch.arange(n)
+        u = noise.uniform(0, ids, torch.full_like(ids, self.updates), 1, Stream.BATCH).to(real).view(n, *[1] * (real.dim() - 1))
+        middle = (u * real[:n] + (1 - u) * fake[:n]).detach().requires_grad_()
+        d = self._logits(middle, None if labels is None else labels[:n])
+        (grad,) = torch.autograd.grad(d.mean(1).sum(), middle, create_graph=True)
+        return (grad.flatten(1).norm(dim=1) - 1).square().mean()

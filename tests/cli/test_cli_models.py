@@ -1,0 +1,164 @@
+"""layers, shape, evaluate and bench on the command line: what a first-time user gets wrong, and what is told then."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import fastrefine as fr
+from fastrefine.cli import cli
+from fastrefine.errors import InputError, SplitError
+from fastrefine.models import digits as networks
+from fastrefine.production import bench
+
+NORMAL = ("--prior", '{"name": "normal", "shape": [32]}')
+CODE = "fastrefine.models.digits"
+
+
+def run(*arguments):
+    """stdout of a command, run in this process; its errors are raised."""
+    return CliRunner().invoke(cli, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False).output
+
+
+def usage_error(*arguments):
+    done = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert done.exit_code == 2, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A pair with random weights: saved, as weights, and as archives of torch.export."""
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    g, d = networks.digits_generator().eval(), networks.digits_discriminator().eval()
+    fr.save_pair(folder / "pair", g, d, code=(f"{CODE}:digits_generator", f"{CODE}:digits_discriminator"), prior=fr.Normal(32))
+    for name, module, shape in (("g", g, (32,)), ("d", d, (1, 8, 8))):
+        torch.save(module.state_dict(), folder / f"{name}.pt")
+        batch = {0: torch.export.Dim("batch")}
+        torch.export.save(
+            torch.export.export(module, (torch.randn(4, *shape),), dynamic_shapes=(batch,)), folder / f"{name}.pt2"
+        )
+    return folder
+
+
+def from_code(files):
+    return (*NORMAL, *(flag for name in ("generator", "discriminator") for flag in (
+        f"--{name}", f"{CODE}:digits_{name}", f"--{name}-weights", files / f"{name[0]}.pt")))  # fmt: skip
+
+
+def shape(files, outdir, *networks, iterations=2):
+    return run("shape", *networks, "--real", "digits", "--iterations", iterations, "--batch-size", 8, "--max-steps", 1,
+               "--outdir", outdir)  # fmt: skip
+
+
+# --- layers
+
+
+def test_layers_needs_no_discriminator(files):
+    listed = json.loads(run("layers", *from_code(files)[:6], "--json"))
+    whole = fr.layers(fr.load_pair(files / "pair").generator, torch.randn(8, 32))
+    assert [row["name"] for row in listed] == [layer.name for layer in whole]
+    assert "no discriminator is needed" in usage_error("layers", *NORMAL)
+
+
+def test_an_export_has_its_input_and_its_output_as_layers(files):
+    rows = json.loads(run("layers", "--generator", files / "g.pt2", *NORMAL, "--json"))
+    whole = fr.layers(fr.load_pair(files / "pair").generator, torch.randn(8, 32))
+    assert [(row["name"], row["tail_flops"]) for row in rows] == [("input", whole[0].tail_flops), ("output", 0)]
+
+
+def test_layers_of_another_prior_are_refused_in_words(files):
+    with pytest.raises(InputError, match=r"the generator failed.*\(8, 5\).*see prior"):
+        run("layers", "--pair", files / "pair", "--prior", '{"name": "normal", "shape": [5]}')
+
+
+class Conditional(nn.Module):
+    """(N, 4), (N,) -> (N, 1, 2, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.classes, self.out = nn.Embedding(3, 4), nn.Linear(4, 4)
+
+    def forward(self, z, labels):
+        return self.out(z + self.classes(labels)).view(-1, 1, 2, 2)
+
+
+def test_layers_of_a_generator_that_needs_labels_are_listed(tmp_path):
+    torch.save(Conditional().state_dict(), tmp_path / "g.pt")
+    found = json.loads(run("layers", "--generator", f"{__name__}:Conditional", "--generator-weights", tmp_path / "g.pt",
+                           "--prior", '{"name": "normal", "shape": [4]}', "--json"))  # fmt: skip
+    assert [row["name"] for row in found] == ["input", "classes", "out", "output"]
+
+
+# --- shape
+
+
+def test_shape_never_writes_over_a_pair_or_a_discriminator(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(fr, "shape_discriminator", None)  # nothing is trained before
+    before = (files / "pair" / "discriminator.safetensors").read_bytes()
+    told = usage_error("shape", "--pair", files / "pair", "--real", "digits", "--outdir", files / "pair")
+    assert "holds a pair already; wanted a new or empty --outdir" in told.replace("\n", " ")
+    assert (files / "pair" / "discriminator.safetensors").read_bytes() == before
+    (tmp_path / "discriminator.safetensors").write_bytes(b"precious")
+    told = usage_error("shape", *from_code(files), "--real", "digits", "--outdir", tmp_path)
+    assert "holds a discriminator.safetensors already" in told.replace("\n", " ")
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_shaping_a_pair_makes_a_pair(files, tmp_path, embedded):
+    source = "digits" if embedded else files / "pair"
+    out = shape(files, tmp_path / "shaped", "--pair", source)
+    assert out.splitlines()[-1] == f"to refine with it: fastrefine refine --pair {tmp_path / 'shaped'}"
+    old, new = fr.load_pair(source), fr.load_pair(tmp_path / "shaped")
+    assert old.prior == new.prior and old.defaults["at"] == new.defaults["at"]
+    for name, equal in (("generator", True), ("discriminator", False)):
+        states = [getattr(pair, name).state_dict().values() for pair in (old, new)]
+        assert all(map(torch.equal, *states)) == equal
+
+
+@pytest.mark.parametrize("kind", ["code", "export"])
+def test_shaping_two_networks_tells_how_to_use_the_result(files, tmp_path, kind):
+    given = from_code(files) if kind == "code" else (*from_code(files)[:6], "--discriminator", files / "d.pt2")
+    last = shape(files, tmp_path / "shaped", *given).splitlines()[-1]
+    assert f"--discriminator-weights {tmp_path / 'shaped' / 'discriminator.safetensors'}" in last
+    assert ("is an export" in last) == (kind == "export")
+    code = from_code(files)
+    told = (*code[:-1], tmp_path / "shaped" / "discriminator.safetensors")
+    run("refine", *told, "--seeds", "0-3", "--max-steps", 1, "--outdir", tmp_path / "run")
+
+
+def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeypatch):
+    assert "shaping: " not in shape(files, tmp_path / "quick", "--pair", files / "pair")
+    monkeypatch.setattr("fastrefine.cli.models.TELL_EVERY", 0.0)
+    told = shape(files, tmp_path / "slow", "--pair", files / "pair", iterations=3)
+    assert [f"shaping: {k} of 3 iterations" in told for k in range(5)] == [False, True, True, True, False]
+
+
+# --- bench
+
+
+def test_bench_measures_an_export(files):
+    rows = json.loads(run("bench", "--generator", files / "g.pt2", "--discriminator", files / "d.pt2", *NORMAL, "--steps", 1,
+                          "--seconds", 0.01, "--slots", 8, "--precisions", "float32", "--json"))  # fmt: skip
+    assert [row["at"] for row in rows] == ["input", "output"] and all(row["images_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("flags", "error", "told"), [
+    (("--layers", "input,nowhere"), SplitError, "no module named 'nowhere'.*`fastrefine layers` or fastrefine.layers"),
+    (("--precisions", "float32,fp8"), InputError, "precision is 'fp8'"),
+])  # fmt: skip
+def test_bench_checks_everything_before_it_prints_or_measures(files, flags, error, told, monkeypatch, capsys):
+    monkeypatch.setattr(bench.Bench, "b0", None)
+    done = CliRunner().invoke(cli, ["bench", "--pair", str(files / "pair"), *flags], standalone_mode=False)
+    assert done.output == ""
+    with pytest.raises(error, match=told):
+        raise done.exception
+
+
+def test_bench_measures_at_the_layer_that_at_names(files):
+    flags = ("--steps", 1, "--seconds", 0.01, "--slots", 8, "--precisions", "float32", "--json")
+    (row,) = json.loads(run("bench", "--pair", files / "pair", "--at", "output", *flags))
+    assert row["at"] == "output"

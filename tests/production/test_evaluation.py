@@ -1,0 +1,288 @@
+"""Evaluation: its figures on sets whose answer is known, what it warns of, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+
+from fastrefine.cli import models
+from fastrefine.errors import InputError
+from fastrefine.metrics import frechet_distance
+from fastrefine.production import evaluation
+from fastrefine.production.images import load_images, load_labelled
+
+pytest.importorskip("torchmetrics")
+
+
+class Colours(nn.Module):
+    """Features: the mean of each channel; logits: by which channel is brightest."""
+
+    def forward(self, images):
+        features = images.mean((2, 3))
+        return features, 20 * features
+
+
+FEATURES = evaluation.Features(Colours(), "colours")
+
+
+def images(n, seed, shift=0.0):
+    random = torch.Generator().manual_seed(seed)
+    return (0.2 * torch.randn(n, 3, 1, 1, generator=random) + shift).expand(n, 3, 2, 2).contiguous()
+
+
+def test_figures_of_a_set_against_itself_are_those_of_perfect_images():
+    x = images(300, 0)
+    found = evaluation.measure(x, x, FEATURES)
+    assert found["frechet_inception_distance"] == pytest.approx(0, abs=1e-6)
+    assert (found["precision"], found["recall"], found["f_score"]) == (1, 1, 1)
+    assert (found["num_samples"], found["features"]) == (300, "colours")
+
+
+def test_the_distance_is_the_frechet_distance_of_the_features():
+    x, y = images(300, 0), images(400, 1, 0.3)
+    found = evaluation.measure(x, y, FEATURES)["frechet_inception_distance"]
+    assert found == pytest.approx(frechet_distance(x.mean((2, 3)), y.mean((2, 3))), rel=1e-5)
+    assert found == pytest.approx(3 * 0.3**2, rel=0.2)
+
+
+def test_precision_and_recall_tell_apart_what_is_false_from_what_is_missing():
+    both = torch.cat([images(200, 0), images(200, 1, 5.0)])
+    half = evaluation.measure(images(200, 2), both, FEATURES)
+    assert half["precision"] > 0.9 and 0.4 < half["recall"] < 0.6
+    more = evaluation.measure(both, images(200, 2), FEATURES)
+    assert 0.4 < more["precision"] < 0.6 and more["recall"] > 0.9
+
+
+def test_images_that_lie_class_by_class_are_judged_like_mixed_ones():
+    x = torch.cat([images(200, i) + 5 * torch.eye(3)[i].view(3, 1, 1) for i in range(3)])
+    random = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    ordered, shuffled = (evaluation.measure(y, x, FEATURES)["inception_score_mean"] for y in (x, x[random]))
+    assert ordered > 2.8 and shuffled > 2.8  # of three classes; 1 where every part of it sees one class
+
+
+def test_precision_and_recall_of_many_images_see_every_class(monkeypatch):
+    x, y = (torch.cat([images(100, seed), images(100, seed + 1, 5.0)]).mean((2, 3)).numpy() for seed in (0, 2))
+    mixed = (evaluation._mixed(torch.from_numpy(a)).numpy() for a in (x, y))
+    found = evaluation._precision_recall(*mixed, limit=120)
+    assert found["precision"] > 0.85 and found["recall"] > 0.85
+
+
+def test_precision_does_not_depend_on_an_offset_of_the_features():
+    x, y = (images(200, seed).mean((2, 3)).numpy() for seed in (0, 1))
+    plain, moved = (evaluation._precision_recall(x + offset, y + offset) for offset in (0.0, 500.0))
+    assert plain == moved and plain["precision"] < 1
+
+
+def test_features_without_logits_give_no_score():
+    plain = evaluation.Features(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "plain")
+    found = evaluation.measure(images(50, 0), images(50, 1), plain)
+    assert "inception_score_mean" not in found and "frechet_inception_distance" in found
+
+
+def figures(n, distance, score):
+    return {"num_samples": n, "frechet_inception_distance": distance, "inception_score_mean": score}
+
+
+def test_few_images_and_a_score_that_parts_from_the_distance_are_told():
+    assert evaluation.warnings_of(figures(10_000, 5.0, 8.0), figures(10_000, 6.0, 7.0)) == []
+    assert "900 images" in evaluation.warnings_of(figures(900, 5.0, 8.0), None)[0]
+    (told,) = evaluation.warnings_of(figures(10_000, 7.0, 8.0), figures(10_000, 6.0, 7.0))
+    assert "part ways" in told and "over-refined" in told
+
+
+def test_sets_that_cannot_be_compared_are_refused():
+    with pytest.raises(InputError, match="wanted one size"):
+        evaluation.measure(images(5, 0), torch.zeros(5, 3, 4, 4), FEATURES)
+    with pytest.raises(InputError, match="at least 2"):
+        evaluation.measure(images(1, 0), images(5, 0), FEATURES)
+
+
+def test_features_come_from_a_factory_that_loads_its_weights():
+    found = evaluation.given_features(f"{__name__}:grey")
+    assert found.name == f"{__name__}:grey" and found(torch.zeros(5, 1, 8, 8))[0].shape == (5, 4)
+    with pytest.raises(InputError, match=r"the network of the features failed on a batch of shape \(5, 3, 2, 2\)"):
+        found(images(5, 0))
+    wanted = "wanted package.module:callable that, called without arguments, returns a torch.nn.Module"
+    for code, reason in (("nosuchmodule:network", "cannot be imported"), (f"{__name__}:nothing", "no attribute"),
+                         (f"{__name__}:function", "missing 1 required positional argument"),
+                         (f"{__name__}:no_module", "gave a int")):  # fmt: skip
+        with pytest.raises(InputError, match=f"{reason}.*{wanted}"):
+            evaluation.given_features(code)
+
+
+def test_features_with_random_weights_are_refused():
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match="makes other weights at each call: wanted it to load trained weights"):
+        evaluation.given_features(f"{__name__}:random_weights")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_default_classifier_learns_its_classes_and_repeats_its_bits():
+    labels = torch.arange(200) % 2
+    x = torch.where(labels.view(-1, 1, 1, 1) > 0, 0.5, -0.5) + 0.1 * torch.randn(
+        200, 1, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
+    state = torch.get_rng_state()
+    one, other = (evaluation.trained_features(x, labels, steps=20) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    features, probabilities = one(x)
+    assert float((probabilities.argmax(1) == labels).double().mean()) > 0.95
+    assert torch.equal(features, other(x)[0]) and one.name == other.name
+
+
+# --- images from files
+
+
+def test_images_come_from_every_kind_of_file_alike(tmp_path):
+    from PIL import Image
+    from safetensors.numpy import save_file
+
+    pixels = np.random.RandomState(0).randint(0, 256, (5, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=np.array([0, 1, 0, 1, 0]))
+    np.save(tmp_path / "a.npy", pixels)
+    save_file({"images": pixels}, tmp_path / "a.safetensors")
+    for row, label in enumerate([0, 1, 0, 1, 0]):
+        (tmp_path / "folder" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[row]).save(tmp_path / "folder" / str(label) / f"{row}.png")
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for name in ("a.npz", "a.npy", "a.safetensors"):
+        torch.testing.assert_close(load_images(tmp_path / name), expected)
+    found, labels = load_labelled(tmp_path / "folder")
+    torch.testing.assert_close(found, expected[[0, 2, 4, 1, 3]])
+    assert labels.tolist() == [0, 0, 0, 1, 1] and load_labelled(tmp_path / "a.npz")[1].tolist() == [0, 1, 0, 1, 0]
+    assert load_labelled(tmp_path / "a.npy")[1] is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_a_limit_draws_from_all_images_also_where_they_lie_class_by_class(tmp_path, kind):
+    pixels = np.zeros((60, 4, 4, 3), np.uint8)
+    pixels[30:] = 255
+    if kind == "npz":
+        path = tmp_path / "a.npz"
+        np.savez(path, arr_0=pixels, arr_1=np.repeat([0, 1], 30))
+    else:
+        path = tmp_path / "folder"
+        for i, x in enumerate(pixels):
+            (path / str(i // 30)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x).save(path / str(i // 30) / f"{i:02}.png")
+    images, labels = load_labelled(path, 20)
+    assert len(images) == 20 and 5 <= labels.sum() <= 15 and torch.equal(images[:, 0, 0, 0] > 0, labels.bool())
+    assert torch.equal(images, evaluation.images_of(path, 20))
+
+
+def test_what_holds_no_images_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.npz").write_bytes(b"no zip")
+    np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
+    np.save(tmp_path / "range.npy", np.full((3, 4, 4, 3), 200.0))
+    np.save(tmp_path / "scalar.npy", np.float32(1))
+    np.save(tmp_path / "text.npy", np.full((2, 4, 4, 3), "x"))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "g.pt")
+    (tmp_path / "merged.tar").write_bytes(bytes(1024))
+    for name, reason in (("empty", "no pictures"), ("a.npz", "cannot be read"), ("flat.npy", r"shape \(3, 4\)"),
+                         ("range.npy", "wanted uint8, or floats"), ("absent", "not there"), ("scalar.npy", r"shape \(\)"),
+                         ("text.npy", "wanted"), ("g.pt", "holds no arrays, but files such as"),
+                         ("merged.tar", "cannot be read as images; wanted a folder of pictures")):  # fmt: skip
+        with pytest.raises(InputError, match=reason) as caught:
+            load_images(tmp_path / name)
+        assert "pickle" not in str(caught.value)
+    for name in ("merged.tar", "g.pt"):
+        with pytest.raises(InputError, match=r"wanted a run's folder, a folder of pictures, \.npz or \.safetensors"):
+            evaluation.images_of(tmp_path / name)
+
+
+def test_labels_that_are_not_one_whole_number_for_each_image_are_none(tmp_path):
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    for labels in (np.array(["a", "b", "c"]), np.zeros(3), np.zeros(2, np.int64), np.zeros((3, 2), np.int64)):
+        np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=labels)
+        assert load_labelled(tmp_path / "a.npz")[1] is None
+
+
+# --- the command
+
+
+def command(*arguments):
+    """stdout and stderr of ``fastrefine evaluate`` in this process; its errors are raised."""
+    done = CliRunner().invoke(models.evaluate, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
+    return done.output
+
+
+def saved(path, x):
+    np.savez(path, arr_0=x.numpy())
+    return path
+
+
+@pytest.mark.parametrize("wrong", ["images", "real", "baseline", "train"])
+def test_floats_in_0_to_1_are_not_read_as_if_they_were_in_minus_1_to_1(tmp_path, wrong):
+    """FAULTS 19"""
+    signed = images(40, 0).clamp(-1, 1)
+    sets = {name: saved(tmp_path / f"{name}.npz", signed) for name in ("images", "real", "baseline", "train")}
+    saved(sets[wrong], (signed + 1) / 2)
+    with pytest.raises(InputError, match=rf"{wrong}\.npz holds torch.float32 in 0\S* to .*are they 0\.\.1\?"):
+        command(sets["images"], "--real", sets["real"], "--baseline", sets["baseline"], "--train", sets["train"])
+    np.savez(tmp_path / "bright.npz", arr_0=np.full((3, 4, 4, 3), 200, np.uint8))
+    assert float(evaluation.images_of(tmp_path / "bright.npz").min()) > 0.5  # bytes leave no question
+
+
+def test_sets_are_checked_before_features_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "trained_features", None)
+    (tmp_path / "empty").mkdir()
+    small = saved(tmp_path / "small.npz", torch.zeros(4, 1, 4, 4) - 0.5)
+    grey8 = saved(tmp_path / "grey8.npz", torch.zeros(4, 1, 8, 8) - 0.5)
+    for given, reason in (
+        ((tmp_path / "empty",), "no pictures"), ((small,), "wanted one size"),
+        ((grey8, "--baseline", small), "wanted one size"), ((grey8, "--train", small), "no labels"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            command(*given, "--real", "digits")
+
+
+def test_the_command_shows_distance_beside_score_and_warns_when_they_part(tmp_path):
+    """FAULTS 30"""
+    raw, real = (saved(tmp_path / f"{k}.npz", images(200, k).clamp(-1, 1)) for k in range(2))
+    loud = saved(tmp_path / "loud.npz", (5 * images(200, 2)).clamp(-1, 1))  # purer colours, but not the real ones
+    for x in (raw, loud):
+        out = command(x, "--real", real, "--features", f"{__name__}:Colours")
+        assert "inception_score_mean-200" in out and "frechet_inception_distance-200" in out and "part ways" not in out
+    parted = command(loud, "--real", real, "--baseline", raw, "--features", f"{__name__}:Colours")
+    assert "warning: score and distance part ways" in parted
+    assert "part ways" not in command(raw, "--real", real, "--baseline", loud, "--features", f"{__name__}:Colours")
+
+
+def test_the_command_prints_torch_fidelitys_names(tmp_path):
+    pixels = np.random.RandomState(0).randint(0, 256, (60, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pixels)
+    arguments = ["evaluate", str(tmp_path / "a.npz"), "--real", "digits", "--limit", "60", "--features",
+                 "tests.production.test_evaluation:grey", "--json"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "fastrefine", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = {"frechet_inception_distance", "kernel_inception_distance_mean", "kernel_inception_distance_std", "precision"}
+    assert names <= set(found) and found["num_samples"] == 60 and found["features"] == "tests.production.test_evaluation:grey"
+    assert "60 images" in done.stderr
+
+
+def grey():
+    """Features of the command's test."""
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten())
+
+
+def function(x):
+    """Features, but not a factory of them."""
+    return x.flatten(1)
+
+
+def no_module():
+    """A factory of something else."""
+    return 3
+
+
+def random_weights():
+    """A factory that loads nothing."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
