@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report as speed
 from benchmarks.papers import report
 
 ROOT = Path(__file__).parent.parent
@@ -167,7 +168,7 @@ def _steps(row: Record, warm_up: int) -> str:
 
 
 def _speed(results: Path) -> Iterator[str]:
-    records = [_read(path) for path in sorted(results.glob("cpu-*.json"))]
+    records = [speed.load(path) for path in sorted(results.glob("cpu-*.json"))]
     yield "## Speed on a CPU"
     yield (
         "One thread, fixed steps, equal results. B0, B1, B2: how many times as fast as each baseline, by CPU times of the same "
@@ -179,28 +180,23 @@ def _speed(results: Path) -> Iterator[str]:
         "workload, cut, precision", "stop", "slots", "images/s", "B0", "B1", "B2", "gain (ideal)", "efficiency (bound)",
         "commit",
     )  # fmt: skip
-    yield _table(header, [_speed_row(row, record) for record in records for row in _timed(record)])
-    machine = records[0]["machine_info"]
+    yield _table(header, [_speed_row(row, record) for record in records for row in record["rows"]])
+    machine = records[0]["machine"]
     yield (
-        f"{machine['cpu_model']} ({', '.join(machine['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of "
+        f"{machine['device']} ({', '.join(machine['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of "
         "64 and 256. Other work ran on this machine, so whole processes differ by a tenth and more: repeated runs gave "
         "1.42-1.81x (first, float32) and 1.63-1.73x (output, float32) over B0, 2.8-3.3x and 2.9-3.3x (bfloat16), and gains of "
         "1.64-1.80x."
     )
 
 
-def _timed(record: Record) -> list[Record]:
-    return [timed["extra_info"] for timed in record["benchmarks"]]
-
-
 def _speed_row(row: Record, record: Record) -> tuple[str, ...]:
-    commit = record["commit_info"]
-    ratios = (f"{row[name]:.2f}x" if name in row else "–" for name in ("ratio_b0", "ratio_b1", "ratio_b2"))
-    gain = f"{row['gain']:.2f}x ({row['ideal_gain']:.2f}x)" if "gain" in row else "–"
+    ratios = (f"{row[name]:.2f}x" if row.get(name) else "–" for name in ("ratio_b0", "ratio_b1", "ratio_b2"))
+    gain = f"{row['gain']:.2f}x ({row['ideal_gain']:.2f}x)" if row.get("gain") else "–"
     return (
         f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["num_slots"]),
         f"{row['images_per_second']:.0f}", *ratios, gain, f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})",
-        commit["id"][:7] + "+" * commit["dirty"],
+        _short(record["machine"]["commit"]),
     )  # fmt: skip
 
 

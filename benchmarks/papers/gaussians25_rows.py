@@ -164,7 +164,8 @@ class Rows(Table):
     def _run(self, setting: Setting, weight: float, starts: Mapping[int, Tensor]) -> list[fr.Result]:
         """A result for each seed, of latents with snapshots at the recipe's steps, rounded up to whole transitions."""
         recipe, sampler, is_critic = self.recipe, setting.sampler(weight), setting.energy == "critic"
-        steps = sorted({-(-k // sampler.transition) * sampler.transition for k in recipe.steps if k <= setting.last})
+        whole = sampler.traits.transition_steps
+        steps = sorted({-(-k // whole) * whole for k in recipe.steps if k <= setting.last})
         refiner = fr.Refiner(
             self.g, self.networks[setting.network or setting.energy], sampler, at=setting.at, prior=PRIOR,
             max_steps=steps[-1], num_slots=recipe.num_slots, discriminator_output="critic" if is_critic else "logit",
