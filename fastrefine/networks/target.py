@@ -271,14 +271,18 @@ class Target:
         wanted, tolerance = graph(*given), _TOLERANCE[self.form.compute]
         order = torch.arange(len(given[0]) - 1, -1, -1, device=a.device)
 
-        def run(made: Recording, order: Tensor) -> tuple[Tensor, ...]:
+        def carried(made: Recording) -> tuple[Tensor, ...]:
+            return given[count:] if made.prefix is None else made.prefix(*given[count:])
+
+        def run(made: Recording, order: Tensor, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """The results for the same samples in other slots, put back into their order."""
-            carried = given[count:] if made.prefix is None else made.prefix(*given[count:])
-            found = made.step(*(t[order] for t in (*given[:count], *carried)))
+            found = made.step(*(t[order] for t in (*given[:count], *carry)))
             return tuple(value[torch.argsort(order)] for value in found)
 
         def error(made: Recording) -> float:
-            return max(_relative_error(f, w) for f, w in zip(run(made, order), wanted, strict=True))
+            carry = carried(made)
+            made.step(*given[:count], *carry)  # which must leave what it was given as it was
+            return max(_relative_error(f, w) for f, w in zip(run(made, order, carry), wanted, strict=True))
 
         effects = recording.effects_of(graph, given)
         made = Recording(None, graph, recording.first_outputs(graph, 2, effects))
@@ -290,7 +294,8 @@ class Target:
         if a.device.type == "cpu" and not self.compiled:  # a compiler rounds as it likes
             made = self.ladder.climb("equal rows", lambda: made.with_equal_rows(a.dtype), error, tolerance) or made
         if not self.compiled and not self.coupled:
-            found, shifted = run(made, order), run(made, order.flip(0).roll(1))
+            carry = carried(made)
+            found, shifted = run(made, order, carry), run(made, order.flip(0).roll(1), carry)
             same = [torch.equal(torch.nan_to_num(f), torch.nan_to_num(s)) for f, s in zip(found, shifted, strict=True)]
             self.repeatable = "bitwise" if all(same) else "to rounding"
         return made

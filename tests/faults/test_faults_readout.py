@@ -100,7 +100,6 @@ class Pair(NamedTuple):
 
 STRUCTURED = {
     "tuple": (lambda out: (out * 0, out), 1, r"a tuple of 2 \(indices 0 to 1\)"),
-    "list": (lambda out: [out, out * 0], -2, r"a list of 2 \(indices 0 to 1\)"),
     "dict": (lambda out: {"features": out * 0, "logit": out}, "logit", r"a dict with keys \['features', 'logit'\]"),
     "object": (lambda out: Output(out, out * 0), "logit", r"object of type Output with .* \['logit', 'features'\]"),
     "named": (lambda out: Pair(out * 0, out), "logit", r"a Pair of 2 .*names \['features', 'logit'\]"),
