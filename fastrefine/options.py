@@ -54,6 +54,7 @@ class Options:
     driver: str = "auto"
     compile: bool = False
     coupling: str = "refuse"
+    group_size: int | None = None
     on_nonfinite: str = "contain"
     max_grad_norm: float | None = None
     output_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -81,6 +82,12 @@ class Options:
                 raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
         if self.output_key is not None and not isinstance(self.output_key, str | int) and not callable(self.output_key):
             raise InputError(f"output_key is {self.output_key!r}; wanted a key, an index, a callable or None")
+        if self.group_size is not None:
+            checks.count("group_size", self.group_size, 1)
+            if self.coupling != "lockstep":
+                raise InputError(f"group_size={self.group_size} is for coupling='lockstep', got coupling={self.coupling!r}")
+            if self.num_slots is not None and self.num_slots % self.group_size:
+                raise InputError(f"num_slots is {self.num_slots}; wanted a multiple of group_size={self.group_size}")
         for name in ("callback", "generate", "discriminate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise InputError(f"{name} is {getattr(self, name)!r}; wanted a callable or None")
@@ -117,7 +124,8 @@ class Options:
 
     def slots_for(self, n: int) -> int:
         """The number of slots for n samples: as given, or the power of two that holds them, at most 256."""
-        return self.num_slots or min(MOST_SLOTS, 1 << max(n - 1, 0).bit_length())
+        slots, group = self.num_slots or min(MOST_SLOTS, 1 << max(n - 1, 0).bit_length()), self.group_size or 1
+        return -(-slots // group) * group
 
     @property
     def dtype(self) -> torch.dtype:

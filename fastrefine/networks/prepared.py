@@ -198,7 +198,7 @@ class Networks:
         if discriminator.takes_labels:
             checks.classes(inputs["labels"], discriminator.num_classes)
         device, dtype, parts = self.options.device, self.options.dtype, []
-        for rows in torch.arange(len(images)).split(self.options.num_slots or MOST_SLOTS):
+        for rows in torch.arange(len(images)).split(self.options.group_size or self.options.num_slots or MOST_SLOTS):
             at = slice(int(rows[0]), int(rows[-1]) + 1)
             x = images[at].to(device, dtype, copy=True)  # a copy, for layers may work in place
             given = {name: value[at].to(device) for name, value in inputs.items()}

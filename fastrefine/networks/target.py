@@ -47,7 +47,7 @@ class Target:
         num_slots: int,
     ):  # fmt: skip
         self.generator, self.discriminator = generator, discriminator
-        self.coupled, self.compiled = options.coupling == "lockstep", options.compile
+        self.coupled, self.group, self.compiled = options.coupling == "lockstep", options.group_size, options.compile
         self.num_slots, self.precision = num_slots, options.precision
         self.form: Form
         self.ladder = Ladder()
@@ -184,9 +184,10 @@ class Target:
         return self.form.tail, self.form.d
 
     def _choose_block(self) -> None:
-        """Networks that mix the samples of a batch must see all slots at once."""
+        """Networks that mix the samples of a batch see a whole group at once, others as many rows as fit into the cache."""
         a, _ = self._reference
-        self._block = self.num_slots if self.coupled else recording.block_rows(self._small, len(a), self.num_slots)
+        if not self.coupled:
+            self._block = recording.block_rows(self._small, len(a), self.num_slots)
 
     def _step(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self._autograd(*given)
@@ -245,7 +246,7 @@ class Target:
     def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
         """Logit, loss and gradient at ``a`` (S, F), context as ``carried`` gave it; on a view, the gradient is in its form."""
         if self.route == "autograd":
-            return self._autograd(a, *context)
+            return Evaluation(*self._by_blocks(self._step, (a, *context)))
         return Evaluation(*self._call(True, a, context, view))
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
@@ -325,6 +326,7 @@ class Target:
         """Drop what was traced, compiled or captured."""
         self._recordings, self.calls = {}, {}
         self.era = object()  # what was captured before is of another one
+        self._block = self.group or self.num_slots  # rows that the networks see at once
         self.refused: dict[str, str] = {}  # driver -> why it cannot repeat the step
 
     def resize(self, num_slots: int) -> None:

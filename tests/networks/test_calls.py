@@ -1,0 +1,225 @@
+"""How networks are called: functions of the caller's, conditions that travel with their sample, heads, labels, groups."""
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import fastrefine as fr
+from fastrefine.errors import InputError
+
+torch.set_num_threads(1)
+FIXED = fr.Collaborative(0.1, control="fixed")
+STEPS = 3
+
+
+def loop(image, logits, a, *, heads=lambda out: [out]):
+    """(image, logit) after STEPS plain steps; the loss is the mean over heads of the mean of a head's entries."""
+    for step in range(STEPS + 1):
+        a = a.detach().requires_grad_()
+        x = image(a)
+        found = heads(logits(x))
+        if step == STEPS:
+            return x.detach(), torch.stack([h.reshape(len(a), -1).mean(1) for h in found]).mean(0).detach()
+        loss = torch.stack([nn.functional.softplus(-h).reshape(len(a), -1).mean(1) for h in found]).mean(0).sum()
+        a = a - 0.1 * torch.autograd.grad(loss, a)[0]
+
+
+def close(out, wanted):
+    torch.testing.assert_close(out.images, wanted[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.logits, wanted[1], rtol=0, atol=1e-4)
+
+
+def decoder():
+    return nn.Sequential(nn.Linear(4, 192), nn.Unflatten(1, (3, 8, 8)))
+
+
+def judge(channels=3):
+    return nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(128, 1))
+
+
+class Named(NamedTuple):
+    image: torch.Tensor
+    latents: torch.Tensor
+
+
+@dataclasses.dataclass
+class Output:
+    sample: torch.Tensor
+
+
+class Wrapped(nn.Module):
+    """A generator that returns more than its image."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.kind = decoder(), kind
+
+    def forward(self, z):
+        x = self.body(z)
+        return {"tuple": (x, z), "list": [x, z], "dict": {"image": x}, "named": Named(x, z), "dataclass": Output(x)}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "named", "dataclass"])
+def test_the_first_tensor_of_what_a_generator_returns_is_the_image(kind):
+    torch.manual_seed(0)
+    g, d, z = Wrapped(kind), judge(), torch.randn(6, 4)
+    with pytest.warns(fr.FastrefineWarning, match=r"its first tensor, of shape \(4, 3, 8, 8\)"):
+        out = fr.Refiner(g, d, FIXED, max_steps=STEPS, num_slots=4).refine(z)
+    close(out, loop(g.body, d, z))
+
+
+class Conditional(nn.Module):
+    """Embedded classes for the generator: they come as vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.body = nn.Embedding(3, 2), nn.Linear(6, 192)
+
+    def forward(self, z, y):
+        return self.body(torch.cat([z, y], 1)).view(-1, 3, 8, 8)
+
+
+def beside(x, vectors):
+    return torch.cat([x, vectors[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
+
+
+def test_functions_say_how_networks_are_called_and_labels_are_converted_where_they_differ():
+    torch.manual_seed(0)
+    g, d, z, y = Conditional(), judge(6), torch.randn(7, 4), torch.arange(7) % 3
+    one_hot = nn.functional.one_hot(y, 3).float()
+    out = fr.Refiner(
+        g, d, FIXED, max_steps=STEPS, num_slots=4,
+        generate=lambda G, z, labels: G(z, G.shared(labels)),
+        discriminate=lambda D, x, labels: D(
+            torch.cat([x, nn.functional.one_hot(labels, 3)[:, :, None, None].expand(-1, -1, 8, 8).to(x.dtype)], 1)
+        ),
+    ).refine(z, labels=y)  # fmt: skip
+    wanted = loop(
+        lambda a: g(a, g.shared(y)), lambda x: d(torch.cat([x, one_hot[:, :, None, None].expand(-1, -1, 8, 8)], 1)), z
+    )
+    close(out, wanted)
+
+
+@pytest.mark.parametrize("at", ["input", "0", "output"])
+@pytest.mark.parametrize("num_slots", [2, 4, None])
+def test_conditions_travel_with_their_sample(at, num_slots):
+    """Samples leave after different numbers of steps, so that slots are refilled out of order."""
+    torch.manual_seed(0)
+    g, d, z, edges = decoder(), judge(4), torch.randn(9, 4), torch.randn(9, 1, 8, 8)
+    with torch.no_grad():
+        d[3].weight.mul_(3)
+    one = fr.Refiner(
+        g, d, FIXED, at=at, max_steps=STEPS, num_slots=num_slots, prior=fr.Normal(4), stop=fr.stopping.UniformStep(),
+        discriminate=lambda D, x, edges: D(torch.cat([edges, x], 1)),
+    )  # fmt: skip
+    out = one.refine(z, conditions={"edges": edges})
+    for i in range(9):
+        alone = one.replaced(num_slots=1).refine(z[i : i + 1], conditions={"edges": edges[i : i + 1]}, first_id=i)
+        torch.testing.assert_close(out.images[i], alone.images[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.score(out.images, conditions={"edges": edges}), out.logits, rtol=0, atol=1e-4)
+    assert len(one.sample(9, conditions={"edges": edges})) == 9
+
+
+def test_heads_are_averaged_head_by_head():
+    torch.manual_seed(0)
+    g, z = decoder(), torch.randn(6, 4)
+    both = nn.ModuleList([judge(), nn.Conv2d(3, 1, 3, 2, 1)])
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.members = both
+
+        def forward(self, x):
+            return [member(x) for member in self.members]
+
+    d = Heads()
+    out = fr.Refiner(g, d, FIXED, max_steps=STEPS, num_slots=4).refine(z)
+    close(out, loop(g, d, z, heads=lambda found: found))
+
+
+class Grouped(nn.Module):
+    """Minibatch standard deviation over groups of 4."""
+
+    def forward(self, x):
+        y = x.view(4, -1, *x.shape[1:])
+        return torch.cat([x, y.std(0, unbiased=False).mean().expand(len(x), 1, *x.shape[2:])], 1)
+
+
+@pytest.mark.parametrize("num_slots", [4, 8, None])
+def test_groups_of_a_minibatch_statistic_stay_together_whatever_the_slots(num_slots):
+    torch.manual_seed(0)
+    g, d, z = decoder(), nn.Sequential(Grouped(), judge(4)), torch.randn(12, 4)
+    parts = [loop(g, d, part) for part in z.split(4)]
+    one = fr.Refiner(g, d, FIXED, max_steps=STEPS, coupling="lockstep", group_size=4, num_slots=num_slots)
+    close(one.refine(z), tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize(("n", "slots"), [(1, 1), (8, 8), (9, 16), (300, 256)])
+def test_few_samples_take_few_slots(n, slots):
+    one = fr.Refiner(decoder(), judge(), FIXED, max_steps=0, prior=fr.Normal(4))
+    assert one.sample(n).report["num_slots"] == slots
+
+
+class Width(nn.Module):
+    """Made for labels of width 0: the required argument is None."""
+
+    c_dim = 0
+
+    def __init__(self):
+        super().__init__()
+        self.body = decoder()
+
+    def forward(self, z, c):
+        assert c is None
+        return self.body(z)
+
+
+def test_a_network_for_labels_of_width_0_gets_none():
+    out = fr.Refiner(Width(), judge(), FIXED, max_steps=1, num_slots=4).refine(torch.randn(3, 4))
+    assert out.images.shape == (3, 3, 8, 8)
+
+
+class Silent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Identity(), Failing())
+
+    def forward(self, x):
+        return self.inner(x).flatten(1).mean(1)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        if x.shape[1] != 7:
+            raise AssertionError
+        return x
+
+
+@pytest.mark.parametrize(("d", "options", "message"), [
+    (Silent(), {}, r"AssertionError: no message, in module 'inner.1' \(Failing\) on shapes \(4, 3, 8, 8\)"),
+    (nn.Conv2d(3, 3, 3, 1, 1), {}, r"as an autoencoder does; write its energy, e.g. discriminate=lambda D, x: -"),
+    (nn.Sequential(judge(), nn.Linear(1, 5)), {}, r"shape \(4, 5\).*discriminate=lambda D, x: D\(x\).mean\(1\)"),
+    (judge(), {"discriminate": 3}, "discriminate is 3; wanted a callable"),
+    (judge(), {"group_size": 4}, "group_size=4 is for coupling='lockstep'"),
+    (judge(), {"group_size": 3, "coupling": "lockstep"}, "num_slots is 4; wanted a multiple of group_size=3"),
+])  # fmt: skip
+def test_what_does_not_fit_is_told_with_the_line_that_mends_it(d, options, message):
+    with pytest.raises(InputError, match=message):
+        fr.Refiner(decoder(), d, FIXED, max_steps=1, num_slots=4, **options).refine(torch.randn(4, 4))
+
+
+@pytest.mark.parametrize(("conditions", "message"), [
+    ({"edges": torch.randn(3, 1)}, r"conditions\['edges'\] has shape \(3, 1\); wanted one row for each of 4 samples"),
+    ({"labels": torch.randn(4, 1)}, "'labels' is no name"),
+    ([torch.randn(4, 1)], "conditions is a list; wanted a dict"),
+])  # fmt: skip
+def test_conditions_that_do_not_fit_are_refused(conditions, message):
+    one = fr.Refiner(decoder(), judge(), FIXED, max_steps=1, num_slots=4, discriminate=lambda D, x, **inputs: D(x))
+    with pytest.raises(InputError, match=message):
+        one.refine(torch.randn(4, 4), conditions=conditions)
+    with pytest.raises(InputError, match="neither generate= nor discriminate= says"):
+        one.replaced(discriminate=None).refine(torch.randn(4, 4), conditions={"edges": torch.randn(4, 1)})
