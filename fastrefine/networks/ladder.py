@@ -6,6 +6,7 @@ The plain form, private frozen copies and autograd, always stands below. What a 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Ladder:
     def climb(self, rung: str, change: Callable[[], T], error: Callable[[T], float], tolerance: float) -> T | None:
         """What ``change`` gives if its ``error`` is within the tolerance, else None."""
         try:
-            with contextlib.redirect_stderr(None):  # torch.fx prints the code that failed
+            with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints the code that failed
                 found = change()
                 size = error(found)
             why = "" if size <= tolerance else f"differs by {size:.1e} of the largest value, more than {tolerance:g}"
