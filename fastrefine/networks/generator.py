@@ -88,8 +88,6 @@ class PreparedGenerator:
         with self.evaluation_mode():
             a, context = self.prefix(latents, labels)
             self.shape = tuple(a.shape[1:])
-            # what a waiting sample keeps besides its activation
-            self.row_bytes = sum(t[0].numel() * t.element_size() for t in (latents, *context))
             images = self.render(a, context)
             self.image_shape = tuple(images.shape[1:])
             if self.cut.route == "given":
@@ -101,6 +99,8 @@ class PreparedGenerator:
                 roots = {"generator prefix": self.cut.prefix, "generator tail": self.cut.tail}
                 y = None if labels is None else labels[:1]
                 probe.check(roots, lambda z: self.render(*self.prefix(z, probe.repeated(y, z))), latents, coupling)
+            # what a waiting sample keeps besides its activation
+            self.row_bytes = sum(t[0].numel() * t.element_size() for t in (latents, *context))
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:

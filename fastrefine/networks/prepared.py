@@ -190,8 +190,8 @@ class Networks:
             checks.classes(labels, discriminator.num_classes)
         device, dtype, parts = self.options.device, self.options.dtype, []
         for rows in torch.arange(len(images)).split(self.options.num_slots):
-            # a copy, for layers may work in place
-            x = images[rows[0] : rows[-1] + 1].to(device, dtype, copy=True)
+            # A copy, for layers may work in place; of one layout, for a convolution rounds otherwise in another
+            x = images[rows[0] : rows[-1] + 1].to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             y = None if labels is None else labels[rows[0] : rows[-1] + 1].to(device)
             parts.append(attempt("discriminator", lambda: discriminator.logits(discriminator.module, x, y).mean(1), x))  # noqa: B023
         return torch.cat(parts)

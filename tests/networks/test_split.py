@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import fastrefine as fr
 from fastrefine.errors import GradientError, InputError, SplitError
 from fastrefine.models import (
     CycleGANGenerator,
@@ -360,11 +361,14 @@ def test_split_does_not_change_the_generator():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in generator.modules())
 
 
+def refined(halves, latents, features=3):
+    return fr.Refiner(halves, nn.Linear(features, 1), fr.Collaborative(0.1), max_steps=0, num_slots=4).refine(latents)
+
+
 def test_given_cut_is_taken_as_it_is():
     generator, latents = Chain(), torch.randn(4, 6)
-    cut = split(Split(generator.first, lambda hidden: generator.last(hidden)), "input", latents)
-    activation, context = cut.prefix(latents)
-    assert cut.route == "given" and torch.equal(cut.tail(activation, *context), generator(latents))
+    out = refined(Split(generator.first, lambda hidden: generator.last(hidden)), latents)
+    assert out.report["split"] == "given" and torch.equal(out.images, generator(latents))
 
 
 def test_given_methods_bring_their_module_along():
@@ -381,7 +385,7 @@ def test_given_methods_bring_their_module_along():
 
 def test_given_context_must_belong_to_samples():
     with pytest.raises(SplitError, match="context 0 must be a tensor with the batch"):
-        split(Split(lambda z: (z, (z.sum(),)), lambda a, c: a + c), "input", torch.randn(4, 6))
+        refined(Split(lambda z: (z, (z.sum(),)), lambda a, c: a + c), torch.randn(4, 6), features=6)
 
 
 def test_given_parts_must_be_callable():
