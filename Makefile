@@ -18,7 +18,7 @@ demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
 
 test: kernels-check  ## the whole test suite, after all kernels compiled
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal  # neighbouring tests share what was prepared
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90

@@ -11,6 +11,37 @@ if not torch.cuda.is_available():
 os.environ.pop("FASTREFINE_BACKEND", None)
 
 
+def patch_once_a_launch():
+    """Triton's interpreter patches its language at every call within a kernel, a third of its time: once a launch is enough.
+
+    These are private names of triton 3.8; where another version has not got them all, nothing is changed.
+    """
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+        from triton.runtime.interpreter import GridExecutor, _LangPatchScope, _patch_lang
+    except ImportError:
+        return
+    patched, launch = set(), GridExecutor.__call__
+
+    def patch(function):
+        modules = {id(module) for module in function.__globals__.values() if module is tl or module is tl.core}
+        if modules <= patched:
+            return _LangPatchScope()
+        patched.update(modules)
+        return _patch_lang(function)
+
+    def call(self, *args, **options):
+        patched.clear()
+        launch(self, *args, **options)
+
+    interpreter._patch_lang, GridExecutor.__call__ = patch, call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
+
+
 @pytest.fixture
 def runtime(monkeypatch):
     """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""

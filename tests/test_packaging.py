@@ -45,37 +45,30 @@ def imports(path: Path, *, module_level: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "samplers").glob("*.py")), ids=module_name)
-def test_samplers_import_only_torch_checks_and_each_other(path):
-    foreign = {n for n in imports(path) if n.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
-    assert all(n.startswith(("fastrefine.samplers", "fastrefine.errors", "fastrefine.checks")) for n in foreign), foreign
+def beneath(name: str, *packages: str) -> bool:
+    return f"{name}.".startswith(tuple(f"{package}." for package in packages))
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_only_ops_touch_the_kernels_and_the_native_module(path):
-    if path.is_relative_to(KERNELS) or path.is_relative_to(PACKAGE / "ops"):
-        return
+def test_samplers_import_only_torch_checks_and_each_other():
+    allowed = ("torch", "fastrefine.samplers", "fastrefine.errors", "fastrefine.checks", *sys.stdlib_module_names)
+    files = sorted((PACKAGE / "samplers").glob("*.py"))
+    assert files and not {(f.name, n) for f in files for n in imports(f) if not beneath(n, *allowed)}
+
+
+def test_only_ops_touch_the_kernels_and_the_native_module():
     closed = ("fastrefine.kernels", "fastrefine._native", "fastrefine.ops.native", "triton", "kernels")
-    wrong = [n for n in imports(path) if f"{n}.".startswith(tuple(f"{c}." for c in closed))]
-    assert not wrong, wrong
+    others = [path for path in FILES if not (path.is_relative_to(KERNELS) or path.is_relative_to(PACKAGE / "ops"))]
+    assert others and not {(module_name(f), n) for f in others for n in imports(f) if beneath(n, *closed)}
 
 
 def test_only_its_owner_touches_the_device_loop():
     assert [module_name(path) for path in FILES if "_device_loop" in path.read_text()] == ["fastrefine.engine.while_graph"]
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=module_name)
-def test_kernels_import_torch_triton_and_the_op_table_only(path):
-    allowed = (
-        "torch",
-        "triton",
-        "fastrefine.kernels",
-        "fastrefine.ops.slots",
-        "fastrefine.ops",
-        "fastrefine.samplers.base",
-    )
-    foreign = {n for n in imports(path) if n.split(".")[0] not in sys.stdlib_module_names}
-    assert all(f"{n}.".startswith(tuple(f"{a}." for a in allowed)) for n in foreign), foreign
+def test_kernels_import_torch_triton_and_the_op_table_only():
+    allowed = ("torch", "triton", "fastrefine.kernels", "fastrefine.ops", "fastrefine.samplers.base")
+    files = sorted(KERNELS.glob("*.py"))
+    assert files and not {(f.name, n) for f in files for n in imports(f) if not beneath(n, *allowed, *sys.stdlib_module_names)}
 
 
 def python(code: str, **environment: str) -> str:
@@ -88,13 +81,19 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_imports_load_nothing_that_is_not_used():
-    own = "{'fastrefine.kernels', 'fastrefine._native', 'fastrefine._device_loop', 'matplotlib', 'sklearn'}"
-    for code, unused in (
-        ("import fastrefine", "{'torch', 'triton', 'scipy', 'numpy'}"),
-        ("import fastrefine as fr; fr.ops, fr.samplers, fr.use_backend", "{'triton'}"),
-        ("import fastrefine as fr; fr.Refiner", "set()"),
-    ):
-        assert python(f"import sys; {code}; print(({own} | {unused}) & set(sys.modules))").strip() == "set()"
+    code = """
+import sys
+def show(*unused):
+    own = {"fastrefine.kernels", "fastrefine._native", "fastrefine._device_loop", "matplotlib", "sklearn"}
+    print((own | {*unused}) & {*sys.modules})
+import fastrefine as fr
+show("torch", "triton", "scipy", "numpy")
+fr.ops, fr.samplers, fr.use_backend
+show("triton")
+fr.Refiner
+show()
+"""
+    assert python(code).split() == ["set()"] * 3
 
 
 def test_kernels_are_found_in_this_installation():

@@ -200,7 +200,8 @@ class Networks:
         device, dtype, parts = self.options.device, self.options.dtype, []
         for rows in torch.arange(len(images)).split(self.options.group_size or self.options.num_slots or MOST_SLOTS):
             at = slice(int(rows[0]), int(rows[-1]) + 1)
-            x = images[at].to(device, dtype, copy=True)  # a copy, for layers may work in place
+            # a copy, for layers may work in place; of one layout, for a convolution rounds otherwise in another
+            x = images[at].to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             given = {name: value[at].to(device) for name, value in inputs.items()}
             parts.append(discriminator.score(x, given))
         return torch.cat(parts)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
@@ -47,7 +48,9 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     rules: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = _convolution_on_cpu
-    graph = make_fx(function, decomposition_table=rules)(*args)
+    # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        graph = make_fx(function, decomposition_table=rules)(*args)
     fold_constants(graph, modules)
     return graph
 

@@ -36,12 +36,12 @@ def test_drivers_give_the_bits_of_the_host_loop(runtime, driver, backend, run):
 
 @pytest.mark.parametrize("driver", KINDS)
 def test_convolutions_labels_and_contexts_too(runtime, driver):
-    labels = torch.arange(40) % 3
+    labels = torch.arange(20) % 3
     for one, given in (
         (conditional(), dict(labels=labels)),
         (refiner(convolutional_pair(), prior=fr.Normal(8), at="2"), {}),
     ):
-        found, wanted = (one.replaced(driver=name).sample(40, **given) for name in (driver, "host"))
+        found, wanted = (one.replaced(driver=name).sample(20, **given) for name in (driver, "host"))
         same(found, wanted)
         assert found.report["driver"] == driver
 

@@ -15,11 +15,11 @@ def test_equal_num_slots_give_equal_bits_for_any_n_first_id_and_chunk(networks, 
     prior = fr.Normal(4) if networks is pair else fr.Normal(8)
     sampler = fr.DGflow(0.1, gamma=0.1)
     one = refiner(networks(), num_slots=slots, prior=prior, at="1" if networks is pair else "2", sampler=sampler)
-    whole = one.sample(90, seed=3)
-    for first, n in ((0, 1), (0, 50), (13, 40), (77, 13), (32, 33)):
+    whole = one.sample(50, seed=3)
+    for first, n in ((0, 1), (0, 33), (13, 20), (37, 13), (32, 17)):
         same(one.sample(n, first_id=first, seed=3), whole.select(slice(first, first + n)))
     for chunk in (1, 7, 1000):
-        same(fr.Result.concatenate(list(one.stream(90, seed=3, chunk=chunk))), whole)
+        same(fr.Result.concatenate(list(one.stream(50, seed=3, chunk=chunk))), whole)
 
 
 def test_refining_given_latents_equals_sampling_them():

@@ -1,8 +1,6 @@
 """Evaluation: its figures on sets whose answer is known, what it warns of, and what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -255,17 +253,16 @@ def test_the_command_shows_distance_beside_score_and_warns_when_they_part(tmp_pa
     assert "part ways" not in command(raw, "--real", real, "--baseline", loud, "--features", f"{__name__}:Colours")
 
 
-def test_the_command_prints_torch_fidelitys_names(tmp_path):
+def test_the_command_prints_torch_fidelitys_names(tmp_path, capsys):
     pixels = np.random.RandomState(0).randint(0, 256, (60, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "a.npz", arr_0=pixels)
-    arguments = ["evaluate", str(tmp_path / "a.npz"), "--real", "digits", "--limit", "60", "--features",
-                 "tests.production.test_evaluation:grey", "--json"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "fastrefine", *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    arguments = [tmp_path / "a.npz", "--real", "digits", "--limit", "60", "--features", f"{__name__}:grey", "--json"]
+    models.evaluate.main([str(argument) for argument in arguments], standalone_mode=False)
+    out, told = capsys.readouterr()
+    found = json.loads(out)
     names = {"frechet_inception_distance", "kernel_inception_distance_mean", "kernel_inception_distance_std", "precision"}
-    assert names <= set(found) and found["num_samples"] == 60 and found["features"] == "tests.production.test_evaluation:grey"
-    assert "60 images" in done.stderr
+    assert names <= set(found) and found["num_samples"] == 60 and found["features"] == f"{__name__}:grey"
+    assert "60 images" in told
 
 
 def grey():

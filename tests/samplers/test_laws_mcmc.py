@@ -65,23 +65,28 @@ STEPS = {
     "truncated exponential": [fr.MALA(0.02), fr.MALA(0.3), fr.HMC(0.3, 3), fr.HMC(1.0, 4), fr.HMC(0.8, 4, jitter=0.5)],
     "truncated normal": [fr.MALA(0.02), fr.MALA(0.4), fr.HMC(0.3, 3), fr.HMC(0.9, 4), fr.HMC(0.8, 4, jitter=0.5)],
 }
-CASES = [(name, sampler) for name, samplers in STEPS.items() for sampler in samplers]
+
+
+def in_turn(cases):
+    """Each case with a backend, one after the other."""
+    return [(*case, BACKENDS[i % 2]) for i, case in enumerate(cases)]
+
+
+CASES = in_turn((name, sampler) for name, samplers in STEPS.items() for sampler in samplers)
 
 
 def label(value):
     return f"{type(value).__name__} {value.step_size}" if isinstance(value, fr.samplers.Sampler) else str(value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "sampler"), CASES, ids=label)
+@pytest.mark.parametrize(("name", "sampler", "backend"), CASES, ids=label)
 def test_the_target_is_stationary_for_every_step_size(name, sampler, backend):
     p, acceptance = stationary(sampler, name, backend=backend)
     assert p > ALPHA
     assert acceptance > 0.05  # or nothing was tested
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "eps"), [(name, 0.5) for name in TARGETS] + [("gaussian", 2.0)])
+@pytest.mark.parametrize(("name", "eps", "backend"), in_turn([*((name, 0.5) for name in TARGETS), ("gaussian", 2.0)]))
 def test_mala_from_the_prior_has_the_exact_law_of_k_transitions(name, eps, backend):
     prior, d = TARGETS[name]
     line, log_target, score, log_prior = line_of(name)
@@ -90,8 +95,7 @@ def test_mala_from_the_prior_has_the_exact_law_of_k_transitions(name, eps, backe
     assert wanted.p_value(out.latents) > ALPHA
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("name", "backend"), in_turn((name,) for name in TARGETS))
 def test_hmc_from_the_prior_arrives_at_the_target(name, backend):
     prior, d = TARGETS[name]
     out = chains(fr.HMC(0.4, 3), d, prior(F), N // F, 3 * 8, backend=backend)
@@ -323,8 +327,7 @@ def hop(sampler, transitions=5, backend="reference"):
     return mixture.p_value(out.latents.double()), np.mean(nearest(start) != nearest(out.latents))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sampler", [fr.MALA(0.08), fr.HMC(0.17, 2)], ids=label)
+@pytest.mark.parametrize(("sampler", "backend"), in_turn([(fr.HMC(0.17, 2),), (fr.MALA(0.08),)]), ids=label)
 def test_a_mixture_of_25_unequal_gaussians_is_stationary(sampler, backend):
     p, hopped = hop(sampler, backend=backend)
     assert p > ALPHA
@@ -350,9 +353,7 @@ def test_draws_of_the_mixture_pass_their_own_test_and_other_weights_do_not():
 # Acceptance
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sampler", [fr.MALA, fr.HMC])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("sampler", "name", "backend"), in_turn((s, name) for s in (fr.MALA, fr.HMC) for name in TARGETS))
 def test_tiny_steps_are_accepted_and_huge_ones_rejected(name, sampler, backend):
     prior, d = TARGETS[name]
     tiny, huge = (chains(sampler(eps), d, prior(20), 200, 20, backend=backend) for eps in (1e-6, 200.0))

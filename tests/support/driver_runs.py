@@ -5,11 +5,11 @@ import torch
 import fastrefine as fr
 
 RUNS = {
-    "uniform": (dict(), dict(n=100)),
-    "fixed": (dict(stop=None), dict(n=100)),
+    "uniform": (dict(), dict(n=60)),
+    "fixed": (dict(stop=None), dict(n=60)),
     "fixed, whole blocks": (dict(stop=None), dict(n=64)),
-    "hazard": (dict(stop=fr.stopping.Hazard(0.4), max_steps=40), dict(n=300, seed=2**63)),
-    "threshold": (dict(stop=0.1, max_steps=30), dict(n=150, first_id=13)),
+    "hazard": (dict(stop=fr.stopping.Hazard(0.4), max_steps=40), dict(n=160, seed=2**63)),
+    "threshold": (dict(stop=0.1, max_steps=30), dict(n=90, first_id=13)),
     "all pass at once": (dict(stop=-1e9), dict(n=200)),
     "no steps": (dict(max_steps=0, stop=None), dict(n=50)),
     "one sample": (dict(), dict(n=1)),
@@ -20,7 +20,7 @@ RUNS = {
     "float64": (dict(precision="float64"), dict(n=60)),
     "bfloat16": (dict(precision="bfloat16"), dict(n=60)),
     "lockstep": (dict(coupling="lockstep"), dict(n=61, first_id=3)),
-    "many slots": (dict(num_slots=33), dict(n=400)),
+    "many slots": (dict(num_slots=33), dict(n=250)),
     "snapshots": (dict(stop=None), dict(n=60, snapshots=(0, 2, 5))),
     "snapshots of the best": (dict(keep="best"), dict(n=60, first_id=3, snapshots=(1, 4))),
     "ddls": (dict(at="input", stop=None, sampler=fr.DDLS((0.1, 0.05), 0.5)), dict(n=60)),

@@ -79,7 +79,7 @@ def test_shaping_teaches_the_discriminator_where_refinement_must_end():
     with torch.no_grad():
         d[2].weight.mul_(0.1)
     one = refiner((g, d), max_steps=30, sampler=fr.Collaborative(0.5))
-    shaped = fr.shape_discriminator(one, REAL, 300, 64, 2e-3, seed=0)
+    shaped = fr.shape_discriminator(one, REAL, 150, 64, 2e-3, seed=0)
     distance = {
         name: float((r.sample(300, seed=9).images - torch.tensor([1.0, -1.0])).norm(dim=1).mean())
         for name, r in (("as it is", one), ("shaped", one.with_discriminator(shaped)))
