@@ -147,10 +147,13 @@ class SampleStream:
             if options.callback is not None:
                 options.callback({"step": step, "finished": min(finished, total), "total": total})
 
-        return Run(
+        made = Run(
             proposals, target, rule, backend, driver, progress, options.output_device, self.idle, on_step,
             may_fall_back=options.driver == "auto",
         )  # fmt: skip
+        if options.deterministic and options.device.type == "cpu":
+            target.check_repeatable()
+        return made
 
     def _hand_over(self, part: Result) -> None:
         """Results that stay on the GPU were written on the stream of the run; the caller may be on another by now."""

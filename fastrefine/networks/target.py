@@ -243,6 +243,16 @@ class Target:
         prefix = self._recordings[on_view].prefix
         return context if prefix is None else self._by_blocks(prefix, context)
 
+    def check_repeatable(self) -> None:
+        """InputError where a sample's bits depend on its slot, for a run that must not depend on it."""
+        if self.repeatable == "bitwise" or self.coupled or self.compiled:
+            return
+        reasons = [f"{entry['rung']}: {entry['why']}" for entry in self.ladder.entries if entry["why"]]
+        raise InputError(
+            "deterministic=True wants equal bits in every slot, and on this device these networks give them only to rounding "
+            f"({'; '.join(reasons) or 'an operation rounds by the place in the batch'}); leave deterministic out"
+        )
+
     def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
         """Logit, loss and gradient at ``a`` (S, F), context as ``carried`` gave it; on a view, the gradient is in its form."""
         if self.route == "autograd":

@@ -258,7 +258,7 @@ def test_a_sampler_of_ones_own_sees_labels_and_runs_on_the_reference():
     assert torch.equal(moved, labels > 0) and out.report["backend"] == "reference"
 
 
-def test_equal_bits_hold_where_the_step_cannot_be_recorded():
+def test_where_the_step_cannot_be_recorded_samples_agree_to_rounding_and_equal_bits_are_refused():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -270,9 +270,11 @@ def test_equal_bits_hold_where_the_step_cannot_be_recorded():
     torch.manual_seed(0)
     one = refiner((pair()[0], Branching()), num_slots=7)
     whole = one.sample(70)
-    assert whole.report["route"] == "autograd"
+    assert whole.report["route"] == "autograd" and whole.report["repeatable"] == "to rounding"
     for i in range(0, 70, 9):
-        same(one.sample(1, first_id=i), whole.select(slice(i, i + 1)))
+        torch.testing.assert_close(one.sample(1, first_id=i).images, whole.images[i : i + 1], rtol=0, atol=1e-5)
+    with pytest.raises(fr.InputError, match="deterministic=True wants equal bits.*step recorded: "):
+        one.replaced(deterministic=True).sample(4)
 
 
 def test_updated_weights_are_noticed():
