@@ -12,7 +12,7 @@ from benchmarks.machine import copy_bandwidth, timed, write_json
 from benchmarks.measure import FEW, Bench
 from benchmarks.rows import Row
 
-OURS = ("refine_apply", "refine_decide", "refine_reduce", "follow")  # the step's kernels
+OURS = ("refine_apply", "refine_decide", "refine_reduce", "copy_rows")  # the step's kernels
 LISTED = 25
 
 
@@ -42,8 +42,7 @@ def kernels(bench: Bench, row: Row, num_slots: int) -> dict[str, Any]:
     from torch.profiler import profile as record
 
     cuda = bench.device.type == "cuda"
-    refiner = bench.refiner(row)
-    refiner.num_slots, latents = num_slots, bench.latents(row, 4 * num_slots)
+    refiner, latents = bench.refiner(row).replaced(num_slots=num_slots), bench.latents(row, 4 * num_slots)
     refiner.refine(latents)
     seconds, result = timed(lambda: refiner.refine(latents), bench.device)
     with record(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastrefine.cli import doctor
+import fastrefine.cli.doctor as doctor
 from fastrefine.engine import while_graph
 from fastrefine.errors import BackendError
 from fastrefine.ops import slots

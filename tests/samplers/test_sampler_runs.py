@@ -97,9 +97,9 @@ WAYS = {
 def test_snapshots_are_runs_of_fewer_steps(name, way, backend):
     times = (0, 2, 6, STEPS)
     stop = fr.stopping.Hazard(0.2) if way == "stop, best" else WAYS[way].get("stop")  # a last step that knows no max_steps
-    options = WAYS[way] | {"stop": stop}
+    options = WAYS[way] | ({"stop": stop} if stop is not None else {})
     with serving(backend):
-        refiner = prepared(name) if way == "plain" else make(name, **options)
+        refiner = prepared(name).replaced(**options) if way in ("plain", "best") else make(name, **options)
         long = refiner.sample(10, seed=3, snapshots=times)
         for step in times:
             short, seen = refiner.replaced(max_steps=step).sample(10, seed=3), long.snapshots[step]
