@@ -53,7 +53,8 @@ def test_hyper_parameters_out_of_range_are_value_errors(k):
 
 
 REFINER = {
-    "max_steps": (*COUNTS, 2**31), "num_slots": (*(c for c in COUNTS if c is not None), 0), "precision": ("fp32", torch.float32, None),
+    "max_steps": (*COUNTS, 2**31), "num_slots": (-1, 0, 2.5, "3", True),
+    "precision": ("fp32", torch.float32, None),
     "keep": ("first", None), "driver": ("cuda graph", None), "coupling": ("allow", None, True),
     "on_nonfinite": ("ignore", None), "max_grad_norm": [v for v in POSITIVE if v is not None],
     "discriminator_output": ("prob", None, 0), "stop": (math.nan, math.inf, "median", True, stopping.MedianOfReal),
