@@ -113,9 +113,13 @@ def _storages(values: Iterable[Any]) -> set[int]:
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: list[int], padding: list[int], dilation: list[int],
     transposed: bool, output_padding: list[int], groups: int, mask: list[bool],
-) -> tuple[Tensor, None, None]:  # fmt: skip
-    """Input gradient of a convolution as a convolution: the flat graph then holds inference operations only."""
-    assert not mask[1] and not mask[2], "the networks are frozen: no parameter gradient can be asked for"
+) -> Any:  # fmt: skip
+    """Input gradient of a convolution as a convolution: the flat graph then holds inference operations only.
+
+    Where weights depend on the sample their gradient is wanted too: NotImplemented, and the operation stays as it is.
+    """
+    if mask[1] or mask[2]:
+        return NotImplemented
     if transposed:
         return (
             aten.convolution(grad, weight, None, stride, padding, dilation, False, [0] * len(stride), groups),
@@ -300,7 +304,8 @@ def without_prefix(graph: fx.GraphModule, state: int, rows: int, effects: Effect
             varying.add(node)
     outputs = nodes[-1].args[0]
     alive = _needed(outputs, effects, set())
-    crossing = [n for n in nodes if n in _cheapest(moving & alive, varying & alive, effects, rows)]
+    cheapest = _cheapest(moving & alive, varying & alive, effects, rows)
+    crossing = [n for n in nodes if n in cheapest]
     prefix = _part(graph, inputs[state:], crossing, effects)
     step = _part(graph, [*inputs[:state], *crossing], outputs, effects)
     return Recording(prefix, step, _part(graph, [*inputs[:state], *crossing], outputs[:2], effects))
