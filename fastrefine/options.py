@@ -1,4 +1,4 @@
-"""What a Refiner is told besides its two networks: one frozen dataclass, checked when it is made."""
+"""The options of a Refiner: one frozen dataclass, checked when it is made."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def choose(name: str, device: torch.device) -> Driver:
 
 
 def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool) -> Driver:
-    """The driver with its machine ready, or the host loop where the step cannot be captured and nobody asked for it."""
+    """The driver with its machine ready, or the host loop where the step cannot be captured and "auto" was asked for."""
     refused, cause = machine.target.refused, None
     if driver.name not in refused:
         try:

@@ -72,7 +72,7 @@ _LABELS = re.compile("label|class|cond|target|categor|attr|one_?hot|domain|conte
 
 
 def takes_labels(network: Any, known: Mapping[str, Any] = MappingProxyType({})) -> tuple[bool, bool]:
-    """(whether ``network(x, labels)`` is a valid call, whether labels are required); an optional one is told by its name.
+    """(whether ``network(x, labels)`` is a valid call, whether labels are required); an optional one is known by its name.
 
     known: arguments that are given by name. A module may say so itself, by an attribute ``takes_labels`` of this form.
     """
@@ -165,7 +165,7 @@ def label_classes(
 
     embeddings = [child for module in modules for child in module.modules() if isinstance(child, nn.Embedding)]
     handles = [child.register_forward_pre_hook(record) for child in embeddings]
-    with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails again on the probe batch, and is told
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails again on the probe batch, with its reason
         run(x.clone(), *call.values({**inputs, "labels": zeros}))
     for handle in handles:
         handle.remove()
@@ -175,7 +175,7 @@ def label_classes(
 
 
 @dataclass(frozen=True)
-class Readout:
+class LogitReader:
     """How to read D's output: which entry of a tuple or dict, and whether it is a probability that was not cut."""
 
     key: OutputKey = None

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks import probe
-from fastrefine.networks.calls import Readout, attempt, call_of, label_classes
+from fastrefine.networks.calls import LogitReader, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
 from fastrefine.options import Options
 
@@ -35,9 +35,9 @@ class PreparedDiscriminator:
         def run(module: nn.Module) -> Any:
             return attempt("discriminator", lambda: call(module, images.clone(), *call.values(inputs)), images)
 
-        self._cut, self.readout = _output_form(own, options, run, images)
+        self._cut, self.reader = _output_form(own, options, run, images)
         self.module = self._cut(own)
-        self._sizes = [head.shape[1] for head in self.readout.heads(run(self.module), len(images), torch.float64)]
+        self._sizes = [head.shape[1] for head in self.reader.heads(run(self.module), len(images), torch.float64)]
         first = {name: value[:1] for name, value in inputs.items()}
 
         def logits(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class PreparedDiscriminator:
     def logits(self, module: nn.Module, images: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """(n, P) logits by ``module``: the exact copy, or a folded form of it. P: the entries of all heads."""
         raw = self.call(module, images, *self.call.values(inputs))
-        return self.readout(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
+        return self.reader(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
 
     def score(self, images: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """(n,) logits by the exact copy."""
@@ -73,14 +73,14 @@ class PreparedDiscriminator:
 
 def _output_form(
     discriminator: nn.Module, options: Options, call: Callable[[nn.Module], Any], images: Tensor
-) -> tuple[Cut, Readout]:
+) -> tuple[Cut, LogitReader]:
     """How to cut a declared final sigmoid from our copy of D, and how to read it; checks the declaration on a probe batch.
 
     call: runs a module on the probe batch ``images``. With "probability" the final Sigmoid is cut, so that a logit
     of 60 stays 60. InputError when declaration and network disagree.
     """
     scale, key = options.discriminator_output, options.output_key
-    readout, n = Readout(key), len(images)
+    reader, n = LogitReader(key), len(images)
     with torch.no_grad():
         raw = call(discriminator)
         if options.discriminate is None and images.dim() > 2 and isinstance(raw, Tensor) and raw.shape == images.shape:
@@ -88,7 +88,7 @@ def _output_form(
                 "the discriminator returned tensors of the images' own shape, as an autoencoder does; write its energy, e.g. "
                 "discriminate=lambda D, x: -(D(x) - x).abs().flatten(1).mean(1)"
             )
-        values = readout(raw, n, torch.float64)
+        values = reader(raw, n, torch.float64)
     if values.shape[1] > 1:
         warnings.warn(
             f"the discriminator returns a map of {values.shape[1]} patches; their mean is the sample's logit",
@@ -102,7 +102,7 @@ def _output_form(
     cuts: list[Cut] = [functools.partial(_cut_module, name=name)] if ends_in_sigmoid and name else []
     found = None
     if inside:
-        found = _working_cut([*cuts, _cut_traced], discriminator, lambda m: readout(call(m), n, torch.float64), values)
+        found = _working_cut([*cuts, _cut_traced], discriminator, lambda m: reader(call(m), n, torch.float64), values)
     if scale != "probability":
         if len(known) and inside and (ends_in_sigmoid or found is not None):
             where = f" (module {name!r})" if ends_in_sigmoid else ""
@@ -110,20 +110,20 @@ def _output_form(
                 f"the discriminator ends in a sigmoid{where} and returned values in [0, 1], but "
                 f"discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
             )
-        return _uncut, readout
+        return _uncut, reader
     if not inside:
         raise InputError(
             f"discriminator_output='probability' was declared, but the discriminator returned values from "
             f"{float(known.min()):.3g} to {float(known.max()):.3g}; pass 'logit' or 'critic'"
         )
     if found is not None:
-        return found, readout
+        return found, reader
     warnings.warn(
         "the discriminator's sigmoid could not be found and cut: logits beyond +-16 are lost. Return logits instead",
         FastrefineWarning,
         stacklevel=2,
     )
-    return _uncut, Readout(key, invert_sigmoid=True)
+    return _uncut, LogitReader(key, invert_sigmoid=True)
 
 
 def _uncut(discriminator: nn.Module) -> nn.Module:

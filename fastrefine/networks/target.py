@@ -260,7 +260,7 @@ class Target:
         return Evaluation(*self._call(True, a, context, view))
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
-        """Logit and loss only, for a last evaluation, whose gradient nobody reads."""
+        """Logit and loss only, for a last evaluation, whose gradient is not read."""
         if self.route == "autograd":
             return self.evaluate(a, context)  # without grad a network may take kernels that round differently
         return Evaluation(*self._call(False, a, context, view), None)  # type: ignore[call-arg]

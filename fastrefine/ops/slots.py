@@ -111,16 +111,16 @@ def allocate(
         return torch.full(shape, fill, dtype=dtype, device=device)
 
     s, w = num_slots, output_rows + 1
-    nobody = integer(s, fill=-1, dtype=torch.int64)
+    empty = integer(s, fill=-1, dtype=torch.int64)
     a = real(s, features)
     label, pool_label = (None if labels is None else labels.new_zeros(n, *labels.shape[1:]).to(device) for n in (s, pool_rows))
-    state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(nobody, label, real(s))).items()}
+    state = {k: v.clone() for k, v in rule.sampler.init(a, Sample(empty, label, real(s))).items()}
     scalar_names, vector_names = (_entries(state, like) for like in (state["logit"], a))
     scalars, vectors = real(len(scalar_names), s), real(len(vector_names), s, features)
     for names, stack in ((scalar_names, scalars), (vector_names, vectors)):
         state |= {name: row.copy_(state[name]) for name, row in zip(names, stack, strict=True)}
     slots = Slots(
-        a, nobody, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), nobody.clone(), state,
+        a, empty, integer(s), integer(s), real(s), real(s), real(s), integer(s), real(s), empty.clone(), state,
         scalars, vectors, scalar_names, vector_names,
         best=real(s, features) if rule.keep_best else None, best_logit=real(s) if rule.keep_best else None,
         label=label, view=None if view is None else torch.zeros(s, features, dtype=view, device=device),

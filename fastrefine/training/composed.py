@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.errors import InputError
-from fastrefine.networks.calls import Readout, takes_labels
+from fastrefine.networks.calls import LogitReader, takes_labels
 from fastrefine.networks.copies import unwrap
 
 
@@ -97,7 +97,7 @@ class SumDiscriminator(nn.Module):
             own = images.clone()  # layers may work in place
             raw = member(own, labels) if takes and labels is not None else member(own)
             try:
-                logits.append(Readout()(raw, len(images), dtype).mean(1, keepdim=True))
+                logits.append(LogitReader()(raw, len(images), dtype).mean(1, keepdim=True))
             except InputError as error:
                 raise InputError(f"SumDiscriminator: member {i} must return its logit alone: {error}") from error
         return torch.stack(logits).sum(0)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastrefine import checks, noise
 from fastrefine.errors import InputError
 from fastrefine.networks import copies
-from fastrefine.networks.calls import Readout, takes_labels
+from fastrefine.networks.calls import LogitReader, takes_labels
 from fastrefine.networks.copies import unwrap
 from fastrefine.networks.torch_state import seed_torch
 from fastrefine.noise import Stream
@@ -58,7 +58,7 @@ class Trainer:
         if gradient_penalty is not None:
             checks.number("gradient_penalty", gradient_penalty, 0.0)
         self.student, self.refiner, self.training = student, refiner, batch_norm == "train"
-        self.read, self.updates = Readout(refiner.output_key), 0
+        self.read, self.updates = LogitReader(refiner.output_key), 0
         self.seed, g = seed, refiner.generator
         self.reads_labels, required = takes_labels(student, refiner.discriminator_kwargs)
         by_generator, needed = takes_labels(g, refiner.generator_kwargs)
