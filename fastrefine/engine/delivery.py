@@ -43,13 +43,13 @@ class Delivery:
         images = generator.render(shaped, block.context)[asked]
         ids = send(torch.arange(block.start, block.stop), self.output_device)
         latents = shaped if generator.at == "input" else block.latents
-        reported = self._reported(rows)
+        reported, labels = self._reported(rows), block.inputs.get("labels")
         result = Result(
             # copies: the next block takes these rows while the images are still under way
             images=images, logits=out.logit[rows].clone(), initial_logits=out.initial_logit[rows].clone(),
             steps=out.steps[rows].clone(), status=out.status[rows].to(torch.int8), ids=ids, latents=latents[asked],
             activations=shaped[asked], logit_falls=out.logit_falls[rows].clone(),
-            labels=None if block.labels is None else block.labels[asked], acceptance=reported.get("accepted"),
+            labels=None if labels is None else labels[asked], acceptance=reported.get("accepted"),
             scale="critic" if self.machine.target.discriminator.scale == "critic" else "logit", report={},
             step_sizes=reported.get("step_size"), snapshots=self._snapshots(block, a),
         )  # fmt: skip

@@ -23,7 +23,7 @@ class Machine:
         assert a is not None
         view = target.view_of(a.dtype) if backend == "triton" else {}
         self.slots, self.pool, self.outputs = slots.allocate(
-            target.num_slots, a.shape[1], pool_rows, window, rule, a.dtype, a.device, block.labels, **view
+            target.num_slots, a.shape[1], pool_rows, window, rule, a.dtype, a.device, block.inputs.get("labels"), **view
         )
         self.snapshots = slots.snapshots(self.slots, self.outputs, rule.snapshots) if rule.snapshots else None
         given = self._step_context(block)
@@ -55,8 +55,8 @@ class Machine:
         rows = slice(base + part.start, base + part.stop)
         for name in ("activation", "threshold", "last_step", "reference_logit"):
             getattr(self.pool, name)[rows] = getattr(block, name)[part]
-        if self.pool.label is not None and block.labels is not None:
-            self.pool.label[rows] = block.labels[part]
+        if self.pool.label is not None:
+            self.pool.label[rows] = block.inputs["labels"][part]
         for own, new in zip(self.pool_context, self._step_context(block), strict=True):
             own[rows] = new[part]
         self.pool.counters[slots.END] = block.base + part.stop

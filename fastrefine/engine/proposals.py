@@ -33,10 +33,6 @@ class Block:
     reference_logit: Tensor
 
     @property
-    def labels(self) -> Tensor | None:
-        return self.inputs.get("labels")
-
-    @property
     def base(self) -> int:
         """The id of row 0."""
         return self.index * self.size
@@ -62,10 +58,6 @@ class Source:
     prior: Prior | None
     latents: Tensor | None
     inputs: dict[str, Tensor]
-
-    @property
-    def labels(self) -> Tensor | None:
-        return self.inputs.get("labels")
 
     def after(self, first: int) -> Source:
         """The rest of the source from id ``first`` on."""

@@ -174,8 +174,8 @@ class SampleStream:
         assert self.networks.bound is not None
         reports = self.networks.bound[0].traits.reports
         empty = Result(
-            images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole, source.labels,
-            none if "accepted" in reports else None, options.scale, self.progress.report(),
+            images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole,
+            source.inputs.get("labels"), none if "accepted" in reports else None, options.scale, self.progress.report(),
             step_sizes=none if "step_size" in reports else None,
             snapshots={step: Snapshot(images, none, activations) for step in self.snapshots},
         )  # fmt: skip

@@ -126,8 +126,8 @@ def allocate(
         label=label, view=None if view is None else torch.zeros(s, features, dtype=view, device=device),
         view_channels=view_channels,
     )  # fmt: skip
-    p, counters = pool_rows, integer(8, dtype=torch.int64)
-    pool = Pool(real(p, features), integer(p), real(p), real(p), counters, pool_label)
+    p = pool_rows
+    pool = Pool(real(p, features), integer(p), real(p), real(p), integer(8, dtype=torch.int64), pool_label)
     status, columns = integer(w, fill=PENDING), real(len(scalar_names), w)
     outputs = Outputs(real(w, features), real(w), real(w), integer(w), integer(w), status, columns)
     return slots, pool, outputs
