@@ -100,11 +100,6 @@ def _bake(module: nn.Module) -> None:
             child.register_parameter(hook.name, nn.Parameter(weight, requires_grad=False))
 
 
-def plain_copy(module: nn.Module, keep: str | None = None) -> nn.Module:
-    """A copy in which nothing is folded."""
-    return copy.deepcopy(module)
-
-
 class _Tracer(fx.Tracer):
     def __init__(self, kept: nn.Module | None):
         super().__init__()

@@ -6,6 +6,7 @@ The plain form, private frozen copies and autograd, always stands below. What a 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 from collections.abc import Callable
@@ -38,6 +39,10 @@ class Form:
             at = None if self.tail.at == "input" else self.tail.at
             return Form(self.tail.with_generator(fold(self.tail.generator, at)), fold(self.d), self.compute)
         return Form(fold(self.tail), fold(self.d), self.compute)
+
+    def copied(self) -> Form:
+        """Copies, which may be converted."""
+        return Form(copy.deepcopy(self.tail), copy.deepcopy(self.d), self.compute)
 
     def converted(self, dtype: torch.dtype) -> Form:
         """The same modules in another dtype."""

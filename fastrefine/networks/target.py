@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,7 @@ class Target:
         self.coupled, self.group, self.compiled = options.coupling == "lockstep", options.group_size, options.compile
         self.num_slots, self.precision = num_slots, options.precision
         self.form: Form
+        self._fold: Callable[..., nn.Module]
         self.ladder = Ladder()
         self.repeatable = "to rounding"  # or "bitwise": whether a sample has the same bits in every slot
         self.fold = "none"  # how BatchNorms were folded: "graph" | "neighbours" (in a Sequential) | "none"
@@ -73,15 +75,15 @@ class Target:
         self._reference = a, context
         self.form = exact = Form(self.generator.tail, self.discriminator.module, a.dtype)
         reference = self._probe_gradient(a, context)
-        folds = ("graph", copies.fold_batch_norm), ("neighbours", copies.fold_in_sequentials), ("none", copies.plain_copy)
-        for self.fold, self._fold in folds:
+        for self.fold, self._fold in (("graph", copies.fold_batch_norm), ("neighbours", copies.fold_in_sequentials)):
             made = self._climb(
                 f"batch norm folded: {self.fold}", lambda: exact.folded(self._fold), reference, _TOLERANCE[a.dtype]
             )
             if made is not None:
-                self.form = made
                 break
-        self.form = self.form.converted(DTYPES[self.precision])
+        else:
+            made, self.fold, self._fold = exact.copied(), "none", copy.deepcopy
+        self.form = made.converted(DTYPES[self.precision])
         try:
             reference = self._autograd(a, *context)
         except Exception as error:
@@ -352,5 +354,6 @@ class Target:
         fresh = self._fold(discriminator.module).to(dtype=self.form.compute)
         copies.copy_weights(fresh, self.form.d)
         self.discriminator = discriminator
-        if any(recording.has_derived_constants(g.step, self._modules) for g in self._recordings.values()):
+        graphs = [graph for recorded in self._recordings.values() for graph in recorded[:2] if graph is not None]
+        if any(recording.has_derived_constants(graph, self._modules) for graph in graphs):
             self.forget()
