@@ -17,21 +17,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def triton_kernels(architectures: list[str]) -> dict[str, int] | None:
-    """Architecture -> how many compiled, as the last line of the ahead-of-time compiler says; None without Triton."""
+    """Architecture -> how many compiled, as the ahead-of-time compiler says; None without Triton."""
     if importlib.util.find_spec("triton") is None:
         return None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastrefine.kernels.aot", *architectures]
-    last = ""
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as compiler:
-        for line in compiler.stdout or ():
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    if compiler.returncode:
-        raise SystemExit(f"kernels-check: {' '.join(command[1:])} failed")
-    counts = {name: int(count) for name, count in re.findall(r"sm_(\d+): (\d+) kernels", last)}
+    commands = {name: [sys.executable, "-m", "fastrefine.kernels.aot", name] for name in architectures}
+    started = {  # side by side, a core for each
+        name: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for name, command in commands.items()
+    }
+    counts: dict[str, int] = {}
+    for name, compiler in started.items():
+        printed = compiler.communicate()[0]
+        print(printed, end="", flush=True)
+        if compiler.returncode:
+            raise SystemExit(f"kernels-check: {' '.join(commands[name][1:])} failed")
+        counts |= {found: int(count) for found, count in re.findall(r"sm_(\d+): (\d+) kernels", printed)}
     if not all(counts.get(name) for name in architectures):
-        raise SystemExit(f"kernels-check: no kernels for one of {', '.join(architectures)}, or no count in {last!r}")
+        raise SystemExit(f"kernels-check: no kernels for one of {', '.join(architectures)}, or no count of them")
     return counts
 
 
