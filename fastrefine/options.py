@@ -97,8 +97,8 @@ class Options:
             num_slots=None if self.num_slots is None else checks.count("num_slots", self.num_slots, 1, 2**31 - 1),
             device=checks.device("device", self.device),
             output_device=checks.device("output_device", self.output_device),
-            generator_kwargs=self.generator_kwargs or {},
-            discriminator_kwargs=self.discriminator_kwargs or {},
+            generator_kwargs={} if self.generator_kwargs is None else self.generator_kwargs,
+            discriminator_kwargs={} if self.discriminator_kwargs is None else self.discriminator_kwargs,
             compile=bool(self.compile),
         )
         self._check_real()

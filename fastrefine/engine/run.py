@@ -67,7 +67,7 @@ class Run:
         early, last = proposals.stop.early, rule.sampler.traits.needs_last_gradient
         forward = not (early or last) and target.route == "flat"
         self.driver = drivers.prepare(driver, self.machine, forward, may_fall_back)
-        self.progress.facts |= {"driver": self.driver.name, "repeatable": target.repeatable}
+        self.progress.facts |= target.report() | {"driver": self.driver.name}
         self.machine.reset(rule, proposals.first_id)  # a capture runs steps on the empty slots
         known = [self.end, self.end, 0, 0, 0, 0, 0, 0]
         self.pacing = Pacing(self.driver, self.size, proposals.max_steps, early, last, forward, known)

@@ -25,6 +25,8 @@ from fastrefine.networks.target import Target
 from fastrefine.ops.slots import Rule
 from fastrefine.options import Options
 from fastrefine.result import Progress, Result, Snapshot
+from fastrefine.samplers.base import Sampler
+from fastrefine.stopping import StopRule
 
 log = logging.getLogger("fastrefine")
 
@@ -64,15 +66,14 @@ class SampleStream:
                 try:
                     with self._modes(None, size):
                         target = self.networks.prepare(source.latents, source.inputs, source.seed, size)
-                        target.resize(size)
-                    known = copy.deepcopy(self.networks.real)  # the caller's own
+                        bound, known = self.networks.bound, copy.deepcopy(self.networks.real)  # the caller's own
                     real: dict[str, Any] = {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
                     highest = torch.inf if known is None else float(known.logits.max())
                     if source.count == 0:
                         yield replace(self._empty(target), **real)
                         return
                     with self._modes(target, size):
-                        blocks = self._run(target, source, bar).parts()
+                        blocks = self._run(target, source, bar, bound).parts()
                     while True:
                         # modes are entered around each block alone: between two parts the caller's are in force
                         with self._modes(target, size) as self.progress.facts["threads"]:
@@ -88,6 +89,7 @@ class SampleStream:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
+                    self.idle.machine = None
                     size = self._fewer_slots(size, error)
         watch.tell()
 
@@ -119,18 +121,17 @@ class SampleStream:
                 flops = None if target.flops is None else target.flops * size
             yield stack.enter_context(torch_state.threads_for(flops))
 
-    def _run(self, target: Target, source: Source, bar: tqdm) -> Run:
+    def _run(self, target: Target, source: Source, bar: tqdm, bound: tuple[Sampler, StopRule] | None) -> Run:
         options, progress = self.options, self.progress
-        assert self.networks.bound is not None
-        sampler, stop = self.networks.bound
+        assert bound is not None
+        sampler, stop = bound
         kernel = sampler.kernel()
         backend = ops.choose(options.device, None if kernel is None else kernel.rule)
         driver = drivers.choose(options.driver, options.device)
         progress.facts = {
             "backend": backend, "driver": driver.name, "precision": options.precision, "threads": 0,
             "num_slots": target.num_slots, "route": target.route,
-            "fold": target.fold, "channels_last": target.channels_last, "ladder": target.ladder.entries,
-            "repeatable": target.repeatable,
+            "fold": target.fold, "channels_last": target.channels_last, "repeatable": target.repeatable,
         }  # fmt: skip
         lockstep = options.coupling == "lockstep"
         real = self.networks.real if options.needs_real else None

@@ -30,7 +30,8 @@ class PreparedGenerator:
     """
 
     def __init__(self, generator: nn.Module | Split | None, options: Options, latents: Tensor, inputs: Mapping[str, Tensor]):
-        self.at, self.num_classes, self.call = options.at, None, NetworkCall()
+        self.at = "given" if isinstance(generator, Split) else options.at
+        self.num_classes, self.call, self._group = None, NetworkCall(), options.group_size
         self.tail: nn.Module = nn.Identity()
         self._prefix: Any = lambda z: (z, ())
         self._borrowed: list[nn.Module] = []
@@ -42,7 +43,9 @@ class PreparedGenerator:
                 with self.evaluation_mode():
                     self.num_classes = label_classes([self._prefix], self._prefix, latents, self.call, inputs)
         elif generator is not None:
-            self._prepare(own_copy(generator, latents), options, latents, inputs)
+            self._borrowed += _closed_over(options.generate) + _closed_over(options.discriminate)
+            with self.evaluation_mode():
+                self._prepare(own_copy(generator, latents), options, latents, inputs)
         self._probe(latents, inputs, options.coupling)
 
     @property
@@ -110,7 +113,9 @@ class PreparedGenerator:
 
                 probe.check({"generator prefix": self._prefix, "generator tail": self.tail}, image, latents, coupling)
             self.image_shape = tuple(images.shape[1:])
-            if self.at not in ("input", "output") and torch.equal(images, self.render(1.5 * a + a.abs().mean() + 0.1, context)):
+            if self.at not in ("input", "output", "given") and torch.equal(
+                images, self.render(1.5 * a + a.abs().mean() + 0.1, context)
+            ):
                 raise SplitError(f"the generator's output does not depend on the cut {self.at!r}")
 
     @contextlib.contextmanager
@@ -127,6 +132,10 @@ class PreparedGenerator:
 
     def prefix(self, latents: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(activation (n, ...), context tensors (n, ...)) of latents (n, ...) and the further inputs of the sample."""
+        if self._group is not None and len(latents) > self._group:
+            parts = [self.prefix(z, given) for z, given in _groups(self._group, latents, inputs)]
+            columns = zip(*(context for _, context in parts), strict=True)
+            return torch.cat([a for a, _ in parts]), tuple(torch.cat(column) for column in columns)
         # a copy, for layers may work in place, and at the input it is the activation
         found = attempt("generator's prefix", lambda: self._prefix(latents.clone(), *self.call.values(inputs)), latents)
         a, context = found if isinstance(found, tuple | list) and len(found) == 2 else (found, ())
@@ -137,6 +146,9 @@ class PreparedGenerator:
 
     def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Images (n, ...) of activations (n, ...): the generator's own arithmetic, nothing folded."""
+        if self._group is not None and len(a) > self._group:
+            columns = a.split(self._group), *(value.split(self._group) for value in context)
+            return torch.cat([self.render(rows[0], rows[1:]) for rows in zip(*columns, strict=True)])
         return attempt("generator's tail", lambda: self.tail(a.clone(), *(c.clone() for c in context)), a)
 
 
@@ -157,8 +169,16 @@ class _Function(nn.Module):
         return _Function(types.MethodType(self.function.__func__, owner), owner)  # type: ignore[attr-defined]
 
 
-def _closed_over(function: Callable[..., Any]) -> list[nn.Module]:
+def _groups(size: int, latents: Tensor, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Latents and inputs of consecutive groups."""
+    for start in range(0, len(latents), size):
+        yield latents[start : start + size], {name: value[start : start + size] for name, value in inputs.items()}
+
+
+def _closed_over(function: Callable[..., Any] | None) -> list[nn.Module]:
     """Modules that a plain function reads from its closure or globals."""
+    if function is None:
+        return []
     try:
         known = inspect.getclosurevars(function)
     except (TypeError, ValueError):

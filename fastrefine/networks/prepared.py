@@ -50,7 +50,8 @@ class Networks:
     def twin(self, discriminator: nn.Module, options: Options) -> Networks:
         """The same generator with another discriminator or other options; what was prepared of it is shared where it fits."""
         twin = Networks(self.generator, discriminator, options)
-        if all(getattr(options, name) is getattr(self.options, name) for name in _OF_THE_GENERATOR):
+        pairs = ((getattr(options, name), getattr(self.options, name)) for name in _OF_THE_GENERATOR)
+        if all(new is old or (isinstance(new, torch.device | str) and new == old) for new, old in pairs):
             twin.prepared_generator, twin._generator_kind = self.prepared_generator, self._generator_kind
             twin._seen, twin._probe_batch = (self._seen[0], twin._seen[1]), self._probe_batch
         return twin
@@ -80,7 +81,7 @@ class Networks:
         kind = shape, tuple((name, value.dtype, tuple(value.shape[1:])) for name, value in inputs.items())
         if self.target is not None and self._kind == kind:
             self.check_labels(inputs.get("labels"))
-            self.target.resize(num_slots)
+            self.target = self.target.resized(num_slots)
             return self.target
         if self._generator_kind != kind:
             self._forget()
@@ -184,8 +185,9 @@ class Networks:
 
     def _discriminator_for(self, images: Tensor, inputs: dict[str, Tensor]) -> PreparedDiscriminator:
         """The prepared discriminator, or one prepared on these images where that one is given other inputs."""
+        wanted = set(inputs) if self.options.discriminate is not None else set(inputs) & {"labels"}
         for known in (self.prepared_discriminator, self._scorer):
-            if known is not None and known.takes_labels == ("labels" in inputs) and set(known.call.names) <= set(inputs):
+            if known is not None and known.takes_labels == ("labels" in inputs) and set(known.call.names) == wanted:
                 return known
         probe = _several(images[:PROBE].to(self.options.device, self.options.dtype))
         few = {name: value[torch.arange(PROBE) % len(value)].to(self.options.device) for name, value in inputs.items()}

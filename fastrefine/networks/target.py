@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ def _relative_error(value: Tensor, reference: Tensor) -> float:
 class Target:
     """evaluate(a, context) for a fixed number of slots, one sampler's loss and one precision.
 
-    a: (S, F) in the dtype of the state; context: the tail's, then D's labels where D takes them. The networks run in the
+    a: (S, F) in the dtype of the state; context: the tail's, then D's inputs (labels, conditions). The networks run in the
     dtype of ``precision``; logits, losses and gradients come back in the dtype of the state.
     """
 
@@ -58,6 +59,7 @@ class Target:
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._recordings: dict[bool, Recording]  # by whether the step reads a view
         self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # by (with gradient, on a view); compiled where asked for
+        self.route = "autograd"  # or "flat": how the step is computed
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
@@ -73,7 +75,9 @@ class Target:
     def _prepare(self, a: Tensor, context: tuple[Tensor, ...]) -> None:
         a = a.reshape(len(a), -1)
         self._reference = a, context
-        self.form = exact = Form(self.generator.tail, self.discriminator.module, a.dtype)
+        # the exact networks never run with gradients: some keep a tensor of theirs, and then cannot be copied any more
+        exact = Form(self.generator.tail, self.discriminator.module, a.dtype)
+        self.form = plain = exact.copied()
         reference = self._probe_gradient(a, context)
         for self.fold, self._fold in (("graph", copies.fold_batch_norm), ("neighbours", copies.fold_in_sequentials)):
             made = self._climb(
@@ -82,7 +86,7 @@ class Target:
             if made is not None:
                 break
         else:
-            made, self.fold, self._fold = exact.copied(), "none", copy.deepcopy
+            made, self.fold, self._fold = plain, "none", copy.deepcopy
         self.form = made.converted(DTYPES[self.precision])
         try:
             reference = self._autograd(a, *context)
@@ -160,7 +164,6 @@ class Target:
     def _record_a_few(self, plain: Evaluation) -> None:
         """Record the step of the probe batch. The route is "flat" where it equals plain autograd, else "autograd"."""
         a, context = self._reference
-        self.route = "autograd"
 
         def record() -> fx.GraphModule:
             graph = recording.record(self._step, (a, *context), self._modules)
@@ -243,7 +246,12 @@ class Target:
             assert a is not None
             self._recordings[on_view] = self._record(a, context, on_view)
         prefix = self._recordings[on_view].prefix
-        return context if prefix is None else self._by_blocks(prefix, context)
+        carried = context if prefix is None else self._by_blocks(prefix, context)
+        return tuple(value.contiguous() for value in carried)
+
+    def report(self) -> dict[str, Any]:
+        """What was tried and what came of it, for ``Result.report``."""
+        return {"ladder": [dict(entry) for entry in self.ladder.entries], "repeatable": self.repeatable}
 
     def check_repeatable(self) -> None:
         """InputError where a sample's bits depend on its slot, for a run that must not depend on it."""
@@ -265,7 +273,7 @@ class Target:
         """Logit and loss only, for a last evaluation, whose gradient is not read."""
         if self.route == "autograd":
             return self.evaluate(a, context)  # without grad a network may take kernels that round differently
-        return Evaluation(*self._call(False, a, context, view), None)  # type: ignore[call-arg]
+        return Evaluation(*self._call(False, a, context, view)[:2], None)  # type: ignore[call-arg]
 
     def _call(self, with_grad: bool, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None) -> tuple[Tensor, ...]:
         kind = with_grad, view is not None
@@ -285,7 +293,8 @@ class Target:
         order = torch.arange(len(given[0]) - 1, -1, -1, device=a.device)
 
         def carried(made: Recording) -> tuple[Tensor, ...]:
-            return given[count:] if made.prefix is None else made.prefix(*given[count:])
+            found = given[count:] if made.prefix is None else made.prefix(*given[count:])
+            return tuple(value.contiguous() for value in found)
 
         def run(made: Recording, order: Tensor, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """The results for the same samples in other slots, put back into their order."""
@@ -297,13 +306,18 @@ class Target:
             made.step(*given[:count], *carry)  # which must leave what it was given as it was
             return max(_relative_error(f, w) for f, w in zip(run(made, order, carry), wanted, strict=True))
 
-        effects = recording.effects_of(graph, given)
-        made = Recording(None, graph, recording.first_outputs(graph, 2, effects))
+        effects = functools.cache(lambda: recording.effects_of(graph, given))
+
+        def without_gradient() -> Recording:
+            return Recording(None, graph, recording.first_outputs(graph, 2, effects()))
+
+        def without_prefix() -> Recording:
+            return recording.without_prefix(graph, count, len(given[0]), effects())
+
+        made = Recording(None, graph, graph)
+        made = self.ladder.climb("last step without gradient", without_gradient, error, tolerance) or made
         if context and not self.coupled:
-            apart = self.ladder.climb(
-                "prefix cached", lambda: recording.without_prefix(graph, count, len(given[0]), effects), error, tolerance
-            )
-            made = apart or made
+            made = self.ladder.climb("prefix cached", without_prefix, error, tolerance) or made
         if a.device.type == "cpu" and not self.compiled:  # a compiler rounds as it likes
             made = self.ladder.climb("equal rows", lambda: made.with_equal_rows(a.dtype), error, tolerance) or made
         if not self.compiled and not self.coupled:
@@ -339,15 +353,18 @@ class Target:
         self._recordings, self.calls = {}, {}
         self.era = object()  # what was captured before is of another one
         self._block = self.group or self.num_slots  # rows that the networks see at once
+        if self.route == "flat":
+            self._choose_block()
         self.refused: dict[str, str] = {}  # driver -> why it cannot repeat the step
 
-    def resize(self, num_slots: int) -> None:
-        """Evaluate batches of another size from now on."""
-        if num_slots != self.num_slots:
-            self.num_slots = num_slots
-            self.forget()
-            if self.route == "flat":
-                self._choose_block()
+    def resized(self, num_slots: int) -> Target:
+        """The target for another number of slots, on the same networks; a run that goes on keeps its own."""
+        if num_slots == self.num_slots:
+            return self
+        twin = copy.copy(self)
+        twin.num_slots, twin.ladder = num_slots, Ladder([dict(entry) for entry in self.ladder.entries])
+        twin.forget()
+        return twin
 
     def refresh(self, discriminator: PreparedDiscriminator) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""

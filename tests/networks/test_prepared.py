@@ -1,0 +1,123 @@
+"""What is prepared, kept and shared: runs beside each other, other options, modules of closures, scores with conditions."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastrefine as fr
+
+torch.set_num_threads(1)
+FIXED = fr.Collaborative(0.05, control="fixed")
+
+
+def networks():
+    torch.manual_seed(0)
+    g = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+    return g, nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+
+def refiner(g=None, d=None, **options):
+    own = networks()
+    return fr.Refiner(g or own[0], d or own[1], FIXED, **{"max_steps": 4, "prior": fr.Normal(4)} | options)
+
+
+class Centred(nn.Module):
+    """Takes the mean over the batch off its input."""
+
+    def __init__(self, after=None, before=None):
+        super().__init__()
+        self.after, self.before = after or nn.Identity(), before or nn.Identity()
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.after(x - 0.5 * x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("coupling", ["refuse", "lockstep"])
+def test_a_stream_is_not_disturbed_by_calls_of_other_numbers_of_samples(coupling):
+    d = Centred(after=networks()[1]) if coupling == "lockstep" else None
+    make = lambda: refiner(d=d, at="1", coupling=coupling)  # noqa: E731
+    wanted = torch.cat([part.images for part in make().stream(600, chunk=10)])
+    one = make()
+    stream = one.stream(600, chunk=10)
+    first = next(stream)
+    one.sample(8), one.sample(0)
+    assert torch.equal(torch.cat([first.images, *(part.images for part in stream)]), wanted)
+
+
+def test_a_result_keeps_the_report_of_its_run():
+    one = refiner(at="1")
+    out = one.sample(4)
+    before = len(out.report["ladder"])
+    one.sample(40)
+    assert len(out.report["ladder"]) == before
+
+
+def test_latents_of_a_split_are_what_its_prefix_was_given():
+    g, _ = networks()
+    out = refiner(fr.Split(lambda z: (g[:2](z), ()), lambda a: g[2:](a))).sample(6)
+    assert out.latents.shape == (6, 4) and out.activations.shape == (6, 8)
+
+
+class Masked(nn.Module):
+    """A constant mask as an index: what tensors without content cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([1, 0, 1, 1, 0, 1]).bool())
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(x[:, self.mask])
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        self.features = self.first(x)
+        return self.last(self.features.tanh())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [Masked, Keeping])
+def test_discriminators_that_a_rung_does_not_suit_run(kind, precision):
+    torch.manual_seed(0)
+    d = kind()
+    out = refiner(d=d, at="1", precision=precision).sample(6)
+    with torch.no_grad():
+        torch.testing.assert_close(d(out.images)[:, 0], out.logits, rtol=0, atol=1e-4 if precision == "float32" else 0.05)
+
+
+def test_another_sampler_shares_the_prepared_generator():
+    one = refiner(at="1")
+    one.sample(4)
+    other = one.replaced(sampler=fr.Collaborative(0.1))
+    assert other._networks.prepared_generator is one._networks.prepared_generator is not None
+
+
+def test_a_coupled_generator_is_rendered_in_the_groups_that_it_was_judged_in():
+    g = Centred(before=networks()[0])
+    one = refiner(g, coupling="lockstep", group_size=2, num_slots=4)
+    out = one.sample(8)
+    torch.testing.assert_close(one.score(out.images), out.logits, rtol=0, atol=1e-5)
+    wanted = torch.cat([g(z) for z in out.latents.split(2)]).detach()
+    torch.testing.assert_close(out.images, wanted, rtol=0, atol=1e-5)
+
+
+def test_modules_that_a_function_reads_are_not_changed():
+    extra = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    before = extra[1].running_mean.clone()
+    refiner(generate=lambda G, z: G(z + extra(z))).sample(4)
+    assert torch.equal(before, extra[1].running_mean) and extra.training
+
+
+def test_scores_read_the_conditions_that_they_are_given():
+    one = refiner(discriminate=lambda D, x, y=None: D(x) + (0 if y is None else y[:, None]))
+    out = one.sample(4)
+    with_condition = one.score(out.images, conditions={"y": torch.full((4,), 100.0)})
+    torch.testing.assert_close(with_condition, one.score(out.images) + 100, rtol=0, atol=1e-4)
