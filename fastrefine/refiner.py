@@ -57,12 +57,14 @@ class Refiner:
     keep: "last" | "best" (the iterate with the highest logit).
     driver: how a step repeats: "host" (launched from Python) | "graph" (a CUDA graph, replayed) | "loop" (a loop on the
         device, where csrc was built with nvcc) | "auto": "graph" on CUDA where the step can be captured, else "host".
-    compile: pass the step through torch.compile first (once, minutes); rounding differs, and may differ between slots.
+    compile: pass the step through torch.compile first (minutes, once for each number of slots); rounding differs, and may
+        differ between slots.
     coupling: "refuse" batch-coupled networks | "lockstep": groups of consecutive ids stay together from step to step.
     group_size: samples in such a group, which the networks see as one batch, e.g. 4 for StyleGAN2's minibatch standard
         deviation; None: num_slots, of which it is a divisor.
     on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
-    output_device: where results go. deterministic: torch's deterministic algorithms, and no retry with fewer slots.
+    output_device: where results go. deterministic: torch's deterministic algorithms, no retry with fewer slots, and
+        on a CPU a refusal of networks whose bits depend on the slot.
     progress: a tqdm bar on stderr. callback: called whenever the counters were read (the host driver: after every step)
         with {"step", "finished", "total"}.
 

@@ -55,10 +55,12 @@ class Run:
         """Machine, driver and pacing: an idle machine whose captured step fits, or a new one; ready for its first block."""
         proposals, a = self.proposals, first.activation
         assert a is not None
-        count = len(proposals.indices)
-        if driver.lag:
-            count = 1 << count.bit_length()  # runs of about this length share a captured step
-        block_bytes = a.nbytes * (1 + len(rule.snapshots)) + self.size * target.generator.row_bytes
+        count = len(proposals.indices)  # runs of about this length share a captured step
+        count = 1 << count.bit_length() if driver.lag else count
+        context = *first.context, *target.discriminator.call.values(first.inputs)
+        carried = target.carried(a, context, backend == "triton" and bool(target.view_of(a.dtype)))
+        kept = self.size * target.generator.row_bytes + sum(value.nbytes for value in (*carried, *first.context))
+        block_bytes = a.nbytes * (1 + len(rule.snapshots)) + kept
         window, pool = window_blocks(driver, count, proposals.max_steps, block_bytes, proposals.device)
         rows = window * self.size, pool * self.size
         self.key = key_of(rule, backend, first)

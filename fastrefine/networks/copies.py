@@ -113,8 +113,8 @@ def fold_batch_norm(module: nn.Module, keep: str | None = None) -> nn.Module:
     """A copy of an eval-mode module with each BatchNorm folded into the convolution or linear layer before it.
 
     keep: a module that stays as it is, and whose output does. By an fx trace where the module allows one, else between
-    neighbours of each nn.Sequential. The caller compares the
-    result with the original on a probe batch: a trace loses custom backward formulas and data-dependent control flow.
+    neighbours of each nn.Sequential. The caller compares the result with the original on a probe batch: a trace loses
+    custom backward formulas and data-dependent control flow.
     """
     try:
         twin = copy.deepcopy(module)

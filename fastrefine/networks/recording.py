@@ -1,4 +1,4 @@
-"""A step as one flat aten graph: forward and input gradient, no autograd at run time, same bits in every slot.
+"""A step as one flat aten graph: forward and input gradient, no autograd at run time; on a CPU with equal rows on request.
 
 On a CPU the bits of a row may depend on its place in the batch: a matrix product treats its last rows and columns
 apart (MKL), and a vectorised function computes the last elements of a tensor with scalar code. Which slot a sample sits

@@ -62,7 +62,7 @@ def shape_discriminator(
         student = trainable(refiner.discriminator, refiner.device)
         rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
         twin = refiner.with_discriminator(student).replaced(
-            stop=rule, num_slots=min(refiner.num_slots or MOST_SLOTS, checks.count("batch_size", batch_size, 1)),
+            stop=rule, num_slots=_slots(refiner, checks.count("batch_size", batch_size, 1)),
             progress=False, callback=None, output_device=refiner.device,
         )  # fmt: skip
         if twin.prior is None and latents is None:
@@ -98,6 +98,12 @@ def tune_discriminator(
     raw = refiner.replaced(max_steps=0, sampler=RAW)
     options = {"stop": stopping.FixedSteps(), **options}
     return shape_discriminator(raw, real, iterations, batch_size, learning_rate, **options)
+
+
+def _slots(refiner: Refiner, batch_size: int) -> int:
+    """As many slots as a batch has samples, in whole groups."""
+    group = refiner.group_size or 1
+    return max(min(refiner.num_slots or MOST_SLOTS, batch_size) // group, 1) * group
 
 
 def _check_range(refiner: Refiner, real: Tensor) -> None:
