@@ -79,8 +79,15 @@ class Ladder:
         except Exception as reason:  # a rung runs the caller's code in forms that it was not written for
             if is_out_of_memory(reason):
                 raise
-            found, why = None, f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+            self.refused(rung, reason)
+            return None
         self.entries.append({"rung": rung, "kept": not why, "why": why})
         if why:
             log.debug("%s is not used: %s", rung, why)
         return None if why else found
+
+    def refused(self, rung: str, reason: BaseException) -> None:
+        """Note a rung that raised."""
+        why = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+        self.entries.append({"rung": rung, "kept": False, "why": why})
+        log.debug("%s is not used: %s", rung, why)

@@ -163,6 +163,12 @@ class Networks:
         if options.real is not None:
             if discriminator.takes_labels and options.real_labels is None:
                 raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
+            unknown = sorted(set(discriminator.call.names) - {"labels"})
+            if unknown:
+                raise InputError(
+                    f"`real` images have no conditions, and discriminate reads {', '.join(unknown)}: leave `real` out, and "
+                    "give a stop rule its logits, e.g. MedianOfReal(refiner.score(images, conditions=...))"
+                )
             logits = self._score(discriminator, options.real, self._real_inputs()).double().cpu()
             bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
             if bad:

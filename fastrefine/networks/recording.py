@@ -152,7 +152,7 @@ def _convolution_on_cpu(
         return F.linear(rows, weight.permute(0, 2, 3, 1).reshape(len(weight), -1), bias)[:, :, None, None]
     if transposed and x.shape[2:] == (1, 1) and not any(padding) and not any(output_padding):
         columns = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
-        return _to_channels_first((x[:, :, 0, 0] @ columns).view(len(x), *weight.shape[2:], -1), bias)
+        return _to_channels_first((x[:, :, 0, 0] @ columns).view(len(x), *weight.shape[2:], -1), bias, (x, weight))
     if transposed and weight.shape[1] * stride[0] * stride[1] <= LANES:
         return _by_phases(x, weight, bias, stride, padding, output_padding)
     return NotImplemented
@@ -179,11 +179,15 @@ def _by_phases(
     taps = taps.contiguous(memory_format=torch.channels_last)
     phases = aten.convolution(x, taps, None, [1, 1], reach, [1, 1], False, [0, 0], 1)
     phases = phases.permute(0, 2, 3, 1).reshape(n, h, w, sh, sw, -1)
-    return _to_channels_first(phases.transpose(2, 3).reshape(n, h * sh, w * sw, -1), bias)
+    return _to_channels_first(phases.transpose(2, 3).reshape(n, h * sh, w * sw, -1), bias, (x, weight))
 
 
-def _to_channels_first(pixels: Tensor, bias: Tensor | None) -> Tensor:
-    return (pixels if bias is None else pixels + bias).permute(0, 3, 1, 2)
+def _to_channels_first(pixels: Tensor, bias: Tensor | None, like: tuple[Tensor, ...]) -> Tensor:
+    """(N, C, H, W) of (N, H, W, C), in the memory format that a convolution of ``like`` gives: what follows may view it."""
+    found = (pixels if bias is None else pixels + bias).permute(0, 3, 1, 2)
+    if any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in like):
+        return found
+    return found.clone(memory_format=torch.contiguous_format)
 
 
 def make_rows_equal(graph: fx.GraphModule, state: torch.dtype) -> None:

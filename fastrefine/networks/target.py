@@ -244,14 +244,22 @@ class Target:
             return context
         if on_view not in self._recordings:
             assert a is not None
-            self._recordings[on_view] = self._record(a, context, on_view)
+            try:
+                self._recordings[on_view] = self._record(a, context, on_view)
+            except Exception as error:  # what ran for the probe batch may fail at the slots' shape
+                if is_out_of_memory(error):
+                    raise
+                self.ladder.refused("step recorded for all slots", error)
+                self.route = "autograd"
+                return context
         prefix = self._recordings[on_view].prefix
         carried = context if prefix is None else self._by_blocks(prefix, context)
         return tuple(value.contiguous() for value in carried)
 
     def report(self) -> dict[str, Any]:
         """What was tried and what came of it, for ``Result.report``."""
-        return {"ladder": [dict(entry) for entry in self.ladder.entries], "repeatable": self.repeatable}
+        entries = [dict(entry) for entry in self.ladder.entries]
+        return {"ladder": entries, "repeatable": self.repeatable, "route": self.route}
 
     def check_repeatable(self) -> None:
         """InputError where a sample's bits depend on its slot, for a run that must not depend on it."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastrefine import checks, noise
 from fastrefine.errors import InputError
 from fastrefine.networks import copies
-from fastrefine.networks.calls import LogitReader, takes_labels
+from fastrefine.networks.calls import LogitReader, attempt, call_of, takes_labels
 from fastrefine.networks.copies import unwrap
 from fastrefine.networks.torch_state import seed_torch
 from fastrefine.noise import Stream
@@ -62,7 +62,10 @@ class Trainer:
         self.seed, g = seed, refiner.generator
         self.reads_labels, required = takes_labels(student, refiner.discriminator_kwargs)
         by_generator, needed = takes_labels(g, refiner.generator_kwargs)
-        self.labelled, self.required = self.reads_labels or by_generator, required or needed
+        if refiner.discriminate is not None or refiner.generate is not None:  # the functions say what they read
+            self.labelled, self.required = True, False
+        else:
+            self.labelled, self.required = self.reads_labels or by_generator, required or needed
         self.scale = refiner.discriminator_output
         self.penalty = (10.0 if self.scale == "critic" else 0.0) if gradient_penalty is None else gradient_penalty
         parameters = list(student.parameters())
@@ -97,11 +100,11 @@ class Trainer:
             fake = fake.detach().to(device, self.dtype)
             if labels is not None:
                 labels = labels.to(device, self.dtype if labels.is_floating_point() else None)
-            d_real, d_fake = self._logits(real, labels), self._logits(fake, labels)
+            d_real, d_fake = self._heads(real, labels), self._heads(fake, labels)
             if self.scale == "critic":
-                loss = d_fake.mean() - d_real.mean()
+                loss = _mean(d_fake) - _mean(d_real)
             else:
-                loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+                loss = _mean([F.softplus(-head) for head in d_real]) + _mean([F.softplus(head) for head in d_fake])
             if self.penalty:
                 loss = loss + self.penalty * self._gradient_penalty(real, fake, d_real, labels)
             self.optimizer.zero_grad(set_to_none=True)
@@ -109,23 +112,34 @@ class Trainer:
             self.optimizer.step()
             self.student.eval()
         self.updates += 1
-        return {"loss": loss.item(), "real_logit": d_real.mean().item(), "fake_logit": d_fake.mean().item()}
+        return {"loss": loss.item(), "real_logit": _mean(d_real).item(), "fake_logit": _mean(d_fake).item()}
 
-    def _logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """(n, P); a probability is turned back into its logit, for the module must keep its final sigmoid."""
-        given = (x, labels) if labels is not None and self.reads_labels else (x,)
-        raw = self.student(*given, **self.refiner.discriminator_kwargs)
-        out = self.read(raw, len(x), torch.promote_types(x.dtype, torch.float32))
-        return torch.logit(out, eps=1e-6) if self.scale == "probability" else out
+    def _heads(self, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """(n, P) logits of each head; a probability is turned back into its logit, for the module keeps its final sigmoid."""
+        inputs = {} if labels is None else {"labels": labels}
+        call = call_of("discriminator", self.student, inputs, self.refiner.discriminate, self.refiner.discriminator_kwargs)
+        raw = attempt("discriminator", lambda: call(self.student, x, *call.values(inputs)), x)
+        heads = self.read.heads(raw, len(x), torch.promote_types(x.dtype, torch.float32))
+        return [torch.logit(head, eps=1e-6) for head in heads] if self.scale == "probability" else heads
 
-    def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: Tensor, labels: Tensor | None) -> Tensor:
+    def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: list[Tensor], labels: Tensor | None) -> Tensor:
         if self.scale != "critic":
-            (grad,) = torch.autograd.grad(d_real.mean(1).sum(), real, create_graph=True)
+            (grad,) = torch.autograd.grad(_score(d_real).sum(), real, create_graph=True)
             return grad.flatten(1).square().sum(1).mean()
         n = min(len(real), len(fake))
         ids = torch.arange(n)
         u = noise.uniform(0, ids, torch.full_like(ids, self.updates), 1, Stream.BATCH).to(real).view(n, *[1] * (real.dim() - 1))
         middle = (u * real[:n] + (1 - u) * fake[:n]).detach().requires_grad_()
-        d = self._logits(middle, None if labels is None else labels[:n])
-        (grad,) = torch.autograd.grad(d.mean(1).sum(), middle, create_graph=True)
+        d = self._heads(middle, None if labels is None else labels[:n])
+        (grad,) = torch.autograd.grad(_score(d).sum(), middle, create_graph=True)
         return (grad.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def _mean(heads: list[Tensor]) -> Tensor:
+    """The mean over heads of the mean of a head's entries, over the batch."""
+    return heads[0].mean() if len(heads) == 1 else torch.stack([head.mean() for head in heads]).mean()
+
+
+def _score(heads: list[Tensor]) -> Tensor:
+    """(n,): the same mean for each sample."""
+    return heads[0].mean(1) if len(heads) == 1 else torch.stack([head.mean(1) for head in heads]).mean(0)

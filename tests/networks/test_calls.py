@@ -223,3 +223,33 @@ def test_conditions_that_do_not_fit_are_refused(conditions, message):
         one.refine(torch.randn(4, 4), conditions=conditions)
     with pytest.raises(InputError, match="neither generate= nor discriminate= says"):
         one.replaced(discriminate=None).refine(torch.randn(4, 4), conditions={"edges": torch.randn(4, 1)})
+
+
+CALLS = {
+    "turned round": (judge(), lambda D, x: -D(x)),
+    "an energy": (nn.Conv2d(3, 3, 3, 1, 1), lambda D, x: -(D(x) - x).abs().flatten(1).mean(1)),
+    "flat patches": (nn.Sequential(judge(), nn.Linear(1, 5)), lambda D, x: D(x).mean(1)),
+    "heads": (nn.ModuleList([judge(), nn.Conv2d(3, 1, 3, 2, 1)]), lambda D, x: [member(x) for member in D]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shaping_calls_the_discriminator_as_the_refiner_does(name):
+    torch.manual_seed(0)
+    d, call = CALLS[name]
+    real = torch.randn(32, 3, 8, 8) * 0.3
+    one = fr.Refiner(decoder(), d, FIXED, max_steps=1, num_slots=8, prior=fr.Normal(4), discriminate=call)
+    seen = []
+    shaped = fr.shape_discriminator(one, real, 30, 16, 0.01, callback=seen.append)
+    after = one.with_discriminator(shaped)
+    gained = [r.score(real).mean() - r.sample(32).logits.mean() for r in (one, after)]
+    assert gained[1] > gained[0], "real images lie higher above generated ones than before"
+
+
+def test_real_images_have_no_conditions():
+    one = fr.Refiner(
+        decoder(), judge(), FIXED, max_steps=1, num_slots=4, prior=fr.Normal(4), real=torch.randn(8, 3, 8, 8),
+        stop=fr.stopping.MedianOfReal(), discriminate=lambda D, x, edges: D(x + edges),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="`real` images have no conditions, and discriminate reads edges"):
+        one.sample(4, conditions={"edges": torch.randn(4, 1, 8, 8)})

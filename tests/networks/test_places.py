@@ -323,6 +323,60 @@ def test_idioms_of_other_peoples_discriminators(kind, precision):
     torch.testing.assert_close(out.images.float(), a.detach(), rtol=0, atol=1e-4 if precision != "bfloat16" else 0.05)
 
 
+class Tutorial(nn.Module):
+    """A discriminator as tutorials write it: strided convolutions, a view, a linear layer."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 8, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(8, 16, 4, 2, 1), nn.LeakyReLU(0.2)
+        )
+        self.last = nn.Linear(16 * 16, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.last(x.view(x.size(0), -1))
+
+
+def tutorial_generator(channels, kind):
+    last = (
+        [nn.ConvTranspose2d(8, channels, 4, 2, 1)]
+        if kind == "transposed"
+        else [nn.Upsample(scale_factor=2), nn.Conv2d(8, channels, 3, 1, 1)]
+    )
+    return nn.Sequential(
+        nn.Unflatten(1, (10, 1, 1)), nn.ConvTranspose2d(10, 16, 4), nn.BatchNorm2d(16), nn.ReLU(True),
+        nn.ConvTranspose2d(16, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.ReLU(True), *last, nn.Tanh(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["input", "3", "6", "output"])
+@pytest.mark.parametrize("kind", ["transposed", "upsampled"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tutorials_gan_takes_the_flat_route(channels, kind, at):
+    torch.manual_seed(0)
+    g, d, z = settle(tutorial_generator(channels, kind)), Tutorial(channels), torch.randn(6, 10)
+    out = refined(g, d, at, z)
+    images, logits = plain_loop(copy.deepcopy(g).double(), copy.deepcopy(d).double(), at, (z.double(),))
+    torch.testing.assert_close(out.images.double(), images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.logits.double(), logits, rtol=0, atol=1e-3)
+    assert out.report["route"] == "flat" and rungs(out)["step recorded"]
+
+
+def test_a_step_that_cannot_be_recorded_for_all_slots_runs_plainly(monkeypatch):
+    original = recording.record
+
+    def record(function, given, modules=()):
+        if len(given[0]) > 4:
+            raise ValueError("not today")
+        return original(function, given, modules)
+
+    monkeypatch.setattr(recording, "record", record)
+    torch.manual_seed(0)
+    out = agrees(settle(dcgan_generator(32, 10, 4)), "1", torch.randn(6, 10), num_slots=6)
+    assert out.report["route"] == "autograd" and not rungs(out)["step recorded for all slots"]
+
+
 @pytest.mark.parametrize("mutant", ["wrong by 1 %", "raises"])
 def test_a_rung_that_is_wrong_or_raises_is_dropped(mutant, monkeypatch):
     original = ladder.Form.folded
