@@ -58,9 +58,9 @@ def call_of(
     if required and any(getattr(network, name, None) == 0 for name in _WIDTHS):
         return NetworkCall((), None, kwargs, (None,))
     if required:
-        first, second = (
-            ("generate=lambda G, z", "G(z, cond)") if what == "generator" else ("discriminate=lambda D, x", "D(x, cond)")
-        )
+        first, second = ("generate=lambda G, z", "G(z, cond)")
+        if what == "discriminator":
+            first, second = ("discriminate=lambda D, x", "D(x, cond)")
         raise InputError(
             f"the {what} needs labels: pass labels=(N,) to sample, refine or stream; if its second argument is something else, "
             f'pass {first}, cond: {second} and conditions={{"cond": ...}}'
