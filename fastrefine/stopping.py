@@ -1,4 +1,4 @@
-"""Stop rules: each gives a sample, when it enters a slot, a logit threshold and a last step; the step kernels test both."""
+"""Stop rules: each gives a sample, when it is proposed, a logit threshold and a last step; the step tests both."""
 
 from __future__ import annotations
 
