@@ -250,7 +250,7 @@ class Target:
                 if is_out_of_memory(error):
                     raise
                 self.ladder.refused("step recorded for all slots", error)
-                self.route = "autograd"
+                self.route, self.repeatable = "autograd", "to rounding"
                 return context
         prefix = self._recordings[on_view].prefix
         carried = context if prefix is None else self._by_blocks(prefix, context)
@@ -298,7 +298,9 @@ class Target:
         given, count = tuple(t[: self._block] for t in (*state, *context)), len(state)
         graph = recording.record(self._step_on_view if on_view else self._step, given, self._modules)
         wanted, tolerance = graph(*given), _TOLERANCE[self.form.compute]
-        order = torch.arange(len(given[0]) - 1, -1, -1, device=a.device)
+        order = torch.arange(len(given[0]), device=a.device)
+        if not self.coupled:  # samples of a group keep their places, others may be in any slot
+            order = order.flip(0)
 
         def carried(made: Recording) -> tuple[Tensor, ...]:
             found = given[count:] if made.prefix is None else made.prefix(*given[count:])
