@@ -25,6 +25,10 @@ class Stream(enum.IntEnum):
     BATCH = 7
     PROBE = 8
     REJECTION = 9
+    NETWORK = 10
+
+
+KEY = "noise_key"  # the name of the input by which a sample carries its key for draws inside of the networks
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +69,12 @@ def normal(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int, 
     angle, other = 2 * math.pi * _unit(r1), 2 * math.pi * _unit(r3)
     lanes = (first * torch.cos(angle), first * torch.sin(angle), second * torch.cos(other), second * torch.sin(other))
     return torch.stack(lanes, -1).flatten(1)[:, :numel].to(dtype).contiguous()
+
+
+def keys(seed: int, sample_id: Tensor) -> Tensor:
+    """(S, 2) int64 words of 32 bits: what draws inside of the networks depend on, see ``networks.draws``."""
+    first, second, *_ = _words(seed, sample_id, torch.zeros_like(sample_id), 1, Stream.NETWORK)
+    return torch.cat([first, second], 1)
 
 
 def uniform(seed: int, sample_id: Tensor, step: Tensor, numel: int, stream: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrefine import checks, stopping
+from fastrefine import checks, noise, stopping
 from fastrefine.errors import InputError
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Sampler
@@ -21,6 +21,7 @@ OutputKey = str | int | Callable[[Any], Tensor] | None
 MOST_SLOTS = 256  # where the caller names no number
 SCALES = ("logit", "probability", "critic")
 DRIVERS = ("auto", "host", "graph", "loop")
+COUPLINGS = ("refuse", "lockstep", "freeze")
 DTYPES = {
     "float64": torch.float64, "float32": torch.float32, "tf32": torch.float32,
     "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -55,6 +56,8 @@ class Options:
     compile: bool = False
     coupling: str = "refuse"
     group_size: int | None = None
+    pack: int = 1
+    on_noise: str = "refuse"
     on_nonfinite: str = "contain"
     max_grad_norm: float | None = None
     output_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -71,7 +74,8 @@ class Options:
             raise InputError(f"prior is {self.prior!r}; wanted a prior such as fastrefine.Normal(64)")
         for name, choices in (
             ("discriminator_output", SCALES), ("precision", tuple(DTYPES)), ("keep", ("last", "best")),
-            ("coupling", ("refuse", "lockstep")), ("on_nonfinite", ("contain", "error")), ("driver", DRIVERS),
+            ("coupling", COUPLINGS), ("on_noise", ("refuse", "freeze")), ("on_nonfinite", ("contain", "error")),
+            ("driver", DRIVERS),
         ):  # fmt: skip
             checks.choice(name, getattr(self, name), choices)
         if self.max_grad_norm is not None:
@@ -82,11 +86,17 @@ class Options:
                 raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
         if self.output_key is not None and not isinstance(self.output_key, str | int) and not callable(self.output_key):
             raise InputError(f"output_key is {self.output_key!r}; wanted a key, an index, a callable or None")
+        checks.count("pack", self.pack, 1)
+        if self.pack > 1 and (self.coupling != "lockstep" or (self.group_size or 0) % self.pack or not self.group_size):
+            raise InputError(
+                f"pack={self.pack} needs coupling='lockstep' and a group_size that is a multiple of it, e.g. "
+                f"group_size={self.pack}; got coupling={self.coupling!r}, group_size={self.group_size}"
+            )
         if self.group_size is not None:
             checks.count("group_size", self.group_size, 1)
-            if self.coupling != "lockstep":
-                raise InputError(f"group_size={self.group_size} is for coupling='lockstep', got coupling={self.coupling!r}")
-            if self.num_slots is not None and self.num_slots % self.group_size:
+            if self.coupling == "refuse":
+                raise InputError(f"group_size={self.group_size} is for coupling='lockstep' or 'freeze', got coupling='refuse'")
+            if self.coupling == "lockstep" and self.num_slots is not None and self.num_slots % self.group_size:
                 raise InputError(f"num_slots is {self.num_slots}; wanted a multiple of group_size={self.group_size}")
         for name in ("callback", "generate", "discriminate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
@@ -124,8 +134,13 @@ class Options:
 
     def slots_for(self, n: int) -> int:
         """The number of slots for n samples: as given, or the power of two that holds them, at most 256."""
-        slots, group = self.num_slots or min(MOST_SLOTS, 1 << max(n - 1, 0).bit_length()), self.group_size or 1
+        slots, group = self.num_slots or min(MOST_SLOTS, 1 << max(n - 1, 0).bit_length()), self.lockstep_group or 1
         return -(-slots // group) * group
+
+    @property
+    def lockstep_group(self) -> int | None:
+        """The group_size of lock step."""
+        return self.group_size if self.coupling == "lockstep" else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,14 +157,17 @@ class Options:
         """Whether the stop rule or the sampler reads logits of real images."""
         return self.stop.needs_real or self.sampler.traits.needs_real
 
-    def own_inputs(self, labels: Any, conditions: Any, n: int) -> dict[str, Tensor]:
-        """Labels and conditions of n samples by name, on the CPU; InputError where they do not fit."""
+    def own_inputs(self, labels: Any, conditions: Any, n: int, seed: int = 0, first_id: int = 0) -> dict[str, Tensor]:
+        """Labels and conditions of n samples by name, on the CPU; InputError where they do not fit.
+
+        Under on_noise="freeze" also the samples' keys for draws inside of the networks.
+        """
         y = self.own_labels(labels, n)
         found = {} if y is None else {"labels": y}
         if conditions is not None and not isinstance(conditions, Mapping):
             raise InputError(f"conditions is a {type(conditions).__name__}; wanted a dict of tensors (N, ...) by name")
         for name, value in (conditions or {}).items():
-            if not isinstance(name, str) or not name.isidentifier() or name == "labels":
+            if not isinstance(name, str) or not name.isidentifier() or name in ("labels", noise.KEY):
                 raise InputError(f"conditions: {name!r} is no name of an argument of generate or discriminate")
             if self.generate is None and self.discriminate is None:
                 raise InputError("conditions were given, but neither generate= nor discriminate= says which network reads them")
@@ -157,6 +175,8 @@ class Options:
             if x.dim() == 0 or len(x) != n:
                 raise InputError(f"conditions[{name!r}] has shape {tuple(x.shape)}; wanted one row for each of {n} samples")
             found[name] = checks.tensor(f"conditions[{name!r}]", x, self.dtype).to(self.dtype) if x.is_floating_point() else x
+        if self.on_noise == "freeze":
+            found[noise.KEY] = noise.keys(seed, torch.arange(first_id, first_id + n))
         return found
 
     def own_labels(self, labels: Any, n: int) -> Tensor | None:

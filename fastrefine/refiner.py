@@ -59,9 +59,17 @@ class Refiner:
         device, where csrc was built with nvcc) | "auto": "graph" on CUDA where the step can be captured, else "host".
     compile: pass the step through torch.compile first (minutes, once for each number of slots); rounding differs, and may
         differ between slots.
-    coupling: "refuse" batch-coupled networks | "lockstep": groups of consecutive ids stay together from step to step.
-    group_size: samples in such a group, which the networks see as one batch, e.g. 4 for StyleGAN2's minibatch standard
-        deviation; None: num_slots, of which it is a divisor.
+    coupling: "refuse" batch-coupled networks | "lockstep": groups of consecutive ids stay together from step to step |
+        "freeze": statistics of the batch in D are held at their mean over groups of reference images, which are ``real``, or
+        proposals of the prior; then samples are independent. ``report["coupling"]``: what was held, and logit_change (root
+        mean square, of the reference) beside logit_spread (standard deviation).
+    group_size: samples that the networks see as one batch, e.g. 4 for StyleGAN2's minibatch standard deviation. None: under
+        "lockstep" num_slots, of which it is a divisor; under "freeze" 8.
+    pack: samples that D judges together (PacGAN, Lin et al. 2018): D is given (N / pack, pack C, ...), the channels of
+        consecutive samples one after the other, and each member has its pack's logit and the gradient of its pack's loss.
+        With coupling="lockstep" and a group_size that is a multiple.
+    on_noise: "refuse" networks that draw random numbers in evaluation mode | "freeze": what is drawn for a sample follows
+        from seed and id, and stays the same in all its steps (StyleGAN's noise_mode="const", but another one for each sample).
     on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
     output_device: where results go. deterministic: torch's deterministic algorithms, no retry with fewer slots, and
         on a CPU a refusal of networks whose bits depend on the slot.
@@ -106,6 +114,8 @@ class Refiner:
         compile: bool = False,
         coupling: str = "refuse",
         group_size: int | None = None,
+        pack: int = 1,
+        on_noise: str = "refuse",
         on_nonfinite: str = "contain",
         max_grad_norm: float | None = None,
         output_device: torch.device | str = "cpu",
@@ -241,7 +251,8 @@ class Refiner:
         first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
         if first_id + n > 2**32:
             raise InputError(f"sample ids end at {first_id + n}; noise is defined for ids below 2**32")
-        return Source(first_id, n, seed, self.options.prior, latents, self.options.own_inputs(labels, conditions, n))
+        inputs = self.options.own_inputs(labels, conditions, n, seed, first_id)
+        return Source(first_id, n, seed, self.options.prior, latents, inputs)
 
     def _check_latents(self, latents: Tensor) -> None:
         """InputError where given latents (N, ...) are not of the prior that the sampler targets."""

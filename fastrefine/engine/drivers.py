@@ -59,9 +59,9 @@ class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _depends_on_values(func, args, kwargs):
-            raise RuntimeError(f"a network reads values of the device on the host ({func})")
+            raise BackendError(f"a network reads values of the device on the host ({func})")
         if torch.Tag.nondeterministic_seeded in func.tags and _drops_out(func, args, kwargs):
-            raise RuntimeError(f"a network draws from torch's generator ({func})")
+            raise BackendError(f"a network draws from torch's generator ({func})")
         return func(*args, **kwargs)
 
 

@@ -7,16 +7,18 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrefine import checks
-from fastrefine.errors import CouplingError, InputError, SplitError
+from fastrefine import checks, noise
+from fastrefine.errors import FastrefineError, InputError
+from fastrefine.networks import draws
 from fastrefine.networks.copies import unwrap
+from fastrefine.networks.draws import SampleDraws
 from fastrefine.networks.split import Split
 from fastrefine.options import OutputKey
 
@@ -29,15 +31,32 @@ class NetworkCall:
     function: Callable[..., Any] | None = None  # function(network, x, **inputs); None: network(x[, labels], **kwargs)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     constants: tuple[Any, ...] = ()  # further positional arguments
+    draws: int | None = None  # the first stream of the numbers that the network draws, by the key that is the last value
+    pack: int = 1  # consecutive samples that the network is given as one, with their channels one after the other
 
     def __call__(self, network: nn.Module, x: Tensor, *values: Tensor) -> Any:
+        if self.pack > 1:
+            x, *values = (_packed(value, self.pack) for value in (x, *values))  # type: ignore[assignment]
+        if self.draws is None:
+            return self._plainly(network, x, *values)
+        *values, key = values  # type: ignore[assignment]
+        with SampleDraws(key, self.draws):
+            return self._plainly(network, x, *values)
+
+    def _plainly(self, network: nn.Module, x: Tensor, *values: Tensor) -> Any:
         if self.function is not None:
-            return self.function(network, x, **dict(zip(self.names, values, strict=True)))
+            return self.function(network, x, **dict(zip(self.names, values, strict=False)))
         return network(x, *values, *self.constants, **self.kwargs)
 
     def values(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Those of the inputs that the network is given, in order."""
         return tuple(inputs[name] for name in self.names)
+
+    def with_draws(self, run: Callable[[], Any], stream: int) -> NetworkCall:
+        """The call by which draws belong to the sample, if ``run`` draws any."""
+        if draws.first_draw(run) is None:
+            return self
+        return replace(self, names=(*self.names, noise.KEY), draws=stream)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NetworkCall:
         return self
@@ -51,7 +70,7 @@ def call_of(
     A network made for labels of width 0 (``c_dim`` = 0) gets None in their place.
     """
     if function is not None:
-        return NetworkCall(tuple(inputs), function)
+        return NetworkCall(tuple(name for name in inputs if name != noise.KEY), function)
     takes, required = takes_labels(network, kwargs)
     if takes and "labels" in inputs:
         return NetworkCall(("labels",), None, kwargs)
@@ -66,6 +85,11 @@ def call_of(
             f'pass {first}, cond: {second} and conditions={{"cond": ...}}'
         )
     return NetworkCall((), None, kwargs)
+
+
+def _packed(x: Tensor, pack: int) -> Tensor:
+    """(N / pack, pack C, ...) of (N, C, ...); (N / pack, pack) of (N,)."""
+    return x.reshape(len(x) // pack, pack * x.shape[1], *x.shape[2:]) if x.dim() > 1 else x.reshape(-1, pack)
 
 
 _WIDTHS = ("c_dim", "label_dim", "y_dim", "num_classes", "n_classes")  # attributes that say how wide labels are
@@ -119,7 +143,7 @@ def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
     """Run a network of the caller's; its exception becomes ours, with its type, the module it came from, and the shapes."""
     try:
         return call()
-    except (InputError, CouplingError, SplitError):
+    except FastrefineError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -183,6 +207,7 @@ class LogitReader:
 
     key: OutputKey = None
     invert_sigmoid: bool = False
+    pack: int = 1  # samples whose logit is that of their pack
 
     def __call__(self, raw: Any, n: int, dtype: torch.dtype) -> Tensor:
         """(n, P) logits of ``dtype``, those of several heads side by side."""
@@ -191,9 +216,9 @@ class LogitReader:
 
     def heads(self, raw: Any, n: int, dtype: torch.dtype) -> list[Tensor]:
         """(n, P) logits of each head; InputError when there is not one value, or one map, per sample."""
-        if self.key is None and isinstance(raw, list) and raw and all(isinstance(head, Tensor) for head in raw):
-            return [self._head(head, n, dtype) for head in raw]
-        return [self._head(self.pick(raw), n, dtype)]
+        is_list = self.key is None and isinstance(raw, list) and raw and all(isinstance(head, Tensor) for head in raw)
+        heads = [self._head(head, n // self.pack, dtype) for head in (raw if is_list else [self.pick(raw)])]
+        return [head.repeat_interleave(self.pack, 0) for head in heads] if self.pack > 1 else heads
 
     def _head(self, out: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         if out.dim() == 0 and n == 1:  # squeeze() of a batch of one; what is a batch mean was found on the probe batch

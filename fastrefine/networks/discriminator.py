@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import CouplingError, FastrefineWarning, InputError
 from fastrefine.networks import probe
-from fastrefine.networks.calls import LogitReader, attempt, call_of, label_classes
+from fastrefine.networks.calls import LogitReader, NetworkCall, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
+from fastrefine.networks.freezing import FrozenDiscriminator
 from fastrefine.options import Options
 
+log = logging.getLogger("fastrefine")
 Cut = Callable[[nn.Module], nn.Module]
+_STREAM = 1 << 16  # the generator's draws have the streams below
 
 
 class PreparedDiscriminator:
-    """The discriminator as images -> logits (n, P), in evaluation mode and in the dtype of the state."""
+    """The discriminator as images -> logits (n, P), in evaluation mode and in the dtype of the state.
 
-    def __init__(self, discriminator: nn.Module, options: Options, images: Tensor, inputs: Mapping[str, Tensor]):
+    reference: gives images and inputs on which coupling="freeze" takes the statistics of a batch.
+    """
+
+    def __init__(
+        self, discriminator: nn.Module, options: Options, images: Tensor, inputs: Mapping[str, Tensor],
+        reference: Callable[[], tuple[Tensor, Mapping[str, Tensor]]],
+    ):  # fmt: skip
         own = own_copy(discriminator, images)
         self.scale, self.num_classes, self._like = options.discriminator_output, None, images[:0]
+        self.rows = None if len(images) == probe.rows(options) else len(images)  # the only size of a batch that is known to run
         call = self.call = call_of(
             "discriminator", own, inputs, options.discriminate, options.discriminator_kwargs or {}
         )  # fmt: skip
@@ -33,8 +45,12 @@ class PreparedDiscriminator:
             self.num_classes = label_classes([own], lambda *given: call(own, *given), images, call, inputs)
 
         def run(module: nn.Module) -> Any:
-            return attempt("discriminator", lambda: call(module, images.clone(), *call.values(inputs)), images)
+            return attempt("discriminator", lambda: self.call(module, images.clone(), *self.call.values(inputs)), images)
 
+        if options.pack > 1:
+            call = self.call = replace(call, pack=options.pack)
+        if options.on_noise == "freeze":
+            self.call = call.with_draws(lambda: run(own), _STREAM)
         self._cut, self.reader = _output_form(own, options, run, images)
         self.module = self._cut(own)
         self._sizes = [head.shape[1] for head in self.reader.heads(run(self.module), len(images), torch.float64)]
@@ -43,7 +59,32 @@ class PreparedDiscriminator:
         def logits(x: Tensor) -> Tensor:
             return self.logits(self.module, x, probe.repeated(first, x))
 
+        self.frozen: FrozenDiscriminator | None = None
+        if options.coupling == "freeze":
+            probe.check_repeatable({"discriminator": self.module}, logits, images)
+            try:
+                probe.check_independent({"discriminator": self.module}, logits, images)
+            except CouplingError:
+                self._freeze(*reference(), options.group_size)
         probe.check({"discriminator": self.module}, logits, images, options.coupling)
+
+    def _freeze(self, images: Tensor, inputs: Mapping[str, Tensor], group: int | None) -> None:
+        """Hold what mixes the samples of a batch at its value on these images."""
+        call, reader = self.call, self.reader
+
+        def heads(module: nn.Module, x: Tensor, *values: Tensor) -> list[Tensor]:
+            return reader.heads(call(module, x, *values), len(x), torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+        self.module = self.frozen = FrozenDiscriminator(self.module, heads, (images, *call.values(inputs)), group)
+        self.call, self.reader = NetworkCall(call.names), LogitReader()
+        log.info("statistics of the batch are held at their values on reference images: %s", self.report()["coupling"])
+
+    def report(self) -> dict[str, Any]:
+        """What was held, for ``Result.report``; empty where nothing was."""
+        if self.frozen is None:
+            return {}
+        change, spread = self.frozen.change, self.frozen.spread
+        return {"coupling": {"held": self.frozen.described(), "logit_change": change, "logit_spread": spread}}
 
     @property
     def takes_labels(self) -> bool:
@@ -52,7 +93,9 @@ class PreparedDiscriminator:
     def updated(self, discriminator: nn.Module) -> PreparedDiscriminator:
         """The same with other weights; nothing is probed again."""
         twin = copy.copy(self)
-        twin.module = self._cut(own_copy(discriminator, self._like))
+        own = self._cut(own_copy(discriminator, self._like))
+        twin.module = own if self.frozen is None else self.frozen.updated(own)
+        twin.frozen = None if self.frozen is None else twin.module  # type: ignore[assignment]
         return twin
 
     def logits(self, module: nn.Module, images: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -61,8 +104,12 @@ class PreparedDiscriminator:
         return self.reader(raw, len(images), torch.float64 if images.dtype == torch.float64 else torch.float32)
 
     def score(self, images: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(n,) logits by the exact copy."""
-        return attempt("discriminator", lambda: self.mean(self.logits(self.module, images, inputs)), images)
+        """(n,) logits by the exact copy. Where it takes whole batches or packs only, the last image fills them up."""
+        n, whole = len(images), self.rows or self.call.pack
+        if n % whole:
+            spare = torch.arange(-(-n // whole) * whole, device=images.device).clamp(max=n - 1)
+            images, inputs = images[spare], {name: value[spare] for name, value in inputs.items()}
+        return attempt("discriminator", lambda: self.mean(self.logits(self.module, images, inputs)), images)[:n]
 
     def mean(self, values: Tensor) -> Tensor:
         """(n,): the mean over the heads of the mean over each head's entries, of values (n, P)."""
@@ -80,7 +127,7 @@ def _output_form(
     of 60 stays 60. InputError when declaration and network disagree.
     """
     scale, key = options.discriminator_output, options.output_key
-    reader, n = LogitReader(key), len(images)
+    reader, n = LogitReader(key, pack=options.pack), len(images)
     with torch.no_grad():
         raw = call(discriminator)
         if options.discriminate is None and images.dim() > 2 and isinstance(raw, Tensor) and raw.shape == images.shape:
@@ -123,7 +170,7 @@ def _output_form(
         FastrefineWarning,
         stacklevel=2,
     )
-    return _uncut, LogitReader(key, invert_sigmoid=True)
+    return _uncut, replace(reader, invert_sigmoid=True)
 
 
 def _uncut(discriminator: nn.Module) -> nn.Module:

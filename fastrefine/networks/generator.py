@@ -31,7 +31,7 @@ class PreparedGenerator:
 
     def __init__(self, generator: nn.Module | Split | None, options: Options, latents: Tensor, inputs: Mapping[str, Tensor]):
         self.at = "given" if isinstance(generator, Split) else options.at
-        self.num_classes, self.call, self._group = None, NetworkCall(), options.group_size
+        self.num_classes, self.call, self._group = None, NetworkCall(), options.lockstep_group
         self.tail: nn.Module = nn.Identity()
         self._prefix: Any = lambda z: (z, ())
         self._borrowed: list[nn.Module] = []
@@ -56,6 +56,11 @@ class PreparedGenerator:
         call = self.call = call_of("generator", own, inputs, options.generate, options.generator_kwargs or {})
         if self.takes_labels:
             self.num_classes = label_classes([own], lambda *given: call(own, *given), latents, call, inputs)
+        if options.on_noise == "freeze":
+            plain = call
+            call = self.call = plain.with_draws(
+                lambda: attempt("generator", lambda: plain(own, latents.clone(), *plain.values(inputs)), latents), 0
+            )
         raw = attempt("generator", lambda: call(own, latents.clone(), *call.values(inputs)), latents)
         images = image_of(raw)
         if images.shape[:1] != latents.shape[:1]:

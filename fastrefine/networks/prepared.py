@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrefine import checks
+from fastrefine import checks, noise
 from fastrefine.errors import InputError
-from fastrefine.networks import torch_state
+from fastrefine.networks import probe, torch_state
 from fastrefine.networks.copies import Weights
 from fastrefine.networks.discriminator import PreparedDiscriminator
+from fastrefine.networks.freezing import MOST_REFERENCES
 from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.networks.split import Split
 from fastrefine.networks.target import Target
@@ -23,7 +24,6 @@ from fastrefine.priors import Prior
 from fastrefine.samplers.base import Latent, Sampler
 from fastrefine.stopping import RealLogits, StopRule
 
-PROBE = 4  # samples of a probe batch
 _OF_THE_GENERATOR = (
     "at",
     "prior",
@@ -32,6 +32,7 @@ _OF_THE_GENERATOR = (
     "coupling",
     "generate",
     "generator_kwargs",
+    "on_noise",
 )  # options its preparation reads
 
 
@@ -85,7 +86,26 @@ class Networks:
             return self.target
         if self._generator_kind != kind:
             self._forget()
-        z, given = self._probe_batch = self._drawn_probe_batch(latents, shape, inputs, seed)
+        try:
+            self._prepare(latents, shape, inputs, seed, num_slots, probe.rows(options))
+        except InputError as error:
+            if error.__cause__ is None or num_slots == probe.rows(options):
+                raise
+            try:  # networks for one size of batch, or for no fewer than some
+                self._forget()
+                self._prepare(latents, shape, inputs, seed, num_slots, num_slots)
+            except InputError:
+                raise error from None
+        assert self.target is not None
+        self._kind = self._generator_kind = kind
+        return self.target
+
+    def _prepare(
+        self, latents: Tensor | None, shape: tuple[int, ...], inputs: dict[str, Tensor], seed: int, num_slots: int, rows: int
+    ) -> None:
+        """Prepare on a probe batch of so many rows."""
+        options = self.options
+        z, given = self._probe_batch = self._drawn_probe_batch(latents, shape, inputs, seed, rows)
         if self.prepared_generator is None:
             self.prepared_generator = PreparedGenerator(self.generator, options, z, given)
         g = self.prepared_generator
@@ -93,7 +113,7 @@ class Networks:
             a, context = g.prefix(z, given)
             images = g.render(a, context)
             if self.prepared_discriminator is None:
-                self.prepared_discriminator = PreparedDiscriminator(self.discriminator, options, images, given)
+                self.prepared_discriminator = self._prepared(images, given)
             d = self.prepared_discriminator
             if "labels" in given and not (g.takes_labels or d.takes_labels):
                 raise InputError(
@@ -107,8 +127,24 @@ class Networks:
             target = Target(g, d, sampler, options, num_slots)
             target.prepare(a, (*context, *d.call.values(given)))
             self.bound = sampler.with_loss_error(self._loss_error(target)), stop
-        self.target, self._kind, self._generator_kind = target, kind, kind
-        return target
+        self.target = target
+
+    def _prepared(self, images: Tensor, inputs: dict[str, Tensor]) -> PreparedDiscriminator:
+        return PreparedDiscriminator(self.discriminator, self.options, images, inputs, self._reference)
+
+    def _reference(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images on which statistics of a batch are taken, and their inputs: the real ones, else proposals of the prior."""
+        options = self.options
+        if options.real is not None:
+            few = slice(0, MOST_REFERENCES)
+            x = options.real[few].to(options.device, options.dtype, memory_format=torch.contiguous_format)
+            return x, {name: value[few].to(options.device) for name, value in self._real_inputs().items()}
+        if options.prior is None or self.prepared_generator is None:
+            raise InputError("coupling='freeze' takes its statistics from images: pass real=, or prior= and refine first")
+        ids = torch.arange(probe.ROWS, probe.ROWS + MOST_REFERENCES)
+        blocks = [self._proposals_of(rows) for rows in ids.split(options.slots_for(len(ids)))]
+        inputs = {name: torch.cat([given[name] for _, _, given in blocks]) for name in blocks[0][2]}
+        return torch.cat([self.prepared_generator.render(a, context) for a, context, _ in blocks]), inputs
 
     def refresh(self, discriminator: nn.Module) -> None:
         """Take an updated discriminator of the same structure; nothing is recorded again (used while shaping)."""
@@ -143,19 +179,19 @@ class Networks:
                 checks.classes(labels, network.num_classes)
 
     def _drawn_probe_batch(
-        self, latents: Tensor | None, shape: tuple[int, ...], inputs: dict[str, Tensor], seed: int
+        self, latents: Tensor | None, shape: tuple[int, ...], inputs: dict[str, Tensor], seed: int, rows: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A few distinct latents like those to come, and their labels and conditions."""
         dtype, device = self.options.dtype, self.options.device
         if latents is None:
             assert self.options.prior is not None
-            z = self.options.prior.sample(torch.arange(PROBE), seed, dtype, Stream.PROBE)
+            z = self.options.prior.sample(torch.arange(rows), seed, dtype, Stream.PROBE)
         else:
-            given = latents[:PROBE].to(dtype)
+            given = latents[:rows].to(dtype)
             given = given if len(given) else torch.zeros(1, *shape, dtype=dtype)
-            z = _several(given)
+            z = _several(given, rows)
         few = {name: value if len(value) else value.new_zeros(1, *value.shape[1:]) for name, value in inputs.items()}
-        return z.to(device), {name: value[torch.arange(PROBE) % len(value)].to(device) for name, value in few.items()}
+        return z.to(device), {name: value[torch.arange(rows) % len(value)].to(device) for name, value in few.items()}
 
     def _bind(self, discriminator: PreparedDiscriminator) -> tuple[Sampler, StopRule]:
         """Score the real images; the sampler and the stop rule with what they read of the networks filled in."""
@@ -163,7 +199,7 @@ class Networks:
         if options.real is not None:
             if discriminator.takes_labels and options.real_labels is None:
                 raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
-            unknown = sorted(set(discriminator.call.names) - {"labels"})
+            unknown = sorted(set(discriminator.call.names) - {"labels", noise.KEY})
             if unknown:
                 raise InputError(
                     f"`real` images have no conditions, and discriminate reads {', '.join(unknown)}: leave `real` out, and "
@@ -178,7 +214,8 @@ class Networks:
         return options.sampler.bind(self), options.stop.bind(self.real)
 
     def _real_inputs(self) -> dict[str, Tensor]:
-        return {} if self.options.real_labels is None else {"labels": self.options.real_labels}
+        assert self.options.real is not None
+        return self.options.own_inputs(self.options.real_labels, None, len(self.options.real))
 
     def score(self, images: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (N,) of images (N, ...), in blocks of num_slots, where the networks are."""
@@ -191,13 +228,16 @@ class Networks:
 
     def _discriminator_for(self, images: Tensor, inputs: dict[str, Tensor]) -> PreparedDiscriminator:
         """The prepared discriminator, or one prepared on these images where that one is given other inputs."""
-        wanted = set(inputs) if self.options.discriminate is not None else set(inputs) & {"labels"}
+        wanted = set(inputs) - {noise.KEY} if self.options.discriminate is not None else set(inputs) & {"labels"}
         for known in (self.prepared_discriminator, self._scorer):
-            if known is not None and known.takes_labels == ("labels" in inputs) and set(known.call.names) == wanted:
+            if known is None or known.takes_labels != ("labels" in inputs):
+                continue
+            if set(known.call.names) - {noise.KEY} == wanted:
                 return known
-        probe = _several(images[:PROBE].to(self.options.device, self.options.dtype))
-        few = {name: value[torch.arange(PROBE) % len(value)].to(self.options.device) for name, value in inputs.items()}
-        self._scorer = PreparedDiscriminator(self.discriminator, self.options, probe, few)
+        rows = probe.rows(self.options)
+        like = _several(images[:rows].to(self.options.device, self.options.dtype), rows)
+        few = {name: value[torch.arange(rows) % len(value)].to(self.options.device) for name, value in inputs.items()}
+        self._scorer = self._prepared(like, few)
         if "labels" in inputs and not self._scorer.takes_labels:
             raise InputError("labels were given, but the discriminator takes none")
         return self._scorer
@@ -206,7 +246,8 @@ class Networks:
         if discriminator.takes_labels:
             checks.classes(inputs["labels"], discriminator.num_classes)
         device, dtype, parts = self.options.device, self.options.dtype, []
-        for rows in torch.arange(len(images)).split(self.options.group_size or self.options.num_slots or MOST_SLOTS):
+        size = discriminator.rows or self.options.lockstep_group or self.options.num_slots or MOST_SLOTS
+        for rows in torch.arange(len(images)).split(size):
             at = slice(int(rows[0]), int(rows[-1]) + 1)
             # a copy, for layers may work in place; of one layout, for a convolution rounds otherwise in another
             x = images[at].to(device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -264,21 +305,24 @@ class Networks:
         prior = self.options.prior
         if target.is_exact or prior is None or tuple(self._probe_batch[0].shape[1:]) != tuple(prior.shape):
             return target.loss_error()
-        ((a, context, _),) = self._proposals(PROBE)
+        ((a, context, _),) = self._proposals(probe.ROWS)
         return target.loss_error(a, context)
 
     def _proposals(self, n: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
-        """Activations, contexts as a step has them, and logits, in blocks of at most num_slots but no fewer than PROBE."""
+        """Activations, contexts as a step has them, and logits, in blocks of at most num_slots but no fewer than probe.ROWS."""
         g, d, options = self.prepared_generator, self.prepared_discriminator, self.options
         assert g is not None and d is not None and options.prior is not None
-        for ids in torch.arange(PROBE, PROBE + n).split(max(options.num_slots or MOST_SLOTS, PROBE)):
-            z, inputs = (
-                options.prior.sample(ids, 0, options.dtype, Stream.PROBE).to(options.device),
-                self._known_inputs(ids // 2),
-            )
-            a, context = g.prefix(z, inputs)
+        for ids in torch.arange(probe.ROWS, probe.ROWS + n).split(max(options.num_slots or MOST_SLOTS, probe.ROWS)):
+            a, context, inputs = self._proposals_of(ids)
             logits = d.score(g.render(a, context), inputs)
             yield a, (*context, *d.call.values(inputs)), logits
+
+    def _proposals_of(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
+        """Activations and contexts of proposals of no sample id, and their inputs."""
+        options = self.options
+        assert self.prepared_generator is not None and options.prior is not None
+        z, inputs = options.prior.sample(ids, 0, options.dtype, Stream.PROBE), self._known_inputs(ids // 2)
+        return *self.prepared_generator.prefix(z.to(options.device), inputs), inputs
 
     def _known_inputs(self, which: Tensor) -> dict[str, Tensor]:
         """Classes in turn, as far as they are known, of the kind that the networks were given; the probe batch's conditions."""
@@ -306,6 +350,6 @@ def refines_latents(generator: nn.Module | Split | None, at: str) -> bool:
     return at == "input" and isinstance(generator, nn.Module) and not isinstance(generator, Split)
 
 
-def _several(given: Tensor) -> Tensor:
-    """PROBE samples; where fewer are given, scaled and shifted copies too, so that the companions in the batch differ."""
-    return torch.cat([given * (1 - 0.1 * k) + 0.05 * k for k in range(-(-PROBE // len(given)))])[:PROBE]
+def _several(given: Tensor, rows: int) -> Tensor:
+    """So many samples; where fewer are given, scaled and shifted copies too, so that the companions in the batch differ."""
+    return torch.cat([given * (1 - 0.1 * k) + 0.05 * k for k in range(-(-rows // len(given)))])[:rows]

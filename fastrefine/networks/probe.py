@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine.errors import CouplingError, GradientError
+from fastrefine.networks import draws
+from fastrefine.options import Options
 
+ROWS = 4  # samples of a probe batch
 Forward = Callable[[Tensor], Tensor]
 Trace = list[tuple[str, Any, Any]]
+
+
+def rows(options: Options) -> int:
+    """Samples of a probe batch, in whole packs."""
+    return -(-ROWS // options.pack) * options.pack
 
 
 def _trace(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> tuple[Tensor, Trace]:
@@ -58,9 +66,11 @@ def check_repeatable(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -
     out, first = _trace(roots, forward, x)
     again, second = _trace(roots, forward, x)
     if not _close(out, again):
+        drawn = draws.first_draw(lambda: forward(x))
         raise CouplingError(
-            f"{_culprit(first, second, slice(None))} gives different outputs for the same input in eval mode; "
-            "replace its noise by a constant buffer before refining"
+            f"{_culprit(first, second, slice(None))} gives different outputs for the same input in eval mode"
+            + (f": it draws random numbers ({drawn}). Pass on_noise='freeze'" if drawn else "")
+            + "; or replace its noise by a constant buffer before refining"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fastrefine.errors import InputError
 from fastrefine.networks import copies, probe, recording, torch_state
-from fastrefine.networks.calls import is_out_of_memory
+from fastrefine.networks.calls import attempt, is_out_of_memory
 from fastrefine.networks.cut import Tail
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
@@ -49,8 +49,8 @@ class Target:
         num_slots: int,
     ):  # fmt: skip
         self.generator, self.discriminator = generator, discriminator
-        self.coupled, self.group, self.compiled = options.coupling == "lockstep", options.group_size, options.compile
-        self.num_slots, self.precision = num_slots, options.precision
+        self.coupled, self.group, self.compiled = options.coupling == "lockstep", options.lockstep_group, options.compile
+        self.num_slots, self.precision, self._pack = num_slots, options.precision, options.pack
         self.form: Form
         self._fold: Callable[..., nn.Module]
         self.ladder = Ladder()
@@ -203,7 +203,7 @@ class Target:
         with torch.enable_grad():
             leaf = view.detach().requires_grad_()
             logit, loss = self._values(*given, view=leaf)
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            (grad,) = torch.autograd.grad(loss.sum() / self._pack, leaf)
         return logit.detach(), loss.detach(), grad.detach()
 
     def view_of(self, state: torch.dtype) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class Target:
         with torch.enable_grad():
             leaf = a.detach().requires_grad_()
             logit, loss = self._values(leaf, *context)
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            (grad,) = torch.autograd.grad(loss.sum() / self._pack, leaf)
         return Evaluation(logit.detach(), loss.detach(), grad.detach())
 
     def carried(self, a: Tensor | None, context: tuple[Tensor, ...], on_view: bool) -> tuple[Tensor, ...]:
@@ -259,7 +259,7 @@ class Target:
     def report(self) -> dict[str, Any]:
         """What was tried and what came of it, for ``Result.report``."""
         entries = [dict(entry) for entry in self.ladder.entries]
-        return {"ladder": entries, "repeatable": self.repeatable, "route": self.route}
+        return {"ladder": entries, "repeatable": self.repeatable, "route": self.route} | self.discriminator.report()
 
     def check_repeatable(self) -> None:
         """InputError where a sample's bits depend on its slot, for a run that must not depend on it."""
@@ -274,8 +274,17 @@ class Target:
     def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
         """Logit, loss and gradient at ``a`` (S, F), context as ``carried`` gave it; on a view, the gradient is in its form."""
         if self.route == "autograd":
-            return Evaluation(*self._by_blocks(self._step, (a, *context)))
+            return self._plainly(a, context)
         return Evaluation(*self._call(True, a, context, view))
+
+    def _plainly(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
+        what = "discriminator or the generator"
+        try:
+            return attempt(what, lambda: Evaluation(*self._by_blocks(self._step, (a, *context))), a)
+        except InputError as error:
+            if len(a) > 1:
+                raise
+            raise InputError(f"{error}; the networks ran for several samples: pass num_slots=2 or more") from error
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
         """Logit and loss only, for a last evaluation, whose gradient is not read."""
@@ -296,6 +305,7 @@ class Target:
         """The step at the slots' shape. What does not depend on the activation is taken out, and the rows are made equal."""
         state = (self._as_view(a), a) if on_view else (a,)
         given, count = tuple(t[: self._block] for t in (*state, *context)), len(state)
+        self._step(*given[count - 1 :])  # what a network prepares at its first call for a shape is no part of the step
         graph = recording.record(self._step_on_view if on_view else self._step, given, self._modules)
         wanted, tolerance = graph(*given), _TOLERANCE[self.form.compute]
         order = torch.arange(len(given[0]), device=a.device)
