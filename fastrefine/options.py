@@ -42,6 +42,7 @@ class Options:
     prior: Prior | None = None
     real: Tensor | None = None
     real_labels: Tensor | None = None
+    real_conditions: dict[str, Tensor] | None = None
     discriminator_output: str = "logit"
     num_slots: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -115,8 +116,9 @@ class Options:
 
     def _check_real(self) -> None:
         if self.real is None:
-            if self.real_labels is not None:
-                raise InputError("real_labels were given without `real` images")
+            for name in ("real_labels", "real_conditions"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} were given without `real` images")
             if self.needs_real:
                 raise InputError(
                     f"{type(self.sampler).__name__} with stop={self.stop!r} reads real logits: pass real=images to the "
@@ -126,7 +128,8 @@ class Options:
         real = checks.tensor("real", self.real, self.dtype)
         if len(real) == 0:
             raise InputError("`real` is empty; wanted real images (N, ...)")
-        self._become(real=real, real_labels=self.own_labels(self.real_labels, len(real)))
+        conditions = self.own_conditions(self.real_conditions, len(real), "real_conditions")
+        self._become(real=real, real_labels=self.own_labels(self.real_labels, len(real)), real_conditions=conditions)
 
     def _become(self, **values: Any) -> None:
         for name, value in values.items():
@@ -164,19 +167,25 @@ class Options:
         """
         y = self.own_labels(labels, n)
         found = {} if y is None else {"labels": y}
-        if conditions is not None and not isinstance(conditions, Mapping):
-            raise InputError(f"conditions is a {type(conditions).__name__}; wanted a dict of tensors (N, ...) by name")
-        for name, value in (conditions or {}).items():
-            if not isinstance(name, str) or not name.isidentifier() or name in ("labels", noise.KEY):
-                raise InputError(f"conditions: {name!r} is no name of an argument of generate or discriminate")
-            if self.generate is None and self.discriminate is None:
-                raise InputError("conditions were given, but neither generate= nor discriminate= says which network reads them")
-            x = torch.as_tensor(value).detach().cpu()
-            if x.dim() == 0 or len(x) != n:
-                raise InputError(f"conditions[{name!r}] has shape {tuple(x.shape)}; wanted one row for each of {n} samples")
-            found[name] = checks.tensor(f"conditions[{name!r}]", x, self.dtype).to(self.dtype) if x.is_floating_point() else x
+        found |= self.own_conditions(conditions, n)
         if self.on_noise == "freeze":
             found[noise.KEY] = noise.keys(seed, torch.arange(first_id, first_id + n))
+        return found
+
+    def own_conditions(self, conditions: Any, n: int, what: str = "conditions") -> dict[str, Tensor]:
+        """Conditions of n samples by name, on the CPU, floats in the dtype of the state; {} for None."""
+        found: dict[str, Tensor] = {}
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise InputError(f"{what} is a {type(conditions).__name__}; wanted a dict of tensors (N, ...) by name")
+        for name, value in (conditions or {}).items():
+            if not isinstance(name, str) or not name.isidentifier() or name in ("labels", noise.KEY):
+                raise InputError(f"{what}: {name!r} is no name of an argument of generate or discriminate")
+            if self.generate is None and self.discriminate is None:
+                raise InputError(f"{what} were given, but neither generate= nor discriminate= says which network reads them")
+            x = torch.as_tensor(value).detach().cpu()
+            if x.dim() == 0 or len(x) != n:
+                raise InputError(f"{what}[{name!r}] has shape {tuple(x.shape)}; wanted one row for each of {n} samples")
+            found[name] = checks.tensor(f"{what}[{name!r}]", x, self.dtype).to(self.dtype) if x.is_floating_point() else x
         return found
 
     def own_labels(self, labels: Any, n: int) -> Tensor | None:

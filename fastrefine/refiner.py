@@ -40,8 +40,9 @@ class Refiner:
     sampler: the update rule, e.g. Collaborative(step_size=0.1).
     at: "input" (the latent) | dotted module name, whose output is refined ("name#k": its k-th call) | "output" (images).
     max_steps: updates per sample at most, 0 allowed. stop: None | logit | object of ``fastrefine.stopping``.
-    prior: where ``sample`` and ``stream`` draw latents. real, real_labels: real images (N, ...) in the generator's range,
-        scored under the current discriminator; stop rules, adaptive and ladam read these logits, per class if labelled.
+    prior: where ``sample`` and ``stream`` draw latents. real, real_labels, real_conditions: real images (N, ...) in the
+        generator's range, their labels, and their conditions by name; scored under the current discriminator. Stop rules,
+        adaptive and ladam read these logits, per class if labelled.
     discriminator_output: "logit" | "probability" (its final sigmoid is cut) | "critic". output_key: key, index or
         callable that picks the logit where D returns a tuple, dict or object.
     generate: generate(generator, z, **inputs) -> images (N, ...). None: generator(z) or generator(z, labels), with
@@ -100,6 +101,7 @@ class Refiner:
         prior: Prior | None = None,
         real: Tensor | None = None,
         real_labels: Tensor | None = None,
+        real_conditions: dict[str, Tensor] | None = None,
         discriminator_output: str = "logit",
         generate: Callable[..., Any] | None = None,
         discriminate: Callable[..., Any] | None = None,
@@ -222,9 +224,12 @@ class Refiner:
         checks.count("chunk", chunk, 1)
         return self._parts(self._source(checks.count("n", n, 0), first_id, seed, None, labels, conditions), chunk, snapshots)
 
-    def dataset(self, n: int, seed: int = 0, *, first_id: int = 0, labels: Any = None, chunk: int = 1000) -> RefinedDataset:
+    def dataset(
+        self, n: int, seed: int = 0, *, first_id: int = 0, labels: Any = None,
+        conditions: Mapping[str, Tensor] | None = None, chunk: int = 1000,
+    ) -> RefinedDataset:  # fmt: skip
         """The samples of ``sample`` as a torch IterableDataset for a DataLoader; see ``RefinedDataset``."""
-        return RefinedDataset(self, n, seed=seed, first_id=first_id, labels=labels, chunk=chunk)
+        return RefinedDataset(self, n, seed=seed, first_id=first_id, labels=labels, conditions=conditions, chunk=chunk)
 
     def score(self, images: Tensor, labels: Any = None, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
@@ -313,15 +318,16 @@ def _warn(text: str) -> None:
 class RefinedDataset(IterableDataset):
     """``refiner.dataset(n, seed)``: samples first_id ... first_id + n - 1 as they are made, in bounded memory.
 
-    Each item is a dict: "image" (C, ...) tensor, "logit" () tensor, "id" int, and "label" where labels were given. With
-    several DataLoader workers each makes every w-th chunk: together they give every sample once, in an order of chunks
-    that depends on the number of workers; which sample has which id does not.
+    Each item is a dict: "image" (C, ...) tensor, "logit" () tensor, "id" int, "label" where labels were given, and each
+    condition by its name. With several DataLoader workers each makes every w-th chunk: together they give every sample once,
+    in an order of chunks that depends on the number of workers; which sample has which id does not.
     """
 
-    def __init__(self, refiner: Refiner, n: int, *, seed: int, first_id: int, labels: Any, chunk: int):
+    def __init__(self, refiner: Refiner, n: int, *, seed: int, first_id: int, labels: Any, conditions: Any, chunk: int):
         checks.count("n", n, 0)
         self.refiner, self.n, self.seed, self.first_id = refiner, n, seed, first_id
         self.labels, self.chunk = checks.labels(labels, n), checks.count("chunk", chunk, 1)
+        self.conditions = refiner.options.own_conditions(conditions, n)
 
     def __len__(self) -> int:
         return self.n
@@ -344,9 +350,11 @@ class RefinedDataset(IterableDataset):
 
     def _items(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         labels = None if self.labels is None else self.labels[start:stop]
+        conditions = {name: value[start:stop] for name, value in self.conditions.items()} or None
         for part in self.refiner.stream(
-            stop - start, first_id=self.first_id + start, seed=self.seed, chunk=self.chunk, labels=labels
+            stop - start, first_id=self.first_id + start, seed=self.seed, chunk=self.chunk, labels=labels, conditions=conditions
         ):
             for row, number in enumerate(part.ids.tolist()):
                 item = {"image": part.images[row], "logit": part.logits[row], "id": number}
+                item |= {name: value[row] for name, value in part.conditions.items()}
                 yield item if part.labels is None else {**item, "label": part.labels[row]}

@@ -90,8 +90,9 @@ class Result:
     steps: (N,) int32 updates made (rejected trials included). status: (N,) int8, values of Status.
     logit_falls: (N,) int32 how often an evaluation was below the sample's current logit; many mean too large a step.
     latents: (N, ...) the generator's inputs, refined under at="input". activations: (N, ...) refined.
-    labels: (N, ...) or None. acceptance: (N,) accepted share of the Metropolis tests of MALA and HMC, NaN without a test;
-    None for other samplers. step_sizes: (N,) last ones under backtracking or adaptation; None for other samplers.
+    labels: (N, ...) or None. conditions: {name: (N, ...)}, as given.
+    acceptance: (N,) accepted share of the Metropolis tests of MALA and HMC, NaN without a test; None for other samplers.
+    step_sizes: (N,) last ones under backtracking or adaptation; None for other samplers.
     scale: "logit" | "critic". report: counts and speed of the run so far, see Refiner.
     snapshots: {number of steps: Snapshot}, where they were asked for.
     real_logits: (R,) float64 on the CPU, of the refiner's ``real`` under the discriminator of this run, else None.
@@ -113,6 +114,7 @@ class Result:
     report: dict[str, Any]
     step_sizes: Tensor | None = None
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    conditions: dict[str, Tensor] = field(default_factory=dict)
     real_logits: Tensor | None = None
     real_labels: Tensor | None = None
 
@@ -144,7 +146,7 @@ class Result:
     def tensors(self) -> list[Tensor]:
         """All tensors of samples, those of the snapshots too."""
         own = [t for k, t in vars(self).items() if isinstance(t, Tensor) and k not in _WHOLE]
-        return own + [t for snapshot in self.snapshots.values() for t in vars(snapshot).values()]
+        return [*own, *self.conditions.values(), *(t for snap in self.snapshots.values() for t in vars(snap).values())]
 
     def moved(self, tensors: list[Tensor]) -> Result:
         """The same result with these in place of ``tensors()``, in that order."""
@@ -154,5 +156,6 @@ class Result:
     def _mapped(self, change: Callable[[Tensor], Tensor], report: dict[str, Any]) -> Result:
         """The result with ``change`` applied to every one of ``tensors()``, in that order."""
         own: dict[str, Any] = {k: change(t) for k, t in vars(self).items() if isinstance(t, Tensor) and k not in _WHOLE}
+        conditions = {name: change(value) for name, value in self.conditions.items()}
         snapshots = {step: snapshot._mapped(change) for step, snapshot in self.snapshots.items()}
-        return replace(self, **own, snapshots=snapshots, report=report)
+        return replace(self, **own, conditions=conditions, snapshots=snapshots, report=report)

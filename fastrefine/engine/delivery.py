@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrefine import noise
 from fastrefine.engine.machine import Machine
 from fastrefine.engine.proposals import Block
 from fastrefine.engine.transfer import Transfer, send
@@ -52,6 +53,7 @@ class Delivery:
             labels=None if labels is None else labels[asked], acceptance=reported.get("accepted"),
             scale="critic" if self.machine.target.discriminator.scale == "critic" else "logit", report={},
             step_sizes=reported.get("step_size"), snapshots=self._snapshots(block, a),
+            conditions={name: value[asked] for name, value in block.inputs.items() if name not in ("labels", noise.KEY)},
         )  # fmt: skip
         values = Transfer([t.contiguous() for t in result.tensors()], self.output_device, self.side)
         out.status[self.machine.rows(block, block.admitted)] = slots.PENDING

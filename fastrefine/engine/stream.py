@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastrefine import ops
+from fastrefine import noise, ops
 from fastrefine.engine.idle import IdleMachines
 from fastrefine.engine.proposals import Proposals, Source
 from fastrefine.engine.run import Run, drivers
@@ -179,5 +179,6 @@ class SampleStream:
             source.inputs.get("labels"), none if "accepted" in reports else None, options.scale, self.progress.report(),
             step_sizes=none if "step_size" in reports else None,
             snapshots={step: Snapshot(images, none, activations) for step in self.snapshots},
+            conditions={name: value for name, value in source.inputs.items() if name not in ("labels", noise.KEY)},
         )  # fmt: skip
         return empty.moved([tensor.to(options.output_device) for tensor in empty.tensors()])

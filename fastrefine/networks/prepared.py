@@ -199,11 +199,11 @@ class Networks:
         if options.real is not None:
             if discriminator.takes_labels and options.real_labels is None:
                 raise InputError("the discriminator takes labels: pass real_labels= with `real` to the Refiner")
-            unknown = sorted(set(discriminator.call.names) - {"labels", noise.KEY})
+            unknown = sorted(set(discriminator.call.names) - {"labels", noise.KEY} - set(options.real_conditions or ()))
             if unknown:
                 raise InputError(
-                    f"`real` images have no conditions, and discriminate reads {', '.join(unknown)}: leave `real` out, and "
-                    "give a stop rule its logits, e.g. MedianOfReal(refiner.score(images, conditions=...))"
+                    f"discriminate reads {', '.join(unknown)}, and `real` images come without: pass real_conditions="
+                    f"{{{', '.join(f'{name!r}: ...' for name in unknown)}}} to the Refiner"
                 )
             logits = self._score(discriminator, options.real, self._real_inputs()).double().cpu()
             bad = (~torch.isfinite(logits)).nonzero()[:5, 0].tolist()
@@ -215,7 +215,7 @@ class Networks:
 
     def _real_inputs(self) -> dict[str, Tensor]:
         assert self.options.real is not None
-        return self.options.own_inputs(self.options.real_labels, None, len(self.options.real))
+        return self.options.own_inputs(self.options.real_labels, self.options.real_conditions, len(self.options.real))
 
     def score(self, images: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (N,) of images (N, ...), in blocks of num_slots, where the networks are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,21 @@ from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.noise import Stream, uniform
 
-Batch = tuple[Tensor, Tensor | None]
+Batch = tuple[Tensor, dict[str, Tensor]]  # images, and their labels and conditions by name
 
 
 class RealBatches:
     """Batch k of the data is a pure function of (seed, k) for a tensor or a map-style Dataset; a loader is cycled.
 
-    real: images (N, ...), a Dataset of images or (image, label), or an iterable of batches of either.
-    labels: of the images of a tensor or Dataset, in place of its own. labelled: False leaves the data's own unread.
-    size: how many images there are, those held out included; None for a loader. Labels are given on the CPU.
+    real: images (N, ...), a Dataset of images, (image, label) or (image, {name: input}), or an iterable of batches of these.
+    labels, conditions: of the images of a tensor or Dataset, in place of its own. labelled: False leaves the data's own
+    unread. size: how many images there are, those held out included; None for a loader. Labels are given on the CPU.
     """
 
-    def __init__(self, real: Any, batch_size: int, seed: int, labels: Any = None, labelled: bool = True):
+    def __init__(
+        self, real: Any, batch_size: int, seed: int, labels: Any = None, labelled: bool = True,
+        conditions: Mapping[str, Tensor] | None = None,
+    ):  # fmt: skip
         self.batch_size, self.seed, self._labelled = checks.count("batch_size", batch_size, 1), seed, labelled
         self._loader: Any = None
         self._iterator: Iterator[Any] | None = None
@@ -39,16 +42,19 @@ class RealBatches:
         else:
             raise InputError(f"real is a {type(real).__name__}; wanted a tensor (N, ...), a Dataset or a loader")
         if self._loader is not None:
-            if labels is not None:
-                raise InputError("real_labels cannot be matched with a loader: let it give (images, labels) instead")
+            if labels is not None or conditions:
+                raise InputError(
+                    "real_labels and real_conditions cannot be matched with a loader: let it give (images, labels) or "
+                    "(images, {name: input}) instead"
+                )
             return
         self.size = len(self._images)
         if self.size == 0:
             raise InputError("`real` is empty; wanted real images (N, ...)")
-        self._labels = _labels(labels, self.size)
+        self._inputs = _inputs(labels, self.size) | dict(conditions or {})
 
     def batch(self, index: int) -> Batch:
-        """Images (batch_size, ...) and their labels or None; a loader gives its own batch size."""
+        """Images (batch_size, ...) and their inputs; a loader gives its own batch size."""
         if self._loader is not None:
             return self._from_loader()
         ids = torch.tensor([index])
@@ -56,15 +62,16 @@ class RealBatches:
         return self.rows((u * len(self._images)).long().clamp(max=len(self._images) - 1))
 
     def rows(self, positions: Tensor) -> Batch:
-        """Images and labels at the given positions (tensor or Dataset only)."""
-        labels = None if self._labels is None else self._labels[positions]
+        """Images and inputs at the given positions (tensor or Dataset only)."""
+        inputs = {name: value[positions] for name, value in self._inputs.items()}
         if isinstance(self._images, Tensor):
-            return self._images[positions], labels
+            return self._images[positions], inputs
         items = [_parts(self._images[i]) for i in positions.tolist()]
         images = checks.tensor("real", _stacked("images", [image for image, _ in items]))
-        if labels is None and self._labelled and items[0][1] is not None:
-            labels = _labels(_stacked("labels", [label for _, label in items]), len(items))
-        return images, labels
+        if not inputs and self._labelled and items[0][1] is not None:
+            own = [further if isinstance(further, Mapping) else {"labels": further} for _, further in items]
+            inputs = _inputs({name: _stacked(name, [given[name] for given in own]) for name in own[0]}, len(items))
+        return images, inputs
 
     def _from_loader(self) -> Batch:
         for _ in range(2):
@@ -81,9 +88,9 @@ class RealBatches:
         if item is None:
             self._iterator = None
             return None
-        images, labels = _parts(item)
+        images, further = _parts(item)
         x = checks.tensor("real", images)
-        return x, _labels(labels, len(x)) if self._labelled else None
+        return x, _inputs(further, len(x)) if self._labelled else {}
 
     def hold_out(self, count: int) -> Batch:
         """Take ``count`` images aside, at most half of them: they never appear in a batch again.
@@ -94,8 +101,8 @@ class RealBatches:
             taken = [self._from_loader()]
             while sum(len(x) for x, _ in taken) < count and (batch := self._rest_of_pass()) is not None:
                 taken.append(batch)
-            labels = None if taken[0][1] is None else torch.cat([y for _, y in taken if y is not None])[:count]
-            return torch.cat([x for x, _ in taken])[:count], labels
+            inputs = {name: torch.cat([given[name] for _, given in taken])[:count] for name in taken[0][1]}
+            return torch.cat([x for x, _ in taken])[:count], inputs
         total = len(self._images)
         if total < 2:
             raise InputError("`real` holds one image, so that none can be held out; wanted two or more")
@@ -104,12 +111,12 @@ class RealBatches:
         held, rest = order.tensor_split([max(1, min(count, total // 2))])
         batch = self.rows(held)
         self._images = self._images[rest] if isinstance(self._images, Tensor) else Subset(self._images, rest.tolist())
-        self._labels = None if self._labels is None else self._labels[rest]
+        self._inputs = {name: value[rest] for name, value in self._inputs.items()}
         return batch
 
 
 def _parts(item: Any) -> tuple[Any, Any]:
-    """(image, label) of one item or batch, label None where it has none."""
+    """(image, label or further inputs by name) of one item or batch, None where it has none."""
     if not isinstance(item, tuple | list):
         return item, None
     if not item:
@@ -122,6 +129,20 @@ def _stacked(what: str, values: list[Any]) -> Tensor:
         return torch.stack([torch.as_tensor(value) for value in values])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the {what} of `real` must be numbers or tensors of one shape: {error}") from error
+
+
+def _inputs(given: Any, n: int) -> dict[str, Tensor]:
+    """Labels, or labels and conditions by name, as inputs of n samples; none for None."""
+    if not isinstance(given, Mapping):
+        y = _labels(given, n)
+        return {} if y is None else {"labels": y}
+    found = {}
+    for name, value in given.items():
+        x = _labels(value, n) if name == "labels" else torch.as_tensor(value)
+        if x is None or x.shape[:1] != (n,):
+            raise InputError(f"{name!r} of `real` has {'none' if x is None else tuple(x.shape)}; wanted ({n}, ...)")
+        found[name] = x
+    return found
 
 
 def _labels(value: Any, n: int) -> Tensor | None:

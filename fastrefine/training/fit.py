@@ -66,7 +66,7 @@ def fit_discriminator(
         wanted = takes_labels(g, {})[0] or takes_labels(discriminator, {})[0]
         batches = RealBatches(real, batch_size, seed, real_labels, wanted)
         count = HELD_OUT if batches.size is None else min(HELD_OUT, max(MIN_HELD_OUT, batches.size // 10))
-        held, held_labels = batches.hold_out(count)
+        held, held_inputs = batches.hold_out(count)
         held = held.float()
         if discriminator is None:
             seed_torch(torch.device("cpu"), seed)
@@ -78,16 +78,17 @@ def fit_discriminator(
             discriminator_output=discriminator_output,
         )  # fmt: skip
         trainer = Trainer(student, source, "adam", learning_rate, betas, None, "train", seed)
-        held, held_labels = trainer.checked((held, held_labels))
+        held, held_inputs = trainer.checked((held, held_inputs))
+        held_labels = held_inputs.get("labels")
         read = held_labels if trainer.reads_labels else None
         examination = source.sample(len(held), first_id=2**31, seed=seed, labels=held_labels).images
         checks.real_images(held, tuple(examination.shape[1:]), examination)
         best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
         for iteration in progress_bar(iterations, "fitting", progress):
-            x, labels = trainer.checked(batches.batch(iteration))
-            fakes = source.sample(len(x), first_id=first_id, seed=seed, labels=labels).images
+            x, inputs = trainer.checked(batches.batch(iteration))
+            fakes = source.sample(len(x), first_id=first_id, seed=seed, labels=inputs.get("labels")).images
             first_id += len(x)
-            trainer.update(x, fakes, labels)
+            trainer.update(x, fakes, inputs)
             if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
                 judge = source.with_discriminator(student)
                 brier = diagnose(judge.score(held, read), judge.score(examination, read)).brier

@@ -27,6 +27,7 @@ def shape_discriminator(
     learning_rate: float,
     *,
     real_labels: Any = None,
+    real_conditions: Any = None,
     latents: Tensor | None = None,
     stop: StopRule | float | None = None,
     optimizer: str = "adam",
@@ -40,8 +41,9 @@ def shape_discriminator(
     """Shape D for refinement ([CS] Alg. 2): alternate a refined batch by the current D and one update of D on it.
 
     refiner: with a prior, or pass ``latents`` (N, ...) to draw proposals from. Its D and G stay as they are.
-    real: images (N, ...) as a tensor or array, a Dataset or a loader, of images or (image, label). real_labels: labels of
-        a tensor, array or Dataset, in place of its own. The proposals get the labels of the real batch.
+    real: images (N, ...) as a tensor or array, a Dataset or a loader, of images, (image, label), or (image, {name: input}),
+        labels and conditions by name. real_labels, real_conditions: those of a tensor, array or Dataset, in place of its own.
+        The proposals get the labels and conditions of the real batch.
     stop: when refined samples leave; None is [CS]'s "probabilistic" refinement, a step drawn uniformly from
         0 ... max_steps (stopping.UniformStep), so that D sees every stage. Pass ``refiner.stop`` to use its own rule. A
         rule or sampler that reads the refiner's ``real`` scores all of it anew in every iteration.
@@ -68,21 +70,29 @@ def shape_discriminator(
         if twin.prior is None and latents is None:
             raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
         trainer = Trainer(student, refiner, optimizer, learning_rate, betas, gradient_penalty, batch_norm, seed)
-        batches = RealBatches(real, batch_size, seed, real_labels, trainer.labelled)
+        conditions = None
+        if real_conditions is not None:
+            conditions = refiner.options.own_conditions(real_conditions, len(real), "real_conditions")
+        batches = RealBatches(real, batch_size, seed, real_labels, trainer.labelled, conditions)
         proposals = None if latents is None else RealBatches(checks.tensor("latents", latents), batch_size, seed + 1)
         first_id = 0
         for iteration in progress_bar(iterations, "shaping", progress):
-            x, labels = trainer.checked(batches.batch(iteration))
-            if proposals is None:
-                refined = twin.sample(len(x), first_id=first_id, seed=seed, labels=labels)
+            x, inputs = trainer.checked(batches.batch(iteration))
+            z = None if proposals is None else proposals.batch(iteration)[0][: len(x)]
+            if z is not None:
+                x, inputs = x[: len(z)], {name: value[: len(z)] for name, value in inputs.items()}
+            given: dict[str, Any] = {
+                "labels": inputs.get("labels"),
+                "conditions": {k: v for k, v in inputs.items() if k != "labels"} or None,
+            }
+            if z is None:
+                refined = twin.sample(len(x), first_id=first_id, seed=seed, **given)
             else:
-                z = proposals.batch(iteration)[0][: len(x)]
-                x, labels = x[: len(z)], None if labels is None else labels[: len(z)]
-                refined = twin.refine(z, labels=labels, first_id=first_id, seed=seed)
+                refined = twin.refine(z, first_id=first_id, seed=seed, **given)
             if iteration == 0:
                 _check_range(twin, x)
             first_id += len(refined)
-            facts = trainer.update(x, refined.images, labels)
+            facts = trainer.update(x, refined.images, inputs)
             twin._networks.refresh(student)
             if callback is not None:
                 callback({"iteration": iteration, **facts})

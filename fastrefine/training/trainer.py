@@ -79,15 +79,15 @@ class Trainer:
         )
 
     def checked(self, batch: Batch) -> Batch:
-        """The batch with labels if a network takes them; InputError if one needs them and there are none."""
-        x, labels = batch
-        if labels is None and self.required:
+        """The batch with the inputs that a network takes; InputError if one needs labels and there are none."""
+        x, inputs = batch
+        if "labels" not in inputs and self.required:
             raise InputError(
                 "the generator or the discriminator needs labels: give `real` as (image, label), or pass real_labels=(N,)"
             )
-        return x, labels if self.labelled else None
+        return x, inputs if self.labelled else {}
 
-    def update(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
+    def update(self, real: Tensor, fake: Tensor, inputs: dict[str, Tensor]) -> dict[str, float]:
         """One step of the optimizer; returns loss and mean logits. What D draws is a function of (seed, update)."""
         device = self.refiner.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
@@ -98,15 +98,14 @@ class Trainer:
                     module.training = True
             real = real.detach().to(device, self.dtype).requires_grad_(self.penalty > 0)
             fake = fake.detach().to(device, self.dtype)
-            if labels is not None:
-                labels = labels.to(device, self.dtype if labels.is_floating_point() else None)
-            d_real, d_fake = self._heads(real, labels), self._heads(fake, labels)
+            inputs = {k: v.to(device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+            d_real, d_fake = self._heads(real, inputs), self._heads(fake, inputs)
             if self.scale == "critic":
                 loss = _mean(d_fake) - _mean(d_real)
             else:
                 loss = _mean([F.softplus(-head) for head in d_real]) + _mean([F.softplus(head) for head in d_fake])
             if self.penalty:
-                loss = loss + self.penalty * self._gradient_penalty(real, fake, d_real, labels)
+                loss = loss + self.penalty * self._gradient_penalty(real, fake, d_real, inputs)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -114,15 +113,14 @@ class Trainer:
         self.updates += 1
         return {"loss": loss.item(), "real_logit": _mean(d_real).item(), "fake_logit": _mean(d_fake).item()}
 
-    def _heads(self, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def _heads(self, x: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
         """(n, P) logits of each head; a probability is turned back into its logit, for the module keeps its final sigmoid."""
-        inputs = {} if labels is None else {"labels": labels}
         call = call_of("discriminator", self.student, inputs, self.refiner.discriminate, self.refiner.discriminator_kwargs)
         raw = attempt("discriminator", lambda: call(self.student, x, *call.values(inputs)), x)
         heads = self.read.heads(raw, len(x), torch.promote_types(x.dtype, torch.float32))
         return [torch.logit(head, eps=1e-6) for head in heads] if self.scale == "probability" else heads
 
-    def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: list[Tensor], labels: Tensor | None) -> Tensor:
+    def _gradient_penalty(self, real: Tensor, fake: Tensor, d_real: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
         if self.scale != "critic":
             (grad,) = torch.autograd.grad(_score(d_real).sum(), real, create_graph=True)
             return grad.flatten(1).square().sum(1).mean()
@@ -130,7 +128,7 @@ class Trainer:
         ids = torch.arange(n)
         u = noise.uniform(0, ids, torch.full_like(ids, self.updates), 1, Stream.BATCH).to(real).view(n, *[1] * (real.dim() - 1))
         middle = (u * real[:n] + (1 - u) * fake[:n]).detach().requires_grad_()
-        d = self._heads(middle, None if labels is None else labels[:n])
+        d = self._heads(middle, {name: value[:n] for name, value in inputs.items()})
         (grad,) = torch.autograd.grad(_score(d).sum(), middle, create_graph=True)
         return (grad.flatten(1).norm(dim=1) - 1).square().mean()
 

@@ -246,10 +246,37 @@ def test_shaping_calls_the_discriminator_as_the_refiner_does(name):
     assert gained[1] > gained[0], "real images lie higher above generated ones than before"
 
 
-def test_real_images_have_no_conditions():
-    one = fr.Refiner(
-        decoder(), judge(), FIXED, max_steps=1, num_slots=4, prior=fr.Normal(4), real=torch.randn(8, 3, 8, 8),
-        stop=fr.stopping.MedianOfReal(), discriminate=lambda D, x, edges: D(x + edges),
-    )  # fmt: skip
-    with pytest.raises(InputError, match="`real` images have no conditions, and discriminate reads edges"):
-        one.sample(4, conditions={"edges": torch.randn(4, 1, 8, 8)})
+def conditional(**options):
+    torch.manual_seed(0)
+    given = {"max_steps": 2, "num_slots": 4, "prior": fr.Normal(4), "discriminate": lambda D, x, edges: D(x + edges)}
+    return fr.Refiner(decoder(), judge(), FIXED, **given | options)
+
+
+def test_real_images_come_with_their_conditions():
+    real, edges = torch.randn(9, 3, 8, 8), torch.randn(9, 1, 8, 8)
+    given = {"real": real, "stop": fr.stopping.MedianOfReal()}
+    with pytest.raises(InputError, match=r"pass real_conditions=\{'edges': ...\}"):
+        conditional(**given).sample(4, conditions={"edges": edges[:4]})
+    one = conditional(**given, real_conditions={"edges": edges})
+    out = one.sample(4, conditions={"edges": edges[:4]})
+    torch.testing.assert_close(out.real_logits, one.score(real, conditions={"edges": edges}).double())
+    assert torch.equal(out.conditions["edges"], edges[:4]) and torch.equal(out.select([2]).conditions["edges"], edges[2:3])
+
+
+def test_shaping_gives_proposals_the_conditions_of_the_real_batch():
+    """The real images follow from their condition, so a discriminator that reads it tells them from others."""
+    torch.manual_seed(0)
+    edges = torch.randn(64, 1, 8, 8)
+    real, seen = edges.expand(-1, 3, -1, -1).contiguous(), []
+    shaped = fr.shape_discriminator(conditional(), real, 40, 32, 0.01, real_conditions={"edges": edges}, callback=seen.append)
+    assert seen[-1]["loss"] < 0.8 * seen[0]["loss"]
+    items = [(x, {"edges": e}) for x, e in zip(real, edges, strict=True)]
+    same = fr.shape_discriminator(conditional(), items, 40, 32, 0.01)
+    for a, b in zip(shaped.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_dataset_gives_each_sample_its_condition():
+    edges = torch.randn(5, 1, 8, 8)
+    for item in conditional().dataset(5, conditions={"edges": edges}, chunk=2):
+        assert torch.equal(item["edges"], edges[item["id"]])

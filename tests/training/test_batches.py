@@ -25,8 +25,8 @@ class Items(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("real", [TensorDataset(X), DataLoader(TensorDataset(X), 4)], ids=["dataset", "loader"])
 def test_items_of_one_part_are_images_without_labels(real):
-    images, labels = RealBatches(real, 4, 0).batch(0)
-    assert images.shape == (4, 1) and labels is None
+    images, inputs = RealBatches(real, 4, 0).batch(0)
+    assert images.shape == (4, 1) and not inputs
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def test_items_of_one_part_are_images_without_labels(real):
 )
 def test_labels_of_a_dataset_are_classes_or_vectors(column, expected):
     for real in (Items(X, column), DataLoader(Items(X, column), 4)):
-        images, labels = RealBatches(real, 4, 0).batch(0)
-        assert torch.equal(labels, expected[images[:, 0].long()])
+        images, inputs = RealBatches(real, 4, 0).batch(0)
+        assert torch.equal(inputs["labels"], expected[images[:, 0].long()])
 
 
 @pytest.mark.parametrize("real", [X, X.numpy(), Items(X), Items(X, CLASSES * 0)], ids=["tensor", "array", "images", "pairs"])
 def test_given_labels_belong_to_the_images_also_after_some_are_held_out(real):
     batches = RealBatches(real, 8, 0, labels=np.asarray(CLASSES))
-    held, held_labels = batches.hold_out(5)
-    images, labels = batches.batch(3)
-    assert torch.equal(held_labels, CLASSES[held[:, 0].long()]) and torch.equal(labels, CLASSES[images[:, 0].long()])
+    for images, inputs in ((held := batches.hold_out(5)), batches.batch(3)):
+        assert torch.equal(inputs["labels"], CLASSES[images[:, 0].long()])
+    held = held[0]
     assert len(held) == 5 and batches.size == 20
     for k in range(20):
         assert not np.isin(batches.batch(k)[0].numpy(), held.numpy()).any()
@@ -63,14 +63,14 @@ def test_labels_that_cannot_be_used_are_named_and_those_not_wanted_are_not_read(
     names = Items(X, ["a name"] * 20)
     with pytest.raises(fr.InputError, match="labels of `real`"):
         RealBatches(names, 4, 0).batch(0)
-    assert RealBatches(names, 4, 0, labelled=False).batch(0)[1] is None
+    assert RealBatches(names, 4, 0, labelled=False).batch(0)[1] == {}
 
 
 def test_a_loader_holds_out_one_pass_at_most_and_one_image_none():
     loader = DataLoader(TensorDataset(X, CLASSES), 8)
     for count, expected in ((3, 3), (10, 10), (1000, 20)):
-        held, labels = RealBatches(loader, 8, 0).hold_out(count)
-        assert torch.equal(held, X[:expected]) and torch.equal(labels, CLASSES[:expected])
+        held, inputs = RealBatches(loader, 8, 0).hold_out(count)
+        assert torch.equal(held, X[:expected]) and torch.equal(inputs["labels"], CLASSES[:expected])
     with pytest.raises(fr.InputError, match="none can be held out"):
         RealBatches(X[:1], 8, 0).hold_out(10)
     batches = RealBatches(iter([X]), 8, 0)
@@ -95,4 +95,19 @@ def test_data_made_in_inference_mode_can_be_trained_on():
         x, y = X.clone(), CLASSES.clone()
     for real, labels in ((x, y), ([(x, y)], None)):
         images, found = RealBatches(real if labels is not None else iter(real), 4, 0, labels).batch(0)
-        assert not images.is_inference() and not found.is_inference()
+        assert not images.is_inference() and not found["labels"].is_inference()
+
+
+@pytest.mark.parametrize("kind", ["given", "dataset", "loader"])
+def test_conditions_belong_to_their_images(kind):
+    edges = 10 * X
+    if kind == "given":
+        batches = RealBatches(X, 4, 0, conditions={"edges": edges})
+    else:
+        items = [(x, {"labels": y, "edges": e}) for x, y, e in zip(X, CLASSES, edges, strict=True)]
+        batches = RealBatches(items if kind == "dataset" else DataLoader(items, 4), 4, 0)  # type: ignore[arg-type]
+    for images, inputs in (batches.batch(0), batches.hold_out(5), batches.batch(1)):
+        assert torch.equal(inputs["edges"], 10 * images)
+        assert kind == "given" or torch.equal(inputs["labels"], CLASSES[images[:, 0].long()])
+    with pytest.raises(fr.InputError, match="real_conditions cannot be matched with a loader"):
+        RealBatches(DataLoader(TensorDataset(X), 4), 4, 0, conditions={"edges": edges})
