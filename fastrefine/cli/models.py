@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fastrefine.cli.production import FOLDER, configuration_of, model_options, worker_of
+from fastrefine.cli.production import FOLDER, configuration_of, model_options, trusted_by, worker_of
 
 PATH = click.Path(exists=True, path_type=Path)
 TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
@@ -35,11 +35,12 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     import fastrefine as fr
     from fastrefine.networks.calls import attempt, takes_labels
     from fastrefine.production import saved_pair
+    from fastrefine.production.named_code import Trust
 
     if flags["generator"] and not flags["discriminator"]:  # not used here, but a configuration has two networks
         flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
-    allow_pickle, _ = flags.pop("allow_pickle"), flags.pop("device")
-    pair, configuration = saved_pair.configured(configuration_of(ctx, flags), allow_pickle=allow_pickle)
+    allow_pickle, _, trust = flags.pop("allow_pickle"), flags.pop("device"), Trust(**trusted_by(flags))
+    pair, configuration = saved_pair.configured(configuration_of(ctx, flags), trust=trust, allow_pickle=allow_pickle)
     latents = saved_pair.make_prior(configuration.prior).sample(torch.arange(8), 0)
     labels = torch.zeros(len(latents), dtype=torch.int64) if takes_labels(pair.generator, {})[1] else None
     found = attempt("generator", lambda: fr.layers(pair.generator, latents, labels), latents)

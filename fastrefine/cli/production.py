@@ -80,6 +80,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
         click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
         click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
+        click.option("--trust-code", is_flag=True, help="Run whatever code the pair or --config names, not only classes of "
+                     "networks."),
         click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -244,15 +246,22 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
 
 def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False) -> Worker:
     """The networks of the flags, prepared to run; labels: see ``Worker``."""
-    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
+    allow_pickle, device, trusted = flags.pop("allow_pickle"), flags.pop("device"), trusted_by(flags)
     configuration = configuration_of(ctx, flags)
     import torch
 
+    from fastrefine.production.named_code import Trust
     from fastrefine.production.worker import Worker
 
     if not device and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process under torchrun
-    return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels)
+    return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels, trust_code=Trust(**trusted))
+
+
+def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Trust``: what the user typed is trusted, what a file names is not, unless --trust-code is given."""
+    typed = (flags[name] for name in ("generator", "discriminator", "generator_weights", "discriminator_weights"))
+    return {"everything": flags.pop("trust_code"), "typed": frozenset(filter(None, typed)), "file": flags.get("config")}
 
 
 def _terminated(*_: Any) -> None:

@@ -1,13 +1,12 @@
 """A generator and a discriminator in files: saved pairs, the embedded pairs, and networks named by a configuration.
 
 A saved pair is a folder: config.json (where the architectures come from, prior, defaults) and two .safetensors files.
-Loading it imports the modules that config.json names; no code in the folder runs.
+Loading it constructs the classes that config.json names, see ``named_code``; no code in the folder runs.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 import tempfile
@@ -27,6 +26,7 @@ from fastrefine.errors import InputError
 from fastrefine.networks.copies import unwrap
 from fastrefine.priors import Prior
 from fastrefine.production.configuration import USUAL_RANGE, Configuration, Network
+from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, network_code
 from fastrefine.production.weights_file import load_weights, read_weights
 from fastrefine.samplers.base import Sampler
 
@@ -60,7 +60,8 @@ def save_pair(
     """Write a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``; returns the folder.
 
     code: "package.module:callable" of (generator, discriminator). Called with ``arguments`` (keywords, JSON values), it makes
-    the architecture. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
+    the architecture. Name classes: a pair that names functions is only loaded with ``trust_code=True``.
+    at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
 
     Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Raises InputError where the weights do not
     fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. An earlier pair
@@ -87,7 +88,7 @@ def save_pair(
     weights = {}
     for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
         state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
-        load_weights(build(Network(where, given), name), state, f"the {name}")
+        load_weights(build(Network(where, given), name, Trust(everything=True)), state, f"the {name}")
         weights[f"{name}.safetensors"] = state
         config[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
     config |= {
@@ -106,47 +107,67 @@ def save_pair(
     return folder
 
 
-def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
-    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong."""
+def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: bool = False) -> Pair:
+    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong.
+
+    Of the code that config.json names, only classes that are torch.nn.Modules are used, and no module in the folder itself is
+    imported. trust_code: any code may be named, as by whoever wrote the file; also functions that make networks.
+
+    Example: ``pair = fr.load_pair("digits"); pair.generator(torch.randn(4, 32)).shape  # (4, 1, 8, 8)``
+    """
     if str(folder) in EMBEDDED and not Path(folder).exists():
         return embedded_pair(str(folder))
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    file = folder / CONFIG
+    if not file.is_file():
         raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads(file.read_text())
         g, d = (Network(**config[name]) for name in ROLES)
         prior = dict(config["prior"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} is no configuration of a pair ({type(error).__name__}: {error})") from error
-    here = [replace(spec, weights=str(folder / spec.weights)) for spec in (g, d)]
-    return Pair(*_loaded(here, allow_pickle), prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is no configuration of a pair ({type(error).__name__}: {error})") from error
+    here = []
+    for spec in (g, d):
+        check_inside(spec.weights, file, folder)
+        here.append(replace(spec, weights=str(folder / spec.weights)))
+        if spec.code.endswith(".pt2"):
+            check_inside(spec.code, file, folder)
+            here[-1] = replace(here[-1], code=str(folder / spec.code))
+    networks = _loaded(here, Trust(trust_code, file=file), allow_pickle)
+    return Pair(*networks, prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
 
 
-def _loaded(specs: Sequence[Network], allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
-    g, d = (load_network(spec, name, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
+def _loaded(specs: Sequence[Network], trust: Trust, allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
+    g, d = (load_network(spec, name, trust=trust, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
     return g, d
 
 
-def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:
+def load_network(network: Network, name: str, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False) -> nn.Module:
     """The network of a specification, on the CPU in eval mode; name: its role, for errors."""
     if network.code.endswith(".pt2"):
-        return _exported(Path(network.code), name)
-    module = build(network, name)
+        return _exported(network.code, name, trust)
+    module = build(network, name, trust)
     if not network.weights:
         raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
     load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
     return module.eval()
 
 
-def configured(configuration: Configuration, *, allow_pickle: bool = False) -> tuple[Pair, Configuration]:
+def configured(
+    configuration: Configuration, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False
+) -> tuple[Pair, Configuration]:
     """The networks of a configuration, and the configuration with the pair's values filled in where it has none."""
     if configuration.pair:
-        pair = load_pair(configuration.pair, allow_pickle=allow_pickle)
+        pair = load_pair(configuration.pair, allow_pickle=allow_pickle, trust_code=trust.everything)
     else:
         assert configuration.generator and configuration.discriminator
         specs = configuration.generator, configuration.discriminator
-        pair = Pair(*_loaded(specs, allow_pickle), {}, {}, specs)
+        for spec in specs:
+            if trust.file is not None and not trust.covers(spec.weights):
+                folders = Path.cwd(), trust.file.parent
+                check_inside(spec.weights, trust.file, *folders, otherwise=", or its path as a flag, or --trust-code")
+        pair = Pair(*_loaded(specs, trust, allow_pickle), {}, {}, specs)
     at, generator = configuration.at, configuration.generator
     if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
         raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
@@ -194,31 +215,27 @@ def make_sampler(values: Mapping[str, Any]) -> Sampler:
         raise InputError(f"sampler {name}: {error}") from error
 
 
-def build(network: Network, name: str) -> nn.Module:
+def build(network: Network, name: str, trust: Trust = UNTRUSTED) -> nn.Module:
     """The architecture in eval mode, with the weights that its code gives it; torch's random state is not changed."""
-    module_name, colon, attribute = network.code.partition(":")
-    if not colon or not attribute:
-        raise InputError(f"the {name} is {network.code!r}; wanted package.module:callable, or a torch.export archive (.pt2)")
-    try:
-        target: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"the {name}'s code {network.code!r} cannot be imported ({error}); is its folder on PYTHONPATH? In that "
-            "folder: PYTHONPATH=. fastrefine ..., or python -m fastrefine ..."
-        ) from error
+    target = network_code(network.code, name, trust)
     with torch.random.fork_rng(devices=[]):
         try:
             made = target(**network.arguments) if not isinstance(target, nn.Module) else copy.deepcopy(target)
-        except TypeError as error:
-            raise InputError(f"the {name}'s {network.code} does not take {network.arguments}: {error}") from error
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"the {name}'s {network.code} does not take {network.arguments} ({why})") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"the {name}'s {network.code} gave a {type(made).__name__}; wanted a torch.nn.Module")
     return made.eval()
 
 
-def _exported(path: Path, name: str) -> nn.Module:
+def _exported(code: str, name: str, trust: Trust) -> nn.Module:
+    path = Path(code)
+    if not trust.covers(code):
+        raise InputError(
+            f"{trust} names the archive {code!r} as the {name}, and torch.export.load can run code in it: it was not read; "
+            f"wanted package.module:Class with weights. {HOW}"
+        )
     if not path.is_file():
         raise InputError(f"the {name}'s {path} is not there; wanted an archive of torch.export.save")
     try:

@@ -26,6 +26,7 @@ from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
 from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard
 from fastrefine.production.images import load_labelled, scaled
+from fastrefine.production.named_code import Trust
 from fastrefine.production.per_image_selection import Chooser
 from fastrefine.production.run_folder import Folder
 from fastrefine.production.weights_file import digest
@@ -58,13 +59,16 @@ class Worker:
     """The networks of a configuration, prepared once; any number of shards may be made with it.
 
     device: as for Refiner. labels: the caller gives labels itself, so networks may need them without ``classes`` in the
-    configuration. Raises InputError on what does not fit.
+    configuration. trust_code: code that is no torch.nn.Module class may be named too, as in ``load_pair``; a ``Trust`` says of
+    which texts. Raises InputError on what does not fit.
     """
 
     def __init__(
-        self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False, labels: bool = False
-    ):
-        pair, configuration = saved_pair.configured(configuration, allow_pickle=allow_pickle)
+        self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False, labels: bool = False,
+        trust_code: bool | Trust = False,
+    ):  # fmt: skip
+        trust = trust_code if isinstance(trust_code, Trust) else Trust(trust_code)
+        pair, configuration = saved_pair.configured(configuration, trust=trust, allow_pickle=allow_pickle)
         self.pair, self.configuration = pair, configuration
         c = configuration
         if c.select != "none" and c.discriminator_output == "critic":

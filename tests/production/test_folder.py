@@ -217,7 +217,7 @@ def test_another_pair_with_the_same_weights_is_another_run(tmp_path):
         saved(tmp_path / name, code=code)
     Worker(replace(BASE, pair=str(tmp_path / "a" / "pair"))).folder(tmp_path / "run")
     with pytest.raises(InputError, match=r"another configuration \(differs in code\)"):
-        Worker(replace(BASE, pair=str(tmp_path / "b" / "pair"))).folder(tmp_path / "run")
+        Worker(replace(BASE, pair=str(tmp_path / "b" / "pair")), trust_code=True).folder(tmp_path / "run")
 
 
 def steeper():
@@ -243,16 +243,18 @@ class Unsigned(torch.nn.Module):
         return torch.sigmoid(self.out(z)).view(-1, self.channels, 4, 4)
 
 
-def judge(channels=1):
+class Judge(torch.nn.Sequential):
     """(N, C, 4, 4) -> (N, 1)."""
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 1))
+
+    def __init__(self, channels=1):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 1))
 
 
 def unsigned(folder, channels=1):
     """The path of a pair whose images lie in 0 to 1, and that of real images."""
     torch.manual_seed(0)
     fr.save_pair(
-        folder / "pair", Unsigned(channels), judge(channels), code=(f"{__name__}:Unsigned", f"{__name__}:judge"),
+        folder / "pair", Unsigned(channels), Judge(channels), code=(f"{__name__}:Unsigned", f"{__name__}:Judge"),
         arguments=({"channels": channels}, {"channels": channels}), prior=fr.Normal(4), image_range=(0.0, 1.0),
     )  # fmt: skip
     np.savez(folder / "real.npz", arr_0=np.arange(256, dtype=np.uint8).reshape(16, 4, 4, 1))
@@ -277,7 +279,7 @@ def test_shape_scales_real_images_to_the_range_of_the_generator(tmp_path, how):
     pair, real = unsigned(tmp_path)
     given = ["--pair", pair] if how == "pair" else [
         "--generator", f"{__name__}:Unsigned", "--generator-weights", f"{pair}/generator.safetensors", "--discriminator",
-        f"{__name__}:judge", "--discriminator-weights", f"{pair}/discriminator.safetensors", "--prior",
+        f"{__name__}:Judge", "--discriminator-weights", f"{pair}/discriminator.safetensors", "--prior",
         '{"name": "normal", "shape": [4]}', "--image-range", "0", "1",
     ]  # fmt: skip
     more = ["--real", real, "--iterations", "1", "--batch-size", "8", "--max-steps", "1"]
