@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+COUPLINGS = ("refuse", "lockstep")  # of Refiner; here, so that the command line reads it without torch
+
 
 def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     """``value`` as an int in [low, high]; InputError otherwise (True and 3.0 are not counts, NumPy's integers are)."""

@@ -71,7 +71,7 @@ class Options:
             raise InputError(f"prior is {self.prior!r}; wanted a prior such as fastrefine.Normal(64)")
         for name, choices in (
             ("discriminator_output", SCALES), ("precision", tuple(DTYPES)), ("keep", ("last", "best")),
-            ("coupling", ("refuse", "lockstep")), ("on_nonfinite", ("contain", "error")), ("driver", DRIVERS),
+            ("coupling", checks.COUPLINGS), ("on_nonfinite", ("contain", "error")), ("driver", DRIVERS),
         ):  # fmt: skip
             checks.choice(name, getattr(self, name), choices)
         if self.max_grad_norm is not None:

@@ -76,6 +76,38 @@ def imported(code: str, what: str, trust: Trust) -> Any:
     return target
 
 
+def function(code: str, what: str, trust: Trust) -> Any:
+    """The function "module:function" of the caller that is named for ``what``; InputError where the text is not trusted."""
+    if not trust.covers(code):
+        raise InputError(
+            f"{trust} names {code!r} as {what}, and a file may name no function: it was not imported; wanted it typed, as "
+            f"--{what} {code}. {HOW}"
+        )
+    found = imported(code, what, trust)
+    if not callable(found):
+        raise InputError(f"{what} is {code!r}, a {type(found).__name__}; wanted module:function")
+    return found
+
+
+def text_of(given: Any, what: str) -> str:
+    """The text "module:function" that names a function; InputError where no other process could import it by that."""
+    text = given if isinstance(given, str) else f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', '')}"
+    everything = Trust(everything=True)
+    if isinstance(given, str):
+        function(text, what, everything)
+        return text
+    try:
+        same = not text.startswith("__main__:") and imported(text, what, everything) is given
+    except InputError:
+        same = False
+    if not same:
+        raise InputError(
+            f"{what} is {given!r}, which cannot be saved: a lambda, a function inside another one or one of the running "
+            "program has no name to import it by; wanted a function at the top level of a module, e.g. mynetworks.py"
+        )
+    return text
+
+
 def network_code(code: str, what: str, trust: Trust) -> Any:
     """What makes a network: a class that is a torch.nn.Module, or where the text is trusted any callable or a module."""
     target = imported(code, what, trust)

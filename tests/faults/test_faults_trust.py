@@ -140,7 +140,7 @@ def both(pair):
     return {role: config[role] | {"weights": str(pair / f"{role}.safetensors")} for role in saved_pair.ROLES}
 
 
-QUICK = ("--max-steps", 1, "--slots", 4, "--seeds", "0-3")
+QUICK = ("--max-steps", 1, "--slots", 4, "--ids", "0-3")
 
 
 # --- the ways in
@@ -370,3 +370,40 @@ def test_a_network_made_in_python_is_trusted_only_when_said(pair):
         saved_pair.load_network(Network(f"{HERE}:generator", weights=weights), "generator")
     trust = Trust(typed=frozenset([f"{HERE}:generator"]))
     assert saved_pair.load_network(Network(f"{HERE}:generator", weights=weights), "generator", trust=trust) is not None
+
+
+# --- how networks are called
+
+
+@pytest.mark.parametrize("name", ["generate", "discriminate"])
+@pytest.mark.parametrize("code", ["subprocess:getoutput", f"{HERE}:call"])
+def test_functions_that_a_file_names_are_not_imported_or_called(pair, trace, tmp_path, name, code):
+    file = pair / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: code}))
+    with pytest.raises(fr.InputError, match="trust_code=True.*--trust-code"):
+        fr.load_pair(pair)
+    refused(invoke("refine", "--pair", pair, *QUICK, "--outdir", tmp_path / "run"), trace)
+    values = {**both(pair), "prior": PRIOR, name: code}
+    with pytest.raises(fr.InputError, match="--trust-code"):
+        Worker(Configuration.from_json(values))
+    (pair / "c.json").write_text(json.dumps(values))
+    refused(invoke("refine", "--config", pair / "c.json", *QUICK, "--outdir", tmp_path / "run"), trace)
+    if code.endswith(":call"):
+        Call.trace = trace
+        assert not invoke(
+            "refine", "--config", pair / "c.json", f"--{name}", code, *QUICK, "--outdir", tmp_path / "a"
+        ).exception
+        assert trace.exists()  # typed
+        trace.unlink()
+        assert not invoke("refine", "--pair", pair, "--trust-code", *QUICK, "--outdir", tmp_path / "b").exception
+        assert trace.exists()
+
+
+class Call:
+    trace: Path
+
+
+def call(network, x):
+    """As it is called without a function, but leaves a trace."""
+    Call.trace.touch()
+    return network(x)

@@ -21,7 +21,7 @@ from fastrefine.production.configuration import Configuration, Network
 from fastrefine.production.run_folder import Folder
 from fastrefine.production.worker import Worker
 
-BASE = Configuration(pair="digits", seeds="0-9", shard_size=5, max_steps=1, num_slots=8)
+BASE = Configuration(pair="digits", ids="0-9", shard_size=5, max_steps=1, num_slots=8)
 CODE = ("fastrefine.models.digits:digits_generator", "fastrefine.models.digits:digits_discriminator")
 BATCH = formats.Batch(torch.zeros(2, 1, 4, 4), {"ids": np.arange(2)}, (-1.0, 1.0))
 OTHERS_NAME = "0123456789abcdef0123456789abcdef"
@@ -201,7 +201,7 @@ def test_a_run_is_taken_up_from_another_working_directory(tmp_path, monkeypatch,
             "prior": {"name": "normal", "shape": [32]}, "generator": Network(CODE[0], weights=f"{prefix}g.pt"),
             "discriminator": Network(CODE[1], weights=f"{prefix}d.pt"),
         }  # fmt: skip
-        return Configuration(**given, real=f"{prefix}real.npz", stop="median", seeds="0-9", max_steps=1, num_slots=8)
+        return Configuration(**given, real=f"{prefix}real.npz", stop="median", ids="0-9", max_steps=1, num_slots=8)
 
     monkeypatch.chdir(tmp_path)
     Worker(configuration("")).run(tmp_path / "run")
@@ -263,7 +263,7 @@ def unsigned(folder, channels=1):
 
 def test_real_images_are_scaled_to_the_range_of_the_pair(tmp_path):
     pair, real = unsigned(tmp_path)
-    made = Worker(Configuration(pair=pair, real=real, stop="median", seeds="0-9", max_steps=1, num_slots=8))
+    made = Worker(Configuration(pair=pair, real=real, stop="median", ids="0-9", max_steps=1, num_slots=8))
     assert torch.allclose(made.refiner.real.flatten(), torch.arange(256) / 255)
     assert made.run(tmp_path / "run").images == 10
 
@@ -296,7 +296,7 @@ def test_real_floats_in_the_range_of_the_pair_are_not_scaled_twice(tmp_path):
 
 @pytest.mark.parametrize(("flags", "wanted"), [((), [0.0, 1.0]), (("--image-range", "-1", "1"), [-1.0, 1.0])])
 def test_an_image_range_that_is_given_wins_over_the_pairs(tmp_path, flags, wanted):
-    given = ["--pair", unsigned(tmp_path)[0], "--seeds", "0-3", "--max-steps", "1", "--outdir", str(tmp_path / "run")]
+    given = ["--pair", unsigned(tmp_path)[0], "--ids", "0-3", "--max-steps", "1", "--outdir", str(tmp_path / "run")]
     done = CliRunner().invoke(cli, ["refine", *given, *flags], standalone_mode=False)
     assert done.exception is None
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["image_range"] == wanted
