@@ -130,11 +130,12 @@ def _import_carefully(names: list[str], code: str, trust: Trust) -> None:
         spec = importlib.util.find_spec(full)
         if spec is None:
             raise ModuleNotFoundError(f"No module named {full!r}")
-        places = [Path(place) for place in spec.submodule_search_locations or [spec.origin or full]]
+        file = [Path(spec.origin)] if spec.has_location and spec.origin else []
+        places = [Path(place) for place in spec.submodule_search_locations or ()] or file
         why = ""
-        if full in sys.stdlib_module_names or name == "__main__":
+        if names[0] in sys.stdlib_module_names or name == "__main__":
             why = "a program or a part of Python, which holds no networks"
-        elif trust.file is not None and any(_inside(place, trust.file.parent) for place in (*places, Path(spec.origin or ""))):
+        elif trust.file is not None and any(_inside(place, trust.file.parent) for place in (*places, *file)):
             why = f"in {trust.file.parent}, beside the file that names it"
         elif depth == 0 and not _is_on_pythonpath(Path.cwd()) and any(_is_in(place, Path.cwd()) for place in places):
             why = "in the current directory, which PYTHONPATH does not name"
@@ -157,12 +158,17 @@ def _entry(target: Any, name: str) -> Any:
     return entries[name]
 
 
+def _ways(place: Path) -> tuple[Path, Path]:
+    """Where a file is, and where it leads if it is a link."""
+    return place.absolute().parent.resolve() / place.name, place.resolve()
+
+
 def _inside(place: Path, folder: Path) -> bool:
-    return place.absolute().is_relative_to(folder.absolute()) or place.resolve().is_relative_to(folder.resolve())
+    return any(way.is_relative_to(folder.resolve()) for way in _ways(place))
 
 
 def _is_in(place: Path, folder: Path) -> bool:
-    return folder in (place.absolute().parent, place.resolve().parent)
+    return any(way.parent == folder.resolve() for way in _ways(place))
 
 
 def _is_on_pythonpath(folder: Path) -> bool:

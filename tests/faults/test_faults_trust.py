@@ -296,6 +296,21 @@ def test_a_module_in_the_pairs_folder_is_not_imported(pair, trace, tmp_path, mon
 
 
 @pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("place", ["pair", "work"])
+def test_a_link_to_a_module_behind_a_linked_folder_is_not_imported(pair, trace, tmp_path, monkeypatch, place):
+    evil(tmp_path / "elsewhere", "evil_far", trace)
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "evil_far.py").symlink_to(tmp_path / "elsewhere" / "evil_far.py")
+    (tmp_path / "alias").symlink_to(tmp_path / place)
+    monkeypatch.syspath_prepend(tmp_path / "alias")
+    if place == "work":
+        monkeypatch.chdir(tmp_path / place)
+    with pytest.raises(fr.InputError, match="not imported"):
+        fr.load_pair(changed(pair, code="evil_far:Generator"))
+    assert not trace.exists()
+
+
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("package", [False, True])
 def test_a_module_in_the_current_directory_is_imported_only_if_pythonpath_names_it(pair, trace, tmp_path, monkeypatch, package):
     evil(tmp_path / "work", "evil_cwd", trace, package)
@@ -318,13 +333,13 @@ def test_the_command_started_in_a_foreign_folder_imports_nothing_of_it(pair, tra
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("code", ["this:Generator", "antigravity:X", "torch.utils.bottleneck.__main__:X", "a/b:X", ".a:X",
+@pytest.mark.parametrize("code", ["this:Generator", "antigravity:X", "json.tool:X", "torch.utils.bottleneck.__main__:X", "a/b:X", ".a:X",
                                   "..pair:X", "a:", ":X", "a:b..c", "a b:X"])  # fmt: skip
 def test_programs_pythons_library_and_what_is_no_name_are_not_imported(pair, code):
     known = set(sys.modules)
     with pytest.raises(fr.InputError):
         fr.load_pair(changed(pair, code=code))
-    assert not {"this", "antigravity", "torch.utils.bottleneck.__main__"} & (set(sys.modules) - known)
+    assert not {"this", "antigravity", "json.tool", "torch.utils.bottleneck.__main__"} & (set(sys.modules) - known)
 
 
 # --- paths
