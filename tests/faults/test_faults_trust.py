@@ -333,8 +333,10 @@ def test_the_command_started_in_a_foreign_folder_imports_nothing_of_it(pair, tra
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("code", ["this:Generator", "antigravity:X", "json.tool:X", "torch.utils.bottleneck.__main__:X", "a/b:X", ".a:X",
-                                  "..pair:X", "a:", ":X", "a:b..c", "a b:X"])  # fmt: skip
+@pytest.mark.parametrize("code", [
+    "this:Generator", "antigravity:X", "json.tool:X", "torch.utils.bottleneck.__main__:X", "a/b:X", ".a:X", "..pair:X", "a:",
+    ":X", "a:b..c", "a b:X",
+])  # fmt: skip
 def test_programs_pythons_library_and_what_is_no_name_are_not_imported(pair, code):
     known = set(sys.modules)
     with pytest.raises(fr.InputError):
