@@ -39,7 +39,7 @@ def ways(outdir: Path, n: int) -> dict[str, Any]:
     """sha256 of the merged npz of ``n`` digits, made by each way; raises AssertionError where two differ."""
 
     def start(name: str, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-        command = [sys.executable, *launcher, *REFINE, "--seeds", f"0-{n - 1}", "--outdir", str(outdir / name), *more]
+        command = [sys.executable, *launcher, *REFINE, "--ids", f"0-{n - 1}", "--outdir", str(outdir / name), *more]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def finished(process: subprocess.Popen[bytes]) -> None:
@@ -98,7 +98,7 @@ def memory(outdir: Path, images: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for n in (images // 100, images // 10, images):
         path = str(outdir / f"memory-{n}")
-        refine = [*REFINE, "--max-steps", "2", "--shard-size", "10000", "--seeds", f"0-{n - 1}", "--outdir", path]
+        refine = [*REFINE, "--max-steps", "2", "--shard-size", "10000", "--ids", f"0-{n - 1}", "--outdir", path]
         for name, arguments in (
             ("refine", refine), ("verify", ["-m", "fastrefine", "verify", path]),
             ("merge", ["-m", "fastrefine", "merge", path, "--output", f"{path}.npz"]),
@@ -121,8 +121,8 @@ def writing(outdir: Path) -> dict[str, Any]:
         code=("fastrefine.models:dcgan_generator", "fastrefine.models:dcgan_discriminator"),
         arguments=({"size": 32, "latent": 100, "features": 32}, {"size": 32, "features": 32}),
     )  # fmt: skip
-    digits = Configuration(pair="digits", real="digits", stop="median", seeds="0-19999")
-    dcgan = Configuration(pair=str(pair), max_steps=10, num_slots=128, seeds="0-2999")
+    digits = Configuration(pair="digits", real="digits", stop="median", ids="0-19999")
+    dcgan = Configuration(pair=str(pair), max_steps=10, num_slots=128, ids="0-2999")
     found: dict[str, Any] = {}
     for name, base, kinds in (("digits, 1x8x8", digits, ("npz",)), ("DCGAN, 3x32x32", dcgan, ("npz", "wds", "png"))):
         for kind in kinds:

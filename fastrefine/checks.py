@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Of Refiner; here, so that the command line reads them without torch.
+COUPLINGS, ON_NOISE = ("refuse", "lockstep", "freeze"), ("refuse", "freeze")
+
 
 def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     """``value`` as an int in [low, high]; InputError otherwise (True and 3.0 are not counts, NumPy's integers are)."""

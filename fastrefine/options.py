@@ -21,7 +21,6 @@ OutputKey = str | int | Callable[[Any], Tensor] | None
 MOST_SLOTS = 256  # where the caller names no number
 SCALES = ("logit", "probability", "critic")
 DRIVERS = ("auto", "host", "graph", "loop")
-COUPLINGS = ("refuse", "lockstep", "freeze")
 DTYPES = {
     "float64": torch.float64, "float32": torch.float32, "tf32": torch.float32,
     "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -75,7 +74,7 @@ class Options:
             raise InputError(f"prior is {self.prior!r}; wanted a prior such as fastrefine.Normal(64)")
         for name, choices in (
             ("discriminator_output", SCALES), ("precision", tuple(DTYPES)), ("keep", ("last", "best")),
-            ("coupling", COUPLINGS), ("on_noise", ("refuse", "freeze")), ("on_nonfinite", ("contain", "error")),
+            ("coupling", checks.COUPLINGS), ("on_noise", checks.ON_NOISE), ("on_nonfinite", ("contain", "error")),
             ("driver", DRIVERS),
         ):  # fmt: skip
             checks.choice(name, getattr(self, name), choices)

@@ -10,14 +10,24 @@ from typing import Any
 
 import click
 
-from fastrefine.cli.production import FOLDER, configuration_of, model_options, worker_of
+from fastrefine.cli.production import (
+    CONDITIONS,
+    DISCRIMINATOR,
+    FOLDER,
+    GENERATOR,
+    REFINEMENT,
+    configuration_of,
+    options,
+    trusted_by,
+    worker_of,
+)
 
 PATH = click.Path(exists=True, path_type=Path)
 TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
 @click.command()
-@model_options
+@options(GENERATOR, CONDITIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
@@ -33,16 +43,21 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     import torch
 
     import fastrefine as fr
-    from fastrefine.networks.calls import attempt, takes_labels
+    from fastrefine.networks.calls import attempt
     from fastrefine.production import saved_pair
+    from fastrefine.production.conditions import load_conditions
+    from fastrefine.production.named_code import Trust
 
-    if flags["generator"] and not flags["discriminator"]:  # not used here, but a configuration has two networks
+    if flags["generator"]:  # a configuration has two networks, of which one is used here
         flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
-    allow_pickle, _ = flags.pop("allow_pickle"), flags.pop("device")
-    pair, configuration = saved_pair.configured(configuration_of(ctx, flags), allow_pickle=allow_pickle)
+    allow_pickle, trust = flags.pop("allow_pickle"), Trust(**trusted_by(flags))
+    pair, configuration = saved_pair.configured(configuration_of(ctx, flags), trust=trust, allow_pickle=allow_pickle)
     latents = saved_pair.make_prior(configuration.prior).sample(torch.arange(8), 0)
-    labels = torch.zeros(len(latents), dtype=torch.int64) if takes_labels(pair.generator, {})[1] else None
-    found = attempt("generator", lambda: fr.layers(pair.generator, latents, labels), latents)
+    labels = torch.zeros(len(latents), dtype=torch.int64) if pair.takes_labels("generate")[1] else None
+    given = load_conditions(configuration.conditions) if configuration.conditions else {}
+    given = {name: value[torch.arange(len(latents)) % len(value)] for name, value in given.items()}
+    kwargs, generate = (pair.calls.get(name) for name in ("generator_kwargs", "generate"))
+    found = attempt("generator", lambda: fr.layers(pair.generator, latents, labels, kwargs, generate, given), latents)
     if as_json:
         click.echo(json.dumps([layer.__dict__ for layer in found]))
         return
@@ -54,7 +69,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
 
 
 @click.command()
-@model_options
+@options(GENERATOR, DISCRIMINATOR, REFINEMENT)
 @click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True)
@@ -71,7 +86,7 @@ def shape(
 
     \b
     fastrefine shape --pair mypair --real train/ --stop median --iterations 300 --outdir shaped
-    fastrefine refine --pair shaped --real train/ --stop median --seeds 0-9999 --outdir run
+    fastrefine refine --pair shaped --real train/ --stop median --ids 0-9999 --outdir run
     """
     if not flags["real"]:
         raise click.UsageError("--real is needed: real images to shape the discriminator on")
@@ -85,7 +100,8 @@ def shape(
     import fastrefine as fr
     from fastrefine.production import saved_pair
 
-    started = last_line = time.monotonic()
+    started, trusts = time.monotonic(), flags["trust_code"]
+    last_line = started
     worker = worker_of(ctx, flags, labels=True)
     refiner, c = worker.refiner, worker.configuration
     curve: list[dict[str, float]] = []
@@ -106,7 +122,7 @@ def shape(
         pair, (g, d) = worker.pair, worker.pair.specs
         saved_pair.save_pair(
             outdir, pair.generator, shaped.cpu(), code=(g.code, d.code), arguments=(g.arguments, d.arguments),
-            prior=saved_pair.make_prior(pair.prior), **{**pair.defaults, "at": c.at},
+            prior=saved_pair.make_prior(pair.prior), **{name: getattr(c, name) for name in saved_pair.DEFAULTS},
         )  # fmt: skip
     else:
         part = outdir / "discriminator.part"
@@ -116,7 +132,7 @@ def shape(
         writer = csv.DictWriter(file, list(curve[0]))
         writer.writeheader()
         writer.writerows(curve)
-    use = f"fastrefine refine --pair {outdir}"
+    use = f"fastrefine refine --pair {outdir}{' --trust-code' * (trusts or bool(c.generate or c.discriminate))}"
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
         if c.discriminator.code.endswith(".pt2"):
@@ -187,7 +203,7 @@ def evaluate(
 
 
 @click.command()
-@model_options
+@options(GENERATOR, DISCRIMINATOR, CONDITIONS)
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Updates of every sample.")
 @click.option("--layers", "names", help="Comma-separated; default: --at, or input, output and those between "
               "that save work.")  # fmt: skip
@@ -208,7 +224,7 @@ def bench(
     worker = worker_of(ctx, flags, labels=True)
     from fastrefine.production.bench import Bench
 
-    ours = Bench(worker.refiner, steps, seconds, labelled=worker.labelled)
+    ours = Bench(worker.refiner, steps, seconds, labelled=worker.labelled, conditions=worker.conditions)
     rows = ours.rows(names.split(",") if names else ours.candidates(), precisions.split(","))
     if as_json:
         click.echo(json.dumps(list(rows)))

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from fastrefine.checks import COUPLINGS, ON_NOISE
 from fastrefine.errors import InputError
-from fastrefine.production.configuration import CHOICES, FORMATS, SELECTIONS, Configuration
+from fastrefine.production.configuration import CHOICES, FORMATS, SELECTIONS, Configuration, renamed
 
 if TYPE_CHECKING:
     from fastrefine.production.worker import Outcome, Worker
@@ -50,48 +51,80 @@ class JsonObject(click.ParamType):
         return found
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say where the two networks come from, where G is cut and how samples are refined."""
-    keywords = JsonObject("'{\"width\": 64}'")
-    options = [
-        click.option("--pair", help="digits | mnist (embedded), or a folder of fastrefine.save_pair."),
-        *(
-            option
-            for name in ("generator", "discriminator")
-            for option in (
-                click.option(f"--{name}", metavar="CODE", help="package.module:callable, or a torch.export archive (.pt2)."),
-                click.option(f"--{name}-args", type=keywords, help="Keywords of the callable, as JSON."),
-                click.option(f"--{name}-weights", type=click.Path(), help=".safetensors, or a torch.save file of tensors."),
-                click.option(f"--{name}-key", help="Which state dict of the file, e.g. g_ema."),
-            )
-        ),
-        click.option("--prior", type=JsonObject('\'{"name": "normal", "shape": [128]}\''),
-                     help='e.g. {"name": "normal", "shape": [128]} (default: the pair\'s).'),
-        click.option("--at", help="input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
-        click.option("--sampler", type=click.Choice(SAMPLERS), default="collaborative", show_default=True),
-        click.option("--step-size", type=float, default=0.1, show_default=True),
-        click.option("--sampler-args", type=keywords, help="Further arguments of the sampler, as JSON."),
-        click.option("--max-steps", type=click.IntRange(min=0), default=50, show_default=True),
-        click.option("--stop", default="none", show_default=True, help="none | median | reference | uniform | a logit."),
-        click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
-        click.option("--real", type=click.Path(), help="Real images, for --stop and --select: folder, .npz, digits..."),
-        click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
-        click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
-        click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
-        click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
-        click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
-        click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+KEYWORDS = JsonObject("'{\"width\": 64}'")
 
 
-@click.command()
-@model_options
-@click.option("--seeds", metavar="RANGE", default="0-999", show_default=True,
-              help="One image each, e.g. 0-49999 or 3,7,10-12 (10 alone: one image).")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the whole run.")
+def network_options(name: str, call: str) -> list[Callable[..., Any]]:
+    """Options that say where a network comes from, and how it is called."""
+    called = {"generate": "generate(G, z, **inputs) -> images", "discriminate": "discriminate(D, x, **inputs) -> logits"}
+    return [
+        click.option(f"--{name}", metavar="CODE", help="package.module:callable, or a torch.export archive (.pt2)."),
+        click.option(f"--{name}-args", type=KEYWORDS, help="Keywords of the callable, as JSON."),
+        click.option(f"--{name}-weights", type=click.Path(), help=".safetensors, or a torch.save file of tensors."),
+        click.option(f"--{name}-key", help="Which state dict of the file, e.g. g_ema."),
+        click.option(f"--{call}", metavar="CODE", help=f"module:function, {called[call]}: how it is called."),
+        click.option(f"--{name}-kwargs", type=KEYWORDS, help=f"Keywords of each call without --{call}, as JSON."),
+    ]
+
+
+GENERATOR = [
+    click.option("--pair", help="digits | mnist (embedded), or a folder of fastrefine.save_pair."),
+    *network_options("generator", "generate"),
+    click.option("--prior", type=JsonObject('\'{"name": "normal", "shape": [128]}\''),
+                 help='e.g. {"name": "normal", "shape": [128]} (default: the pair\'s).'),
+    click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
+    click.option("--trust-code", is_flag=True, help="Run whatever code the pair or --config names, not only classes of "
+                 "networks."),
+]  # fmt: skip
+CONDITIONS = [
+    click.option("--conditions", metavar="FILE", type=click.Path(), help=".npz or .safetensors of arrays (N, ...) by name: "
+                 "further inputs of --generate and --discriminate, row i for sample i."),
+]  # fmt: skip
+DISCRIMINATOR = [
+    *network_options("discriminator", "discriminate"),
+    click.option("--output-key", help="Key or index of the logit in what D returns."),
+    click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
+    click.option("--coupling", type=click.Choice(COUPLINGS), help="Of networks that mix the samples of a batch (default: the "
+                 "pair's, or refuse)."),
+    click.option("--group-size", type=click.IntRange(min=1), help="Samples that --coupling sees as one batch."),
+    click.option("--pack", type=click.IntRange(min=1), help="Samples that D judges as one (PacGAN)."),
+    click.option("--on-noise", type=click.Choice(ON_NOISE), help="Of networks that draw random numbers (default: the "
+                 "pair's, or refuse)."),
+    click.option("--at", help="input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
+    click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
+]  # fmt: skip
+REFINEMENT = [
+    click.option("--sampler", type=click.Choice(SAMPLERS), default="collaborative", show_default=True),
+    click.option("--step-size", type=float, default=0.1, show_default=True),
+    click.option("--sampler-args", type=KEYWORDS, help="Further arguments of the sampler, as JSON."),
+    click.option("--max-steps", type=click.IntRange(min=0), default=50, show_default=True),
+    click.option("--stop", default="none", show_default=True, help="none | median | reference | uniform | a logit."),
+    click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
+    click.option("--real", type=click.Path(), help="Real images, for --stop and --select: folder, .npz, digits..."),
+    click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
+    click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
+]
+
+
+def options(*groups: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of these groups, in this order in --help."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.command(
+    context_settings={"token_normalize_func": lambda name: "ids" if name == "seeds" else name}
+)  # as others call them
+@options(GENERATOR, DISCRIMINATOR, CONDITIONS, REFINEMENT)
+@click.option("--ids", metavar="RANGE", default="0-999", show_default=True,
+              help="Which samples, one image each: 0-49999 or 3,7,10-12 (10 alone: one image).")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers of the run.")
 @click.option("--class", "classes", help="Label of every image, or random.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="For --class random.")
 @click.option("--select", type=click.Choice(SELECTIONS), default="none", show_default=True,
@@ -120,10 +153,10 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
     --shard-id and --num-shards do the same for job arrays.
 
     \b
-    fastrefine refine --pair digits --real digits --stop median --seeds 0-9999 --outdir run
+    fastrefine refine --pair digits --real digits --stop median --ids 0-9999 --outdir run
     fastrefine refine --generator mymodels:Generator --generator-weights g.pt \\
         --discriminator mymodels:Discriminator --discriminator-weights d.pt \\
-        --prior '{"name": "normal", "shape": [128]}' --at layer2 --seeds 0-9999 --outdir run
+        --prior '{"name": "normal", "shape": [128]}' --at layer2 --ids 0-9999 --outdir run
     """
     if shard_id >= num_shards:
         raise click.UsageError(f"--shard-id is {shard_id}; wanted it below --num-shards {num_shards}")
@@ -187,7 +220,7 @@ def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True,
               help="FILE.npz (ADM: arr_0 uint8 NHWC, arr_1 labels), FILE.tar (webdataset), or a PNG folder.")  # fmt: skip
 def merge(directory: Path, output: Path) -> None:
-    """Join the shards of DIR into one file or tree, in order of seed.
+    """Join the shards of DIR into one file or tree, in order of sample id.
 
     \b
     fastrefine merge run --output run.npz
@@ -211,12 +244,14 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
         if not isinstance(base, dict):
             raise click.UsageError(f'{path} holds {base!r}; wanted a JSON object, as a manifest\'s "configuration"')
 
+    base = renamed(base)
+
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
     values = dict(base)
     for role in ("generator", "discriminator"):
-        parts = {key: flags.pop(name) for key, name in (("code", role), ("arguments", f"{role}_args"),
+        parts = {key: flags.pop(name, None) for key, name in (("code", role), ("arguments", f"{role}_args"),
                  ("weights", f"{role}_weights"), ("key", f"{role}_key"))}  # fmt: skip
         there = {key: value for key, value in parts.items() if value is not None}
         if there:
@@ -226,13 +261,16 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
             values[role] = {**(base.get(role) or {}), **there}
             if "code" not in values[role]:
                 raise click.UsageError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
-    sampler = {"name": flags.pop("sampler"), "step_size": flags.pop("step_size"), **(flags.pop("sampler_args") or {})}
-    if "sampler" not in base or any(given(name) for name in ("sampler", "step_size", "sampler_args")):
-        values["sampler"] = sampler
-    with contextlib.suppress(ValueError):  # "median", ...
-        flags["stop"] = float(flags["stop"])
-    if (flags.get("classes") or "").isdecimal():
-        flags["classes"] = int(flags["classes"])
+    if "sampler" in flags:
+        sampler = {"name": flags.pop("sampler"), "step_size": flags.pop("step_size"), **(flags.pop("sampler_args") or {})}
+        if "sampler" not in base or any(given(name) for name in ("sampler", "step_size", "sampler_args")):
+            values["sampler"] = sampler
+    if "stop" in flags:
+        with contextlib.suppress(ValueError):  # "median", ...
+            flags["stop"] = float(flags["stop"])
+    for name in ("classes", "output_key"):
+        if (flags.get(name) or "").isdecimal():
+            flags[name] = int(flags[name])
     for name, value in flags.items():
         if value is not None and (given(name) or name not in base):
             values[name] = value
@@ -244,15 +282,23 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
 
 def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False) -> Worker:
     """The networks of the flags, prepared to run; labels: see ``Worker``."""
-    allow_pickle, device = flags.pop("allow_pickle"), flags.pop("device")
+    allow_pickle, device, trusted = flags.pop("allow_pickle"), flags.pop("device"), trusted_by(flags)
     configuration = configuration_of(ctx, flags)
     import torch
 
+    from fastrefine.production.named_code import Trust
     from fastrefine.production.worker import Worker
 
     if not device and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process under torchrun
-    return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels)
+    return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels, trust_code=Trust(**trusted))
+
+
+def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Trust``: what the user typed is trusted, what a file names is not, unless --trust-code is given."""
+    names = ("generator", "discriminator", "generator_weights", "discriminator_weights", "generate", "discriminate")
+    typed = (flags.get(name) for name in names)
+    return {"everything": flags.pop("trust_code"), "typed": frozenset(filter(None, typed)), "file": flags.get("config")}
 
 
 def _terminated(*_: Any) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,13 +176,14 @@ def find(generator: nn.Module, call: NetworkCall, at: str, inputs: tuple[Tensor,
 
 def layers(
     generator: nn.Module, sample_latent: Tensor, labels: Any = None, kwargs: dict[str, Any] | None = None,
-    generate: Callable[..., Any] | None = None,
+    generate: Callable[..., Any] | None = None, conditions: Mapping[str, Tensor] | None = None,
 ) -> list[Layer]:  # fmt: skip
     """The places where ``generator`` can be cut, in order of execution, from "input" to "output".
 
     Listed are the modules that run exactly once and give a floating tensor with the batch first, by itself or as the first
     of a tuple, list, dict or dataclass. FLOPs count convolutions and products of matrices, forward only. The generator is
-    evaluated in eval mode and comes back as it was. generate: how it is called, as for ``Refiner``.
+    evaluated in eval mode and comes back as it was. generate: how it is called, as for ``Refiner``; conditions: its further
+    inputs (N, ...) by name.
 
     Raises InputError where ``generator`` is no module, ``sample_latent`` no tensor (N, ...), or the generator fails on it.
     """
@@ -193,13 +194,14 @@ def layers(
         got = f"shape {tuple(sample_latent.shape)}" if isinstance(sample_latent, Tensor) else type(sample_latent).__name__
         raise InputError(f"latents: wanted a tensor (N, ...), got {got}; e.g. fastrefine.Normal(64).sample(torch.arange(8), 0)")
     labels = checks.labels(labels, len(sample_latent))
-    call = NetworkCall(("labels",) if labels is not None else (), generate, kwargs or {})
+    further = ({} if labels is None else {"labels": labels}) | dict(conditions or {})
+    call = NetworkCall(tuple(further), generate, kwargs or {})
     names = {module: name for name, module in generator.named_modules() if name}
     seen: dict[str, list[tuple[tuple[int, ...] | None, int]]] = {}  # for each call: shape, FLOPs so far
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
     counter = FlopCounterMode(display=False)
-    inputs: tuple[Tensor, ...] = (sample_latent,) if labels is None else (sample_latent, labels)
+    inputs: tuple[Tensor, ...] = (sample_latent, *further.values())
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
         found = first_tensor(output)

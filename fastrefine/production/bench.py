@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrefine.networks import torch_state
-from fastrefine.networks.calls import NetworkCall, takes_labels
+from fastrefine.networks.calls import LogitReader, NetworkCall, call_of
 from fastrefine.networks.copies import unwrap
 from fastrefine.networks.cut import Tail, find, image_of, layers
 from fastrefine.options import MOST_SLOTS
@@ -26,22 +26,38 @@ BATCHES = (64, 256, 1024)
 class Bench:
     """Images/s of a refiner's networks with ``steps`` updates for every sample; each figure takes about ``seconds``.
 
-    labelled: networks that take labels get those of class 0. Wall-clock time, so nothing else should run.
+    labelled: networks that take labels get those of class 0. conditions: further inputs (N, ...) by name, whose rows are used
+    in turn. Wall-clock time, so nothing else should run.
     """
 
-    def __init__(self, refiner: Refiner, steps: int, seconds: float = 2.0, *, labelled: bool = False):
+    def __init__(
+        self, refiner: Refiner, steps: int, seconds: float = 2.0, *, labelled: bool = False,
+        conditions: Mapping[str, Tensor] | None = None,
+    ):  # fmt: skip
         assert isinstance(refiner.generator, nn.Module) and refiner.prior is not None
         self.refiner, self.prior, self.steps, self.seconds = refiner, refiner.prior, steps, seconds
         self.generator, self.discriminator = unwrap(refiner.generator), unwrap(refiner.discriminator)
-        g, d = (labelled and takes_labels(network, {})[0] for network in (self.generator, self.discriminator))
-        self.labels = torch.zeros(max(BATCHES), dtype=torch.int64) if g or d else None
-        self.to_g, self.to_d = (self.labels if takes else None for takes in (g, d))
+        self.label, self.conditions, r = 0 if labelled else None, conditions or {}, refiner
+        some = self._inputs(1)
+        self.to_g = call_of("generator", self.generator, some, r.generate, r.generator_kwargs)
+        self.to_d = call_of("discriminator", self.discriminator, some, r.discriminate, r.discriminator_kwargs)
+
+    def _conditions(self, n: int) -> dict[str, Tensor] | None:
+        return {name: value[torch.arange(n) % len(value)] for name, value in self.conditions.items()} or None
+
+    def _inputs(self, n: int) -> dict[str, Tensor]:
+        """Labels and conditions of n samples, where the networks are."""
+        found = self.refiner.options.own_inputs(self.label, self._conditions(n), n)
+        return {name: value.to(self.refiner.device) for name, value in found.items()}
 
     def candidates(self) -> list[str]:
         """The input, the output, and up to two layers between whose tail costs clearly less than that of the one before."""
-        z, y = self._example()
+        z, given = self._example()
+        names = [name for name in self.to_g.names if name != "labels"]
+        conditions = {name: given[name] for name in names}
+        labels = given["labels"] if "labels" in self.to_g.names else None
         found, share = [], 2.0
-        for layer in layers(self.generator, z, y):
+        for layer in layers(self.generator, z, labels, dict(self.to_g.kwargs), self.to_g.function, conditions):
             if layer.name in ("input", "output") or layer.tail_share < 0.95 * share - 0.02:
                 found.append(layer.name)
                 share = layer.tail_share
@@ -52,37 +68,34 @@ class Bench:
 
         Raises SplitError and InputError at once, before anything is measured, where a name or a precision does not fit.
         """
-        z, y = self._example()
+        z, given = self._example()
         for name in names:
-            _cut(self.generator, name, z, () if y is None else (y,))
+            _cut(self.generator, self.to_g, name, z, self.to_g.values(given))
         for precision in precisions:
             self._ours(names[0], precision)
         return self._rows(names, precisions)
 
-    def _example(self) -> tuple[Tensor, Tensor | None]:
-        """A few latents and their labels, on the generator's device."""
+    def _example(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """A few latents and their further inputs, on the generator's device."""
         device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
-        y = None if self.to_g is None else self.to_g[:8].to(device)
-        return self.prior.sample(torch.arange(8), 0).to(device), y
+        given = {name: value.to(device) for name, value in self._inputs(8).items()}
+        return self.prior.sample(torch.arange(8), 0).to(device), given
 
     def _ours(self, name: str, precision: str) -> Refiner:
-        r = self.refiner
-        return Refiner(
-            r.generator, r.discriminator, Collaborative(0.01, control="fixed"), at=name, max_steps=self.steps, prior=r.prior,
-            discriminator_output=r.discriminator_output, num_slots=r.num_slots or MOST_SLOTS,
-            device=r.device, precision=precision,
+        return self.refiner.replaced(
+            sampler=Collaborative(0.01, control="fixed"), at=name, max_steps=self.steps, stop=None, real=None, real_labels=None,
+            keep="last", num_slots=self.refiner.num_slots or MOST_SLOTS, precision=precision,
         )  # fmt: skip
 
     def _rows(self, names: Sequence[str], precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
-        label = None if self.labels is None else 0
         for name in names:
             base = self.b0(name)
             for precision in precisions:
                 ours = self._ours(name, precision)
-                ours.sample(ours.num_slots, labels=label)
                 n, speed = ours.num_slots, 0.0
+                ours.sample(n, labels=self.label, conditions=self._conditions(n))
                 for _ in range(2):  # the first pass shows how many images take ``seconds``
-                    out = ours.sample(n, labels=label)
+                    out = ours.sample(n, labels=self.label, conditions=self._conditions(n))
                     speed = out.report["images_per_second"]
                     n = max(int(speed * self.seconds) // ours.num_slots, 1) * ours.num_slots
                 yield {
@@ -101,11 +114,13 @@ class Bench:
         g, d = (copy.deepcopy(net).to(device).float().eval().requires_grad_(True)
                 for net in (self.generator, self.discriminator))  # fmt: skip
         z = self.prior.sample(torch.arange(max(BATCHES)), 0).to(device)
-        to_g, to_d = (() if y is None else (y.to(device),) for y in (self.to_g, self.to_d))
-        best = 0.0
+        given, best = self._inputs(max(BATCHES)), 0.0
+        read = LogitReader(self.refiner.output_key)
 
         def batch(size: int, steps: int) -> None:
-            _loop(g, name, d, z[:size], tuple(y[:size] for y in to_g), tuple(y[:size] for y in to_d), steps)
+            to_g, to_d = ([value[:size] for value in call.values(given)] for call in (self.to_g, self.to_d))
+            tail = _cut(g, self.to_g, name, z[:size], to_g)
+            _loop(tail, lambda x: read(self.to_d(d, x, *to_d), len(x), x.dtype), z[:size], to_g, steps)
 
         def wait() -> None:
             if device.type == "cuda":
@@ -123,20 +138,16 @@ class Bench:
         return best
 
 
-def _cut(generator: nn.Module, name: str, z: Tensor, to_g: tuple[Tensor, ...]) -> Tail:
-    call = NetworkCall(("labels",) if to_g else ())
-    return Tail(generator, call) if name in ("input", "output") else find(generator, call, name, (z, *to_g))
+def _cut(generator: nn.Module, call: NetworkCall, name: str, z: Tensor, to_g: Sequence[Tensor]) -> Tail:
+    return Tail(generator, call, name) if name in ("input", "output") else find(generator, call, name, (z, *to_g))
 
 
-def _loop(
-    generator: nn.Module, name: str, discriminator: nn.Module, z: Tensor, to_g: tuple[Tensor, ...], to_d: tuple[Tensor, ...],
-    steps: int,
-) -> Tensor:  # fmt: skip
+def _loop(tail: Tail, logits: Callable[[Tensor], Tensor], z: Tensor, to_g: Sequence[Tensor], steps: int) -> Tensor:
     """The peers' loop at one place; the modules before it run once."""
-    tail = _cut(generator, name, z, to_g)
+    name = tail.at
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if name == "output":
-            a = image_of(tail.call(generator, z, *to_g))
+            a = image_of(tail.call(tail.generator, z, *to_g))
         else:
             a = tail.activation(z, *to_g)
         given = to_g if name == "input" else (z, *to_g)
@@ -149,7 +160,7 @@ def _loop(
     with kept:
         for _ in range(steps):
             a = a.detach().requires_grad_()
-            F.softplus(-discriminator(image(a), *to_d)).flatten(1 if a.dim() > 1 else 0).sum().backward()
+            F.softplus(-logits(image(a))).sum().backward()
             assert a.grad is not None
             a = a - 0.01 * a.grad
         with torch.no_grad():
@@ -157,7 +168,7 @@ def _loop(
 
 
 @contextlib.contextmanager
-def _prefix_once(tail: Tail, given: tuple[Tensor, ...]) -> Iterator[None]:
+def _prefix_once(tail: Tail, given: Sequence[Tensor]) -> Iterator[None]:
     """Modules that end before the place, and run once, give again what they gave, without running."""
     place, open_ = tail.generator.get_submodule(tail.at), True
     ended: dict[nn.Module, list[Any]] = {}

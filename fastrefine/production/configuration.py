@@ -24,9 +24,16 @@ CHOICES = {
     "format": FORMATS, "select": SELECTIONS, "keep": ("last", "best"),
     "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
     "discriminator_output": ("", "logit", "probability", "critic"),  # "": as the pair says
+    "coupling": ("", *checks.COUPLINGS), "on_noise": ("", *checks.ON_NOISE),
 }  # fmt: skip
-COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1}  # minimum
+COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
 USUAL_RANGE = (-1.0, 1.0)
+# How the networks are called: arguments of Refiner, which a pair keeps.
+CALLS = (
+    "generate", "discriminate", "generator_kwargs", "discriminator_kwargs", "output_key", "coupling", "group_size", "pack",
+    "on_noise",
+)  # fmt: skip
+PATHS = ("pair", "real", "conditions")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Configuration:
 
     pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
     sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: real images, for stop, steps and select.
-    seeds: "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
+    ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
     select: among chain_length proposals of each image; budget: of obrs. image_range: of the generator's images; None: the
-    pair's, or -1 to 1 (``saved_pair.configured``). Raises InputError on values of the wrong kind or out of range.
+    pair's, or -1 to 1 (``saved_pair.configured``). conditions: a file with further inputs of the networks, of which image i
+    has row i. generate, discriminate: "package.module:function"; these and the rest of CALLS as for Refiner, or as the pair
+    says where they are empty. Raises InputError on values of the wrong kind or out of range.
     """
 
     pair: str = ""
@@ -72,7 +81,7 @@ class Configuration:
     num_slots: int = 256
     precision: str = "float32"
     seed: int = 0
-    seeds: str = "0-999"
+    ids: str = "0-999"
     classes: int | str | None = None
     num_classes: int = 0
     select: str = "none"
@@ -82,10 +91,20 @@ class Configuration:
     format: str = "npz"
     shard_size: int = 1000
     image_range: tuple[float, float] | None = None
+    conditions: str = ""
+    generate: str = ""
+    discriminate: str = ""
+    generator_kwargs: dict[str, Any] = field(default_factory=dict)
+    discriminator_kwargs: dict[str, Any] = field(default_factory=dict)
+    output_key: str | int | None = None
+    coupling: str = ""
+    group_size: int | None = None
+    pack: int = 1
+    on_noise: str = ""
 
     def __post_init__(self) -> None:
-        _check_kinds(self, str, ("pair", "at", "real", "seeds", *CHOICES))
-        _check_kinds(self, dict, ("prior", "sampler"))
+        _check_kinds(self, str, (*PATHS, "at", "ids", "generate", "discriminate", *CHOICES))
+        _check_kinds(self, dict, ("prior", "sampler", "generator_kwargs", "discriminator_kwargs"))
         if bool(self.pair) == bool(self.generator or self.discriminator):
             raise InputError("wanted either a pair, or a generator and a discriminator")
         if not self.pair and not (self.generator and self.discriminator):
@@ -100,10 +119,14 @@ class Configuration:
             object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
         if self.classes not in (None, "random") and (type(self.classes) is not int or self.classes < 0):
             raise InputError(f"classes is {self.classes!r}; wanted a class for all, a whole number of at least 0, or random")
+        if self.group_size is not None:
+            checks.count("group_size", self.group_size, 1)
+        if not isinstance(self.output_key, str | int | None) or isinstance(self.output_key, bool):
+            raise InputError(f"output_key is {self.output_key!r}; wanted a key or an index; discriminate is for all else")
         checks.number("budget", self.budget, 0, 1, open_low=True)
         if not _is_number(self.percentile) or not 0 <= self.percentile <= 100:
             raise InputError(f"percentile is {self.percentile!r}; wanted 0 to 100")
-        ranges(self.seeds)
+        ranges(self.ids)
         if self.image_range is not None:
             ends: Any = self.image_range if isinstance(self.image_range, tuple | list) else ()
             if len(ends) != 2 or not all(map(_is_number, ends)) or not ends[0] < ends[1]:
@@ -130,6 +153,7 @@ class Configuration:
         if not isinstance(values, Mapping):
             raise InputError(f'a configuration is {values!r}; wanted a JSON object, as a manifest\'s "configuration"')
         known = {f.name for f in fields(cls)}
+        values = renamed(values)
         unknown = [name for name in values if name not in known]
         if unknown:
             raise InputError(f"unknown in a configuration: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
@@ -148,9 +172,14 @@ class Configuration:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's JSON by today's names: in older ones the sample ids are called seeds."""
+    return {"ids" if name == "seeds" else name: value for name, value in values.items()}
+
+
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's JSON without the paths of pair, weights and real images: a run depends on their content only."""
-    kept = {name: value for name, value in values.items() if name not in ("pair", "real")}
+    """A configuration's JSON without the paths of pair, weights and data: a run depends on their content only."""
+    kept = {name: value for name, value in values.items() if name not in PATHS}
     for role in ("generator", "discriminator"):
         if isinstance(kept.get(role), Mapping):
             paths = {"weights", "code"} if str(kept[role].get("code")).endswith(".pt2") else {"weights"}
@@ -170,21 +199,21 @@ def _is_number(value: Any) -> bool:
 
 
 def ranges(text: str) -> list[range]:
-    """Seeds such as "0-49999" or "3,7,10-12" as ranges; InputError unless they ascend without overlap."""
+    """Sample ids such as "0-49999" or "3,7,10-12" as ranges; InputError unless they ascend without overlap."""
     found = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         if not low.isdecimal() or (dash and not high.isdecimal()):
-            raise InputError(f"seeds are {text!r}; wanted e.g. 0-49999 or 3,7,10-12")
+            raise InputError(f"ids are {text!r}; wanted e.g. 0-49999 or 3,7,10-12")
         found.append(range(int(low), int(high if dash else low) + 1))
     if any(not len(r) for r in found) or any(a.stop > b.start for a, b in zip(found, found[1:], strict=False)):
-        raise InputError(f"seeds are {text!r}; wanted them ascending, each once")
+        raise InputError(f"ids are {text!r}; wanted them ascending, each once")
     return found
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The seeds of one shard: those of the run from index * size up to (index + 1) * size, as ranges of consecutive seeds."""
+    """The sample ids of one shard: those of the run from index * size up to (index + 1) * size, in ranges without gaps."""
 
     index: int
     runs: tuple[range, ...]
@@ -192,20 +221,20 @@ class Shard:
     @property
     def count(self) -> int:
         """Images in it."""
-        return len(self.seeds)
+        return len(self.ids)
 
     @property
-    def seeds(self) -> list[int]:
-        """All seeds in ascending order."""
-        return [seed for run in self.runs for seed in run]
+    def ids(self) -> list[int]:
+        """All ids in ascending order."""
+        return [one for run in self.runs for one in run]
 
 
 def shards(configuration: Configuration) -> Iterator[Shard]:
-    """All shards in ascending order; which seeds a shard holds does not depend on where the run begins or ends."""
+    """All shards in ascending order; which ids a shard holds does not depend on where the run begins or ends."""
     size = configuration.shard_size
     parts = (
         range(max(run.start, index * size), min(run.stop, (index + 1) * size))
-        for run in ranges(configuration.seeds)
+        for run in ranges(configuration.ids)
         for index in range(run.start // size, -(-run.stop // size))
     )
     for index, runs in itertools.groupby(parts, lambda part: part.start // size):

@@ -1,21 +1,22 @@
 """A generator and a discriminator in files: saved pairs, the embedded pairs, and networks named by a configuration.
 
 A saved pair is a folder: config.json (where the architectures come from, prior, defaults) and two .safetensors files.
-Loading it imports the modules that config.json names; no code in the folder runs.
+Loading it constructs the classes that config.json names, see ``named_code``; no code in the folder runs.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
+import inspect
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,16 +25,20 @@ from torch import nn
 
 from fastrefine import priors, samplers
 from fastrefine.errors import InputError
+from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
 from fastrefine.priors import Prior
-from fastrefine.production.configuration import USUAL_RANGE, Configuration, Network
+from fastrefine.production.configuration import CALLS, USUAL_RANGE, Configuration, Network
+from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, function, network_code, text_of
 from fastrefine.production.weights_file import load_weights, read_weights
 from fastrefine.samplers.base import Sampler
 
 CONFIG = "config.json"
 EMBEDDED = {"digits": (32, "act2"), "mnist": (64, "act7")}  # elements of a latent, default place
 ROLES = ("generator", "discriminator")
-DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes")
+DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes", *CALLS)
+FUNCTIONS = {"generate": "generator", "discriminate": "discriminator"}  # -> whom they call
+PLAIN = Configuration(pair="digits")  # where nothing is given
 PRIORS = {"normal": priors.Normal, "uniform": priors.Uniform, "truncated_normal": priors.TruncatedNormal}
 SAMPLERS = {
     "collaborative": samplers.Collaborative, "ddls": samplers.DDLS, "mala": samplers.MALA, "hmc": samplers.HMC,
@@ -43,28 +48,51 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two networks in eval mode, their prior and the defaults of a run as they were saved, and where the networks come from."""
+    """Two networks in eval mode, their prior and the defaults of a run as they were saved, and where the networks come from.
+
+    calls: how the networks are called, as arguments of Refiner: those of ``configuration.CALLS`` that were saved.
+
+    Example: ``fr.Refiner(pair.generator, pair.discriminator, fr.Collaborative(0.1), prior=fr.Normal(32), **pair.calls)``
+    """
 
     generator: nn.Module
     discriminator: nn.Module
     prior: dict[str, Any]
     defaults: dict[str, Any]
     specs: tuple[Network, Network]
+    calls: dict[str, Any] = field(default_factory=dict)
+
+    def takes_labels(self, caller: str) -> tuple[bool, bool]:
+        """(whether labels are used, whether they are needed) by "generate", the call of G, or "discriminate", that of D."""
+        network = FUNCTIONS[caller]
+        if caller not in self.calls:
+            return takes_labels(getattr(self, network), self.calls.get(f"{network}_kwargs", {}))
+        labels = inspect.signature(self.calls[caller]).parameters.get("labels")
+        return labels is not None, labels is not None and labels.default is labels.empty
 
 
 def save_pair(
     folder: str | Path, generator: nn.Module, discriminator: nn.Module, *, code: tuple[str, str], prior: Prior,
     arguments: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}), at: str = "input",
     discriminator_output: str = "logit", image_range: tuple[float, float] = (-1.0, 1.0), num_classes: int = 0,
+    generate: Callable[..., Any] | str = "", discriminate: Callable[..., Any] | str = "",
+    generator_kwargs: Mapping[str, Any] = MappingProxyType({}), discriminator_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    output_key: str | int | None = None, coupling: str = "refuse", group_size: int | None = None,
+    pack: int = 1, on_noise: str = "refuse",
 ) -> Path:  # fmt: skip
     """Write a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``; returns the folder.
 
     code: "package.module:callable" of (generator, discriminator). Called with ``arguments`` (keywords, JSON values), it makes
-    the architecture. at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
+    the architecture. Name classes: a pair that names functions is only loaded with ``trust_code=True``.
+    at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
+    generate ... on_noise: how the networks are called, as for ``Refiner``. A function is kept by its name, so it stands at
+    the top level of a module (no lambda), or is given as "package.module:function"; the keywords are JSON values.
 
     Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Raises InputError where the weights do not
     fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. An earlier pair
     in the folder is replaced when all of the new one is written.
+
+    Example: ``fr.save_pair("mypair", g, d, code=("mygan:Generator", "mygan:Discriminator"), prior=fr.Normal(16), at="1")``
     """
     folder = Path(folder)
     if not isinstance(code, tuple | list) or [type(part) for part in code] != [str, str]:
@@ -77,23 +105,29 @@ def save_pair(
     if at.partition("#")[0] not in names:
         raise InputError(f"at is {at!r}, no module of the generator; wanted one of {', '.join(sorted(names)[:20])}")
     try:
-        g_arguments, d_arguments = (json.loads(json.dumps(dict(given))) for given in arguments)
+        g_arguments, d_arguments = map(_json, arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"arguments are {arguments!r}, no two objects of JSON ({error}); wanted ({{...}}, {{...}})") from error
+    try:
+        g_kwargs, d_kwargs = map(_json, (generator_kwargs, discriminator_kwargs))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"generator_kwargs or discriminator_kwargs are no object of JSON ({error}); wanted {{...}}") from error
     defaults = Configuration(
-        pair=str(folder), at=at, discriminator_output=discriminator_output, image_range=image_range, num_classes=num_classes
-    )  # which checks them
+        pair=str(folder), at=at, discriminator_output=discriminator_output, image_range=image_range, num_classes=num_classes,
+        generate=text_of(generate, "generate") if generate else "", generator_kwargs=g_kwargs, output_key=output_key,
+        discriminate=text_of(discriminate, "discriminate") if discriminate else "", discriminator_kwargs=d_kwargs,
+        coupling=coupling, group_size=group_size, pack=pack, on_noise=on_noise,
+    )  # fmt: skip  # which checks them
     config: dict[str, Any] = {}
     weights = {}
     for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
         state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
-        load_weights(build(Network(where, given), name), state, f"the {name}")
+        load_weights(build(Network(where, given), name, Trust(everything=True)), state, f"the {name}")
         weights[f"{name}.safetensors"] = state
         config[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
-    config |= {
-        "prior": describe_prior(prior), "at": at, "discriminator_output": discriminator_output,
-        "image_range": list(defaults.value_range), "num_classes": num_classes,
-    }  # fmt: skip
+    kept = {name: getattr(defaults, name) for name in DEFAULTS}
+    config |= {"prior": describe_prior(prior)}
+    config |= {name: value for name, value in kept.items() if name not in CALLS or value != getattr(PLAIN, name)}
     text = json.dumps(config, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as made:
@@ -106,52 +140,90 @@ def save_pair(
     return folder
 
 
-def load_pair(folder: str | Path, *, allow_pickle: bool = False) -> Pair:
-    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong."""
+def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: bool = False) -> Pair:
+    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong.
+
+    Of the code that config.json names, only classes that are torch.nn.Modules are used, and no module in the folder itself is
+    imported. trust_code: any code may be named, as by whoever wrote the file; also functions that make networks.
+
+    Example: ``pair = fr.load_pair("digits"); pair.generator(torch.randn(4, 32)).shape  # (4, 1, 8, 8)``
+    """
     if str(folder) in EMBEDDED and not Path(folder).exists():
         return embedded_pair(str(folder))
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    file = folder / CONFIG
+    if not file.is_file():
         raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads(file.read_text())
         g, d = (Network(**config[name]) for name in ROLES)
         prior = dict(config["prior"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} is no configuration of a pair ({type(error).__name__}: {error})") from error
-    here = [replace(spec, weights=str(folder / spec.weights)) for spec in (g, d)]
-    return Pair(*_loaded(here, allow_pickle), prior, {name: config[name] for name in DEFAULTS if name in config}, (g, d))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is no configuration of a pair ({type(error).__name__}: {error})") from error
+    here = []
+    for spec in (g, d):
+        check_inside(spec.weights, file, folder)
+        here.append(replace(spec, weights=str(folder / spec.weights)))
+        if spec.code.endswith(".pt2"):
+            check_inside(spec.code, file, folder)
+            here[-1] = replace(here[-1], code=str(folder / spec.code))
+    trust, defaults = Trust(trust_code, file=file), {name: config[name] for name in DEFAULTS if name in config}
+    try:
+        checked = Configuration(pair=str(folder), **defaults)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    return Pair(*_loaded(here, trust, allow_pickle), prior, defaults, (g, d), _calls(checked, trust))
 
 
-def _loaded(specs: Sequence[Network], allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
-    g, d = (load_network(spec, name, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
+def _calls(configuration: Configuration, trust: Trust) -> dict[str, Any]:
+    """The arguments of Refiner among a configuration's CALLS that are given, their functions imported."""
+    given = {name: getattr(configuration, name) for name in CALLS}
+    given = {name: value for name, value in given.items() if value != getattr(PLAIN, name)}
+    return {name: function(value, name, trust) if name in FUNCTIONS else value for name, value in given.items()}
+
+
+def _json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(values)))
+
+
+def _loaded(specs: Sequence[Network], trust: Trust, allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
+    g, d = (load_network(spec, name, trust=trust, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
     return g, d
 
 
-def load_network(network: Network, name: str, *, allow_pickle: bool = False) -> nn.Module:
+def load_network(network: Network, name: str, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False) -> nn.Module:
     """The network of a specification, on the CPU in eval mode; name: its role, for errors."""
     if network.code.endswith(".pt2"):
-        return _exported(Path(network.code), name)
-    module = build(network, name)
+        return _exported(network.code, name, trust)
+    module = build(network, name, trust)
     if not network.weights:
         raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
     load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
     return module.eval()
 
 
-def configured(configuration: Configuration, *, allow_pickle: bool = False) -> tuple[Pair, Configuration]:
+def configured(
+    configuration: Configuration, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False
+) -> tuple[Pair, Configuration]:
     """The networks of a configuration, and the configuration with the pair's values filled in where it has none."""
     if configuration.pair:
-        pair = load_pair(configuration.pair, allow_pickle=allow_pickle)
+        pair = load_pair(configuration.pair, allow_pickle=allow_pickle, trust_code=trust.everything)
     else:
         assert configuration.generator and configuration.discriminator
         specs = configuration.generator, configuration.discriminator
-        pair = Pair(*_loaded(specs, allow_pickle), {}, {}, specs)
+        for spec in specs:
+            if trust.file is not None and not trust.covers(spec.weights):
+                folders = Path.cwd(), trust.file.parent
+                check_inside(spec.weights, trust.file, *folders, otherwise=", or its path as a flag, or --trust-code")
+        pair = Pair(*_loaded(specs, trust, allow_pickle), {}, {}, specs)
     at, generator = configuration.at, configuration.generator
     if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
         raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
-    usual = {"at": "input", "discriminator_output": "logit", "image_range": USUAL_RANGE, **pair.defaults}
-    own = {name: value for name, value in usual.items() if not getattr(configuration, name)}
+    pair = replace(pair, calls=pair.calls | _calls(configuration, trust))
+    usual = {
+        "at": "input", "discriminator_output": "logit", "image_range": USUAL_RANGE, "coupling": "refuse", **pair.defaults
+    }  # fmt: skip
+    own = {name: value for name, value in usual.items() if getattr(configuration, name) == getattr(PLAIN, name)}
     if not configuration.prior:
         if not pair.prior:
             raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')
@@ -194,31 +266,27 @@ def make_sampler(values: Mapping[str, Any]) -> Sampler:
         raise InputError(f"sampler {name}: {error}") from error
 
 
-def build(network: Network, name: str) -> nn.Module:
+def build(network: Network, name: str, trust: Trust = UNTRUSTED) -> nn.Module:
     """The architecture in eval mode, with the weights that its code gives it; torch's random state is not changed."""
-    module_name, colon, attribute = network.code.partition(":")
-    if not colon or not attribute:
-        raise InputError(f"the {name} is {network.code!r}; wanted package.module:callable, or a torch.export archive (.pt2)")
-    try:
-        target: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"the {name}'s code {network.code!r} cannot be imported ({error}); is its folder on PYTHONPATH? In that "
-            "folder: PYTHONPATH=. fastrefine ..., or python -m fastrefine ..."
-        ) from error
+    target = network_code(network.code, name, trust)
     with torch.random.fork_rng(devices=[]):
         try:
             made = target(**network.arguments) if not isinstance(target, nn.Module) else copy.deepcopy(target)
-        except TypeError as error:
-            raise InputError(f"the {name}'s {network.code} does not take {network.arguments}: {error}") from error
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"the {name}'s {network.code} does not take {network.arguments} ({why})") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"the {name}'s {network.code} gave a {type(made).__name__}; wanted a torch.nn.Module")
     return made.eval()
 
 
-def _exported(path: Path, name: str) -> nn.Module:
+def _exported(code: str, name: str, trust: Trust) -> nn.Module:
+    path = Path(code)
+    if not trust.covers(code):
+        raise InputError(
+            f"{trust} names the archive {code!r} as the {name}, and torch.export.load can run code in it: it was not read; "
+            f"wanted package.module:Class with weights. {HOW}"
+        )
     if not path.is_file():
         raise InputError(f"the {name}'s {path} is not there; wanted an archive of torch.export.save")
     try:

@@ -20,12 +20,12 @@ from torch import Tensor
 from fastrefine import stopping
 from fastrefine.diagnosis.calibration import check_trust
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.networks.calls import takes_labels
-from fastrefine.networks.copies import unwrap
 from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
-from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard
+from fastrefine.production.conditions import load_conditions
+from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard, ranges
 from fastrefine.production.images import load_labelled, scaled
+from fastrefine.production.named_code import Trust
 from fastrefine.production.per_image_selection import Chooser
 from fastrefine.production.run_folder import Folder
 from fastrefine.production.weights_file import digest
@@ -34,7 +34,7 @@ from fastrefine.result import Result, Status
 
 log = logging.getLogger("fastrefine")
 HELD = 4096  # proposals in memory at once, about
-STREAMED = 2**20  # proposals of one stream; their labels are in memory
+STREAMED = 2**20  # proposals of one stream; their labels are in memory (with conditions: HELD)
 _RULES = {"median": stopping.MedianOfReal, "reference": stopping.ReferenceSample, "uniform": stopping.UniformStep}
 
 
@@ -58,18 +58,21 @@ class Worker:
     """The networks of a configuration, prepared once; any number of shards may be made with it.
 
     device: as for Refiner. labels: the caller gives labels itself, so networks may need them without ``classes`` in the
-    configuration. Raises InputError on what does not fit.
+    configuration. trust_code: code that is no torch.nn.Module class may be named too, as in ``load_pair``; a ``Trust`` says of
+    which texts. Raises InputError on what does not fit.
     """
 
     def __init__(
-        self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False, labels: bool = False
-    ):
-        pair, configuration = saved_pair.configured(configuration, allow_pickle=allow_pickle)
+        self, configuration: Configuration, *, device: str | None = None, allow_pickle: bool = False, labels: bool = False,
+        trust_code: bool | Trust = False,
+    ):  # fmt: skip
+        trust = trust_code if isinstance(trust_code, Trust) else Trust(trust_code)
+        pair, configuration = saved_pair.configured(configuration, trust=trust, allow_pickle=allow_pickle)
         self.pair, self.configuration = pair, configuration
         c = configuration
         if c.select != "none" and c.discriminator_output == "critic":
             raise InputError(f"select={c.select} reads logits of a probability, and a critic has none; use select=none")
-        taken = [takes_labels(unwrap(network), {}) for network in (pair.generator, pair.discriminator)]
+        taken = [pair.takes_labels(caller) for caller in saved_pair.FUNCTIONS]
         required = any(needs for _, needs in taken)
         if required and c.classes is None and not labels:
             raise InputError("the networks need labels: pass --class 3, or --class random, with --num-classes 10")
@@ -89,16 +92,21 @@ class Worker:
             pair.generator, pair.discriminator, saved_pair.make_sampler(c.sampler), at=c.at, max_steps=c.max_steps, stop=stop,
             prior=saved_pair.make_prior(c.prior), real=real, real_labels=classes if self.labelled else None,
             discriminator_output=c.discriminator_output, num_slots=c.num_slots, device=device, precision=c.precision,
-            keep=c.keep,
+            keep=c.keep, **pair.calls,
         )  # fmt: skip
+        self.conditions = load_conditions(c.conditions) if c.conditions else {}
+        self.group = (c.group_size or c.num_slots) if c.coupling == "lockstep" else 1
         self.facts: dict[str, Any] = {
             "generator_sha256": digest(pair.generator), "discriminator_sha256": digest(pair.discriminator),
             "code": [[_code(spec.code), spec.arguments] for spec in pair.specs],
             "real_sha256": None if real is None else _sha256(real, self.refiner.real_labels),
+            "conditions_sha256": hashlib.sha256(Path(c.conditions).read_bytes()).hexdigest() if c.conditions else None,
         }  # fmt: skip
         # networks that do not fit raise here, before a folder is claimed
-        nobody = torch.zeros(0, dtype=torch.int64)
-        shape = self.refiner.sample(0, labels=nobody if self.labelled else None).images.shape[1:]
+        few = torch.arange(min(4, *map(len, self.conditions.values())) if self.conditions else 0)
+        first = self.refiner.replaced(max_steps=0)
+        made = first.sample(len(few), labels=0 * few if self.labelled else None, conditions=self._conditions(few))
+        shape = made.images.shape[1:]
         if c.classes is not None:
             sampled = range(c.num_classes) if c.classes == "random" else range(int(c.classes), int(c.classes) + 1)
             self.refiner.check_labels(torch.tensor(sampled[-1:]))
@@ -113,7 +121,19 @@ class Worker:
         self.facts["selection"] = per_image_selection.described(self.chooser)
 
     def folder(self, outdir: Path) -> Folder:
-        """The run's folder; InputError where it is another run's."""
+        """The run's folder; InputError where it is another run's, or where an image has no row of the conditions."""
+        c, last = self.configuration, ranges(self.configuration.ids)[-1].stop
+        rows = min(map(len, self.conditions.values()), default=last)
+        if rows < last:
+            raise InputError(
+                f"{c.conditions} has {rows} rows, but image {last - 1} is asked for; wanted a row for each, from 0"
+            )
+        if (c.classes == "random" or self.conditions) and c.shard_size * c.proposals % self.group:
+            each = f"{c.proposals} proposals of each image" if c.proposals > 1 else "images"
+            raise InputError(
+                f"shard_size is {c.shard_size}; in lock step labels and conditions of a whole group decide, so wanted shards "
+                f"whose {each} are whole groups of {self.group}"
+            )
         return Folder.claim(outdir, self.configuration, self.facts)
 
     def run(
@@ -167,7 +187,7 @@ class Worker:
             images = torch.cat([out.images for out in outs])
             names = ["logits", "steps", "status", *(["labels"] if outs[0].labels is not None else [])]
             columns = {name: torch.cat([getattr(out, name) for out in outs]).cpu().numpy() for name in names}
-            columns = {"ids": np.array(shard.seeds, np.int64), **columns}
+            columns = {"ids": np.array(shard.ids, np.int64), **columns}
             counts = Counter(Status(int(s)).name for s in columns["status"])
             facts: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
             if self.chooser is not None:
@@ -176,8 +196,9 @@ class Worker:
             yield shard, formats.Batch(images, columns, self.configuration.value_range), facts
 
     def _pieces(self, runs: list[range]) -> Iterator[tuple[Result, Tensor]]:
-        """Result of each run of seeds, and which of its images were selected."""
-        for group in _streams(runs, max(STREAMED // self.configuration.proposals, 1)):
+        """Result of each run of ids, and which of its images were selected."""
+        together = HELD if self.conditions else STREAMED
+        for group in _streams(runs, max(together // self.configuration.proposals, 1)):
             parts = self._parts(range(group[0].start, group[-1].stop))
             held: list[Result] = []
             chosen: list[Tensor] = []
@@ -190,15 +211,16 @@ class Worker:
                 yield out.select(slice(0, len(run))), selected[: len(run)]
                 held, chosen = [out.select(slice(len(run), None))], [selected[len(run) :]]
 
-    def _parts(self, seeds: range) -> Iterator[tuple[Result, Tensor]]:
-        """Results of consecutive seeds in parts, and which of their images were selected."""
+    def _parts(self, ids: range) -> Iterator[tuple[Result, Tensor]]:
+        """Results of consecutive ids in parts, and which of their images were selected."""
         c, length = self.configuration, self.configuration.proposals
-        labels = self._labels(torch.arange(seeds.start, seeds.stop))
-        proposed = None if labels is None else labels.repeat_interleave(length)
+        owners = torch.arange(ids.start, ids.stop).repeat_interleave(length)
+        labels, conditions = self._labels(owners), self._conditions(owners)
         per_part = max(HELD // length, 1) * length
         stream = self.refiner.stream(
-            len(seeds) * length, first_id=seeds.start * length, seed=c.seed, chunk=per_part, labels=proposed
-        )
+            len(ids) * length, first_id=ids.start * length, seed=c.seed, chunk=per_part, labels=labels,
+            conditions=conditions,
+        )  # fmt: skip
         while True:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FastrefineWarning)  # the command prints counts of the whole run
@@ -215,6 +237,10 @@ class Worker:
                 column, selected = self.chooser.choose(part.logits.view(-1, length), images, classes)
                 part = part.select(torch.arange(len(images)) * length + column)
             yield part, selected
+
+    def _conditions(self, ids: Tensor) -> dict[str, Tensor] | None:
+        """The rows of images; ids beyond the last row, which no image has, begin again."""
+        return {name: value[ids % len(value)] for name, value in self.conditions.items()} or None
 
     def _labels(self, ids: Tensor) -> Tensor | None:
         c = self.configuration
@@ -239,12 +265,14 @@ class Worker:
         labels = ids % c.num_classes if c.classes == "random" else self._labels(ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastrefineWarning)
-            pilot = self.refiner.sample(n, first_id=2**32 - n, seed=c.seed, labels=labels)  # ids that no image owns
+            pilot = self.refiner.sample(  # with ids that no image owns
+                n, first_id=2**32 - n, seed=c.seed, labels=labels, conditions=self._conditions(ids)
+            )
         return Chooser.piloted(c, pilot.logits.cpu(), labels)
 
 
 def _streams(runs: list[range], limit: int) -> list[list[range]]:
-    """The runs in groups that follow one another without a gap, of at most ``limit`` seeds unless one run is longer."""
+    """The runs in groups that follow one another without a gap, of at most ``limit`` ids unless one run is longer."""
     groups: list[list[range]] = []
     for run in runs:
         if groups and groups[-1][-1].stop == run.start and run.stop - groups[-1][0].start <= limit:

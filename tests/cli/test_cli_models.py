@@ -127,7 +127,7 @@ def test_shaping_two_networks_tells_how_to_use_the_result(files, tmp_path, kind)
     assert ("is an export" in last) == (kind == "export")
     code = from_code(files)
     told = (*code[:-1], tmp_path / "shaped" / "discriminator.safetensors")
-    run("refine", *told, "--seeds", "0-3", "--max-steps", 1, "--outdir", tmp_path / "run")
+    run("refine", *told, "--ids", "0-3", "--max-steps", 1, "--outdir", tmp_path / "run")
 
 
 def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from fastrefine.production.worker import Worker
 from fastrefine.stopping import RealLogits
 
 CLASSES = 3
-QUICK = ("--max-steps", 3, "--slots", 16, "--seeds", "0-29")
+QUICK = ("--max-steps", 3, "--slots", 16, "--ids", "0-29")
 
 
 class Generator(nn.Module):
@@ -89,7 +89,7 @@ def test_refine_makes_the_images_of_random_classes_that_the_python_call_makes(fo
 
 def test_a_class_for_all_and_several_workers(folder, tmp_path):
     configuration = Configuration(
-        pair=str(folder / "pair"), classes="random", seeds="0-39", shard_size=10, num_slots=16, max_steps=2, select="obrs",
+        pair=str(folder / "pair"), classes="random", ids="0-39", shard_size=10, num_slots=16, max_steps=2, select="obrs",
         chain_length=2,
     )  # fmt: skip
     for name, workers in (("one", 1), ("two", 2)):

@@ -23,7 +23,7 @@ BASE = Configuration(pair="digits")
     ("max_steps", 2.5, "whole number"), ("max_steps", -1, "at least 0"), ("shard_size", 2.5, "whole number"),
     ("shard_size", 0, "at least 1"), ("num_slots", "8", "whole number"), ("chain_length", 0, "at least 1"),
     ("num_classes", None, "whole number"), ("classes", 1.5, "or random"), ("classes", "all", "or random"),
-    ("seeds", 5, "wanted text"), ("real", None, "wanted text"), ("at", 3, "wanted text"), ("format", [], "wanted text"),
+    ("ids", 5, "wanted text"), ("real", None, "wanted text"), ("at", 3, "wanted text"), ("format", [], "wanted text"),
     ("keep", "first", "last, best"), ("precision", "fp8", "float64"), ("discriminator_output", "score", "logit, prob"),
     ("stop", [1], "wanted a logit"), ("stop", float("nan"), "wanted a logit"), ("stop", True, "wanted a logit"),
     ("prior", [32], "an object"), ("sampler", "dot", "an object"),
@@ -54,7 +54,7 @@ def test_a_network_that_is_none_is_told(role, value):
 
 
 @pytest.mark.parametrize(("content", "told"), [
-    ({"seeds": 5}, "seeds is 5"), ([1], "holds [1]; wanted a JSON object"), ({"shard_size": 2.5}, "shard_size is 2.5"),
+    ({"ids": 5}, "ids is 5"), ([1], "holds [1]; wanted a JSON object"), ({"shard_size": 2.5}, "shard_size is 2.5"),
     ({"configuration": 3}, "holds 3; wanted a JSON object"), ({"image_range": None, "budget": 2}, "budget is 2"),
     ({"pair": 3}, "pair is 3"),
 ])  # fmt: skip

@@ -47,7 +47,7 @@ def test_torch_fidelity_reads_the_png_tree_and_finds_the_distance_that_we_find(t
     features = []
     for seed in (0, 1):
         path = tmp_path / f"run{seed}"
-        Worker(Configuration(pair="digits", seeds="0-1199", seed=seed, max_steps=seed)).run(path)
+        Worker(Configuration(pair="digits", ids="0-1199", seed=seed, max_steps=seed)).run(path)
         assert run_folder.merge(path, tmp_path / f"png{seed}") == 1200
         pixels = np.concatenate([pixels for pixels, _ in run_folder.Folder.open(path).parts()])
         features.append(pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16))

@@ -21,7 +21,7 @@ from fastrefine.production.configuration import Configuration, Network
 from fastrefine.production.run_folder import Folder
 from fastrefine.production.worker import Worker
 
-BASE = Configuration(pair="digits", seeds="0-9", shard_size=5, max_steps=1, num_slots=8)
+BASE = Configuration(pair="digits", ids="0-9", shard_size=5, max_steps=1, num_slots=8)
 CODE = ("fastrefine.models.digits:digits_generator", "fastrefine.models.digits:digits_discriminator")
 BATCH = formats.Batch(torch.zeros(2, 1, 4, 4), {"ids": np.arange(2)}, (-1.0, 1.0))
 OTHERS_NAME = "0123456789abcdef0123456789abcdef"
@@ -201,7 +201,7 @@ def test_a_run_is_taken_up_from_another_working_directory(tmp_path, monkeypatch,
             "prior": {"name": "normal", "shape": [32]}, "generator": Network(CODE[0], weights=f"{prefix}g.pt"),
             "discriminator": Network(CODE[1], weights=f"{prefix}d.pt"),
         }  # fmt: skip
-        return Configuration(**given, real=f"{prefix}real.npz", stop="median", seeds="0-9", max_steps=1, num_slots=8)
+        return Configuration(**given, real=f"{prefix}real.npz", stop="median", ids="0-9", max_steps=1, num_slots=8)
 
     monkeypatch.chdir(tmp_path)
     Worker(configuration("")).run(tmp_path / "run")
@@ -217,7 +217,7 @@ def test_another_pair_with_the_same_weights_is_another_run(tmp_path):
         saved(tmp_path / name, code=code)
     Worker(replace(BASE, pair=str(tmp_path / "a" / "pair"))).folder(tmp_path / "run")
     with pytest.raises(InputError, match=r"another configuration \(differs in code\)"):
-        Worker(replace(BASE, pair=str(tmp_path / "b" / "pair"))).folder(tmp_path / "run")
+        Worker(replace(BASE, pair=str(tmp_path / "b" / "pair")), trust_code=True).folder(tmp_path / "run")
 
 
 def steeper():
@@ -243,16 +243,18 @@ class Unsigned(torch.nn.Module):
         return torch.sigmoid(self.out(z)).view(-1, self.channels, 4, 4)
 
 
-def judge(channels=1):
+class Judge(torch.nn.Sequential):
     """(N, C, 4, 4) -> (N, 1)."""
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 1))
+
+    def __init__(self, channels=1):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 1))
 
 
 def unsigned(folder, channels=1):
     """The path of a pair whose images lie in 0 to 1, and that of real images."""
     torch.manual_seed(0)
     fr.save_pair(
-        folder / "pair", Unsigned(channels), judge(channels), code=(f"{__name__}:Unsigned", f"{__name__}:judge"),
+        folder / "pair", Unsigned(channels), Judge(channels), code=(f"{__name__}:Unsigned", f"{__name__}:Judge"),
         arguments=({"channels": channels}, {"channels": channels}), prior=fr.Normal(4), image_range=(0.0, 1.0),
     )  # fmt: skip
     np.savez(folder / "real.npz", arr_0=np.arange(256, dtype=np.uint8).reshape(16, 4, 4, 1))
@@ -261,7 +263,7 @@ def unsigned(folder, channels=1):
 
 def test_real_images_are_scaled_to_the_range_of_the_pair(tmp_path):
     pair, real = unsigned(tmp_path)
-    made = Worker(Configuration(pair=pair, real=real, stop="median", seeds="0-9", max_steps=1, num_slots=8))
+    made = Worker(Configuration(pair=pair, real=real, stop="median", ids="0-9", max_steps=1, num_slots=8))
     assert torch.allclose(made.refiner.real.flatten(), torch.arange(256) / 255)
     assert made.run(tmp_path / "run").images == 10
 
@@ -277,7 +279,7 @@ def test_shape_scales_real_images_to_the_range_of_the_generator(tmp_path, how):
     pair, real = unsigned(tmp_path)
     given = ["--pair", pair] if how == "pair" else [
         "--generator", f"{__name__}:Unsigned", "--generator-weights", f"{pair}/generator.safetensors", "--discriminator",
-        f"{__name__}:judge", "--discriminator-weights", f"{pair}/discriminator.safetensors", "--prior",
+        f"{__name__}:Judge", "--discriminator-weights", f"{pair}/discriminator.safetensors", "--prior",
         '{"name": "normal", "shape": [4]}', "--image-range", "0", "1",
     ]  # fmt: skip
     more = ["--real", real, "--iterations", "1", "--batch-size", "8", "--max-steps", "1"]
@@ -294,7 +296,7 @@ def test_real_floats_in_the_range_of_the_pair_are_not_scaled_twice(tmp_path):
 
 @pytest.mark.parametrize(("flags", "wanted"), [((), [0.0, 1.0]), (("--image-range", "-1", "1"), [-1.0, 1.0])])
 def test_an_image_range_that_is_given_wins_over_the_pairs(tmp_path, flags, wanted):
-    given = ["--pair", unsigned(tmp_path)[0], "--seeds", "0-3", "--max-steps", "1", "--outdir", str(tmp_path / "run")]
+    given = ["--pair", unsigned(tmp_path)[0], "--ids", "0-3", "--max-steps", "1", "--outdir", str(tmp_path / "run")]
     done = CliRunner().invoke(cli, ["refine", *given, *flags], standalone_mode=False)
     assert done.exception is None
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["image_range"] == wanted

@@ -13,9 +13,11 @@ from fastrefine.errors import InputError
 from fastrefine.models import digits as networks
 from fastrefine.production import saved_pair
 from fastrefine.production.configuration import Configuration, Network
+from fastrefine.production.named_code import Trust
 from fastrefine.production.weights_file import digest, load_weights, read_weights
 
 CODE = ("fastrefine.models.digits:digits_generator", "fastrefine.models.digits:digits_discriminator")
+ALL = Trust(everything=True)
 
 
 def state():
@@ -165,7 +167,7 @@ def test_a_broken_configuration_of_a_pair_is_named(tmp_path, text):
         ("nosuchmodule:G", "cannot be imported"),
         ("torch.nn:NoSuchThing", "cannot be imported"),
         ("torch.nn", "wanted package.module:callable"),
-        ("builtins:dict", "wanted a torch.nn.Module"),
+        ("builtins:dict", "wanted a torch.nn.Module class"),
         ("torch.nn:Linear", "does not take"),
     ],
 )
@@ -182,7 +184,7 @@ def test_an_exported_generator_is_loaded_and_refined_like_its_module(tmp_path):
         ("d", pair.discriminator, torch.zeros(4, 1, 8, 8)),
     ):
         torch.export.save(torch.export.export(module, (example,), dynamic_shapes=({0: batch},)), tmp_path / f"{name}.pt2")
-    g, d = (saved_pair.load_network(Network(str(tmp_path / f"{name}.pt2")), name) for name in "gd")
+    g, d = (saved_pair.load_network(Network(str(tmp_path / f"{name}.pt2")), name, trust=ALL) for name in "gd")
     outs = [
         fr.Refiner(*nets, fr.Collaborative(0.1), prior=fr.Normal(32), max_steps=3, num_slots=8).sample(8).images
         for nets in ((g, d), (pair.generator, pair.discriminator))
@@ -209,7 +211,7 @@ def test_an_archive_of_one_batch_size_says_how_to_export_it(tmp_path):
     module = saved_pair.load_pair("digits").generator
     torch.export.save(torch.export.export(module, (torch.zeros(4, 32),)), tmp_path / "g.pt2")
     with pytest.raises(InputError, match="takes batches of 4 only; export it with a dynamic batch"):
-        saved_pair.load_network(Network(str(tmp_path / "g.pt2")), "generator")
+        saved_pair.load_network(Network(str(tmp_path / "g.pt2")), "generator", trust=ALL)
 
 
 def test_a_pair_is_not_saved_with_a_layer_that_it_has_not(tmp_path):

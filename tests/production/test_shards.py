@@ -24,7 +24,7 @@ from fastrefine.production import formats, per_image_selection, run_folder
 from fastrefine.production.configuration import Configuration, ranges
 from fastrefine.production.worker import Worker
 
-BASE = Configuration(pair="digits", seeds="3-40,45,50-117", shard_size=50, max_steps=4, num_slots=16)
+BASE = Configuration(pair="digits", ids="3-40,45,50-117", shard_size=50, max_steps=4, num_slots=16)
 COUNT = 38 + 1 + 68
 
 
@@ -46,8 +46,8 @@ def whole(worker, tmp_path_factory):
     return path
 
 
-def command(outdir, *more, seeds="0-199", **options):
-    arguments = [sys.executable, "-m", "fastrefine", "refine", "--pair", "digits", "--seeds", seeds, "--outdir", str(outdir)]
+def command(outdir, *more, ids="0-199", **options):
+    arguments = [sys.executable, "-m", "fastrefine", "refine", "--pair", "digits", "--ids", ids, "--outdir", str(outdir)]
     arguments += ["--shard-size", "20", "--max-steps", "3", "--slots", "16", *more]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
 
@@ -58,15 +58,15 @@ def command(outdir, *more, seeds="0-199", **options):
 def test_seeds_are_ranges_that_ascend():
     assert ranges("0-2,5,7-7") == [range(3), range(5, 6), range(7, 8)]
     for wrong in ("", "a", "3-1", "0-5,5", "5,3", "-3", "1-"):
-        with pytest.raises(InputError, match="seeds"):
+        with pytest.raises(InputError, match="ids"):
             ranges(wrong)
 
 
 def test_shards_lie_on_one_grid_whatever_the_range():
-    one = {s.index: s.seeds for s in run_folder.shards(replace(BASE, seeds="0-199"))}
-    other = {s.index: s.seeds for s in run_folder.shards(replace(BASE, seeds="60-160"))}
+    one = {s.index: s.ids for s in run_folder.shards(replace(BASE, ids="0-199"))}
+    other = {s.index: s.ids for s in run_folder.shards(replace(BASE, ids="60-160"))}
     assert one[2] == other[2] == list(range(100, 150)) and other[1] == list(range(60, 100))
-    assert [s.index for s in run_folder.shards(replace(BASE, seeds="0-9,500-509"))] == [0, 10]
+    assert [s.index for s in run_folder.shards(replace(BASE, ids="0-9,500-509"))] == [0, 10]
 
 
 def test_a_configuration_comes_back_from_its_json_and_an_unknown_name_is_refused():
@@ -323,8 +323,8 @@ def test_the_first_accepted_proposal_is_taken_and_none_is_told():
 
 
 def test_a_killed_worker_and_a_stopped_one_are_taken_up_by_another_number_of_workers(tmp_path):
-    configuration = replace(BASE, seeds="0-499", shard_size=20, max_steps=60)
-    path, arguments = tmp_path / "run", ["--seeds", "0-499", "--shard-size", "20", "--max-steps", "60", "--slots", "16"]
+    configuration = replace(BASE, ids="0-499", shard_size=20, max_steps=60)
+    path, arguments = tmp_path / "run", ["--ids", "0-499", "--shard-size", "20", "--max-steps", "60", "--slots", "16"]
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         started = subprocess.Popen(
             [sys.executable, "-m", "fastrefine", "refine", "--pair", "digits", "--outdir", str(path), *arguments],
@@ -356,17 +356,17 @@ def test_torchrun_starts_workers_that_share_the_shards(tmp_path):
     path = tmp_path / "run"
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "fastrefine", "refine",
-         "--pair", "digits", "--seeds", "0-199", "--outdir", str(path), "--shard-size", "20", "--max-steps", "3",
+         "--pair", "digits", "--ids", "0-199", "--outdir", str(path), "--shard-size", "20", "--max-steps", "3",
          "--slots", "16"], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-2000:]
     assert launched.stderr.count("5 shards made") == 2
-    Worker(replace(BASE, seeds="0-199", shard_size=20, max_steps=3)).run(tmp_path / "one")
+    Worker(replace(BASE, ids="0-199", shard_size=20, max_steps=3)).run(tmp_path / "one")
     assert merged(path) == merged(tmp_path / "one")
 
 
 def test_verify_and_merge_tell_what_is_missing(tmp_path):
-    Worker(replace(BASE, seeds="0-199", shard_size=20, max_steps=1)).run(tmp_path / "run", worker=0, workers=2)
+    Worker(replace(BASE, ids="0-199", shard_size=20, max_steps=1)).run(tmp_path / "run", worker=0, workers=2)
     told = CliRunner().invoke(cli, ["verify", str(tmp_path / "run")])
     assert told.exit_code == 3 and "missing  5 of 10 shards, first shard-000005.npz" in told.output
     told = CliRunner().invoke(cli, ["merge", str(tmp_path / "run"), "--output", str(tmp_path / "m.npz")])
@@ -382,8 +382,8 @@ def test_a_read_only_folder_is_one_line(tmp_path):
 
 def test_flags_win_over_the_configuration_file(tmp_path):
     file = tmp_path / "c.json"
-    file.write_text(json.dumps({"pair": "digits", "seeds": "0-19", "max_steps": 2, "stop": 0.5, "num_slots": 16}))
+    file.write_text(json.dumps({"pair": "digits", "ids": "0-19", "max_steps": 2, "stop": 0.5, "num_slots": 16}))
     arguments = ["refine", "--config", str(file), "--outdir", str(tmp_path / "run"), "--max-steps", "1"]
     assert CliRunner().invoke(cli, arguments).exit_code == 0
     told = json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]
-    assert (told["max_steps"], told["stop"], told["seeds"], told["num_slots"]) == (1, 0.5, "0-19", 16)
+    assert (told["max_steps"], told["stop"], told["ids"], told["num_slots"]) == (1, 0.5, "0-19", 16)
