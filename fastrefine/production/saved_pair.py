@@ -126,6 +126,7 @@ def save_pair(
         weights[f"{name}.safetensors"] = state
         config[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
     kept = {name: getattr(defaults, name) for name in DEFAULTS}
+    kept |= {name: "" for name in ("coupling", "on_noise") if kept[name] == "refuse"}  # as a Refiner does by itself
     config |= {"prior": describe_prior(prior)}
     config |= {name: value for name, value in kept.items() if name not in CALLS or value != getattr(PLAIN, name)}
     text = json.dumps(config, indent=1) + "\n"

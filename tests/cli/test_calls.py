@@ -292,7 +292,7 @@ def test_shape_keeps_the_calls_in_the_new_pair(folder, tmp_path):
     with pytest.raises(fr.InputError, match="--trust-code"):
         fr.load_pair(tmp_path / "shaped")
     pair = fr.load_pair(tmp_path / "shaped", trust_code=True)
-    assert pair.calls == {"generate": generate, "discriminate": alone, "coupling": "refuse"}
+    assert pair.calls == {"generate": generate, "discriminate": alone}
     told(
         fastrefine("refine", "--pair", tmp_path / "shaped", "--trust-code", *QUICK, "--ids", "0-7", "--outdir", tmp_path / "r")
     )
