@@ -54,19 +54,18 @@ class PreparedDiscriminator:
         self._cut, self.reader = _output_form(own, options, run, images)
         self.module = self._cut(own)
         self._sizes = [head.shape[1] for head in self.reader.heads(run(self.module), len(images), torch.float64)]
-        first = {name: value[:1] for name, value in inputs.items()}
 
-        def logits(x: Tensor) -> Tensor:
-            return self.logits(self.module, x, probe.repeated(first, x))
+        def logits(x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+            return self.logits(self.module, x, given)
 
         self.frozen: FrozenDiscriminator | None = None
         if options.coupling == "freeze":
-            probe.check_repeatable({"discriminator": self.module}, logits, images)
+            probe.check_repeatable({"discriminator": self.module}, lambda x: logits(x.clone(), inputs), images)
             try:
-                probe.check_independent({"discriminator": self.module}, logits, images)
+                probe.check_independent({"discriminator": self.module}, logits, images, inputs)
             except CouplingError:
                 self._freeze(*reference(), options.group_size)
-        probe.check({"discriminator": self.module}, logits, images, options.coupling)
+        probe.check({"discriminator": self.module}, logits, images, inputs, options.coupling)
 
     def _freeze(self, images: Tensor, inputs: Mapping[str, Tensor], group: int | None) -> None:
         """Hold what mixes the samples of a batch at its value on these images."""

@@ -71,12 +71,11 @@ class PreparedGenerator:
                 FastrefineWarning,
                 stacklevel=2,
             )
-        first = {name: value[:1] for name, value in inputs.items()}
 
-        def image(z: Tensor) -> Tensor:
-            return image_of(call(own, z, *call.values(probe.repeated(first, z))))
+        def image(z: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+            return image_of(call(own, z, *call.values(given)))
 
-        probe.check({"generator": own}, image, latents, options.coupling)
+        probe.check({"generator": own}, image, latents, inputs, options.coupling)
         if options.at == "output":
             self._prefix = lambda *given: (image_of(call(own, *given)), ())
             return
@@ -111,12 +110,11 @@ class PreparedGenerator:
                     if not isinstance(value, Tensor) or value.shape[:1] != latents.shape[:1]:
                         wanted = f"a tensor with the batch ({len(latents)}) first"
                         raise SplitError(f"Split: the {name} must be {wanted}, got {describe(value)}")
-                first = {name: value[:1] for name, value in inputs.items()}
 
-                def image(z: Tensor) -> Tensor:
-                    return self.render(*self.prefix(z, probe.repeated(first, z)))
+                def image(z: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+                    return self.render(*self.prefix(z, given))
 
-                probe.check({"generator prefix": self._prefix, "generator tail": self.tail}, image, latents, coupling)
+                probe.check({"generator prefix": self._prefix, "generator tail": self.tail}, image, latents, inputs, coupling)
             self.image_shape = tuple(images.shape[1:])
             if self.at not in ("input", "output", "given") and torch.equal(
                 images, self.render(1.5 * a + a.abs().mean() + 0.1, context)

@@ -13,7 +13,7 @@ from fastrefine.networks import draws
 from fastrefine.options import Options
 
 ROWS = 4  # samples of a probe batch
-Forward = Callable[[Tensor], Tensor]
+Inputs = Mapping[str, Tensor]
 Trace = list[tuple[str, Any, Any]]
 
 
@@ -22,7 +22,7 @@ def rows(options: Options) -> int:
     return -(-ROWS // options.pack) * options.pack
 
 
-def _trace(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> tuple[Tensor, Trace]:
+def _trace(roots: dict[str, nn.Module], forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Trace]:
     """The output, and (module name, tensor inputs, output) of every module, inner ones first, in order of execution."""
     calls: Trace = []
     handles = []
@@ -61,7 +61,7 @@ def _culprit(first: Trace, second: Trace, row: slice) -> str:
     return "a function outside any module"
 
 
-def check_repeatable(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> None:
+def check_repeatable(roots: dict[str, nn.Module], forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Raise CouplingError, naming the module, when two passes over the same batch differ (noise layers, dropout)."""
     out, first = _trace(roots, forward, x)
     again, second = _trace(roots, forward, x)
@@ -74,33 +74,39 @@ def check_repeatable(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -
         )
 
 
-def check_independent(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> None:
+def check_independent(
+    roots: dict[str, nn.Module], forward: Callable[[Tensor, Inputs], Tensor], x: Tensor, inputs: Inputs
+) -> None:
     """Raise CouplingError, naming the module, when a sample's output depends on its companions in the batch or its place.
 
-    x: (n, ...), n >= 3: the first sample keeps its place while its companions are replaced, then all are permuted.
+    x: (n, ...), n >= 3: the first sample keeps its place while its companions are replaced, then all are permuted. Labels
+    and conditions, ``inputs``, go with their samples.
     """
-    out, first = _trace(roots, forward, x)
-    others = x.flip(0) if not x.is_floating_point() else torch.cat([x[:1], 1.5 * x[1:].flip(0)])
-    replaced, second = _trace(roots, forward, others)
-    order = torch.arange(len(x) - 1, -1, -1, device=x.device)
-    permuted, _ = _trace(roots, forward, x[order])
+
+    n, scale = len(x), 1.5 if x.is_floating_point() else 1
+    everyone, order = list(range(n)), list(range(n - 1, -1, -1))
+
+    def run(z: Tensor, of: list[int]) -> tuple[Tensor, Trace]:
+        given = {name: value[of] for name, value in inputs.items()}
+        return _trace(roots, lambda clone: forward(clone, given), z)
+
+    out, first = run(x.clone(), everyone)
+    replaced, second = run(torch.cat([x[:1], scale * x[1:].flip(0)]), [0, *[1] * (n - 1)])  # other sums than before
+    permuted, _ = run(x[order], order)
     if not _close(out[:1], replaced[:1]) or not _close(out[order], permuted):
         raise CouplingError(
-            f"{_culprit(first, second, slice(0, 1))} mixes the samples of a batch (minibatch statistics?); samples of a "
-            "batch must be independent: fix its statistic, or pass coupling='lockstep' to keep fixed groups together"
+            f"{_culprit(first, second, slice(0, 1))} mixes the samples of a batch (minibatch statistics?), and samples must be "
+            "independent: pass coupling='freeze' to hold its statistic, or coupling='lockstep' to keep fixed groups together"
         )
 
 
-def check(roots: dict[str, nn.Module], forward: Forward, x: Tensor, coupling: str) -> None:
+def check(
+    roots: dict[str, nn.Module], forward: Callable[[Tensor, Inputs], Tensor], x: Tensor, inputs: Inputs, coupling: str
+) -> None:
     """Refuse networks that are not repeatable or, unless in lock step, not independent; x is left as it is."""
-    check_repeatable(roots, lambda given: forward(given.clone()), x)
-    if coupling == "refuse":
-        check_independent(roots, lambda given: forward(given.clone()), x)
-
-
-def repeated(inputs: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    """Inputs (1, ...) of one sample for every row of x."""
-    return {name: value.expand(len(x), *value.shape[1:]) for name, value in inputs.items()}
+    check_repeatable(roots, lambda given: forward(given.clone(), inputs), x)
+    if coupling != "lockstep":
+        check_independent(roots, forward, x, inputs)
 
 
 def last_leaf(module: nn.Module, forward: Callable[[], Any]) -> str | None:

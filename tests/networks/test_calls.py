@@ -280,3 +280,17 @@ def test_a_dataset_gives_each_sample_its_condition():
     edges = torch.randn(5, 1, 8, 8)
     for item in conditional().dataset(5, conditions={"edges": edges}, chunk=2):
         assert torch.equal(item["edges"], edges[item["id"]])
+
+
+@pytest.mark.parametrize("by", ["labels", "edges"])
+def test_a_discriminator_that_mixes_samples_by_a_further_input_is_found(by):
+    """A relativistic one: the logit is taken against the mean over the batch of what it says to the other input."""
+
+    def against_the_mean(D, x, labels=None, edges=None):
+        other = labels[:, None].float() if by == "labels" else D(x.new_zeros(x.shape) + edges)
+        return D(x) - other.mean()
+
+    one = conditional(discriminate=against_the_mean)
+    given = {"labels": torch.arange(8)} if by == "labels" else {"conditions": {"edges": torch.randn(8, 1, 8, 8)}}
+    with pytest.raises(fr.CouplingError, match="mixes the samples of a batch"):
+        one.sample(8, **given)
