@@ -19,6 +19,7 @@ _HOMES = {
     "diagnosis.calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
     "training.composed": ("NoisyOutput", "SumDiscriminator"),
     "training.corrector": ("fit_corrector",),
+    "networks.statistics": ("recalibrate_batch_norm",),
     "training.fit": ("fit_discriminator",),
     "ops": ("use_backend",),
     "production.saved_pair": ("Pair", "load_pair", "save_pair"),
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fastrefine.diagnosis.step_size import diagnose_steps as diagnose_steps
     from fastrefine.networks.cut import layers as layers
     from fastrefine.networks.split import Split as Split
+    from fastrefine.networks.statistics import recalibrate_batch_norm as recalibrate_batch_norm
     from fastrefine.ops import use_backend as use_backend
     from fastrefine.priors import Normal as Normal
     from fastrefine.priors import Product as Product

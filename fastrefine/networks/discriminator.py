@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastrefine.errors import CouplingError, FastrefineWarning, InputError
-from fastrefine.networks import probe
+from fastrefine.networks import probe, statistics
 from fastrefine.networks.calls import LogitReader, NetworkCall, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
 from fastrefine.networks.freezing import FrozenDiscriminator
@@ -51,6 +51,7 @@ class PreparedDiscriminator:
             call = self.call = replace(call, pack=options.pack)
         if options.on_noise == "freeze":
             self.call = call.with_draws(lambda: run(own), _STREAM)
+        statistics.check("discriminator", discriminator, own, run)
         self._cut, self.reader = _output_form(own, options, run, images)
         self.module = self._cut(own)
         self._sizes = [head.shape[1] for head in self.reader.heads(run(self.module), len(images), torch.float64)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine.errors import FastrefineWarning, InputError, SplitError
-from fastrefine.networks import probe
+from fastrefine.networks import probe, statistics
 from fastrefine.networks.calls import NetworkCall, attempt, call_of, describe, label_classes, takes_labels
 from fastrefine.networks.copies import own_copy
 from fastrefine.networks.cut import Tail, find, image_of
@@ -44,6 +44,7 @@ class PreparedGenerator:
                     self.num_classes = label_classes([self._prefix], self._prefix, latents, self.call, inputs)
         elif generator is not None:
             self._borrowed += _closed_over(options.generate) + _closed_over(options.discriminate)
+            self._caller = generator
             with self.evaluation_mode():
                 self._prepare(own_copy(generator, latents), options, latents, inputs)
         self._probe(latents, inputs, options.coupling)
@@ -65,6 +66,7 @@ class PreparedGenerator:
         images = image_of(raw)
         if images.shape[:1] != latents.shape[:1]:
             raise InputError(f"the generator must return images (N, ...), got {describe(images)} for {len(latents)} latents")
+        statistics.check("generator", self._caller, own, lambda module: call(module, latents.clone(), *call.values(inputs)))
         if images is not raw:
             warnings.warn(
                 f"the generator returns {describe(raw)}; its first tensor, of shape {tuple(images.shape)}, is the image",

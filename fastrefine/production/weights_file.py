@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def read_weights(path: Path, key: str = "", *, allow_pickle: bool = False) -> di
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict into ``module`` in place; PREFIXES that all names share are removed.
 
+    Names of torch's old spectral and weight norms (weight_orig, weight_g) stand for those of its parametrizations, and the
+    other way round.
+
     Raises InputError with the first missing and unexpected names, or the shapes that differ.
     """
     own = module.state_dict()
@@ -49,6 +53,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
         if prefix is None:
             break
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if lacking := own.keys() - found.keys():
+        known = {name: other for name in lacking for other in _other_names(name) if other in found and other not in own}
+        found = {n: t for n, t in found.items() if n not in known.values()} | {n: found[other] for n, other in known.items()}
     missing, unexpected = [n for n in own if n not in found], [n for n in found if n not in own]
     if missing or unexpected:
         raise InputError(
@@ -59,6 +66,24 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     if shapes:
         raise InputError(f"{source} does not fit {type(module).__name__}: {'; '.join(shapes[:SHOWN])}")
     module.load_state_dict(found)
+
+
+# Names within a module of the same tensor, as hooks and as parametrizations of a weight W have it.
+_NORMS = (
+    ("W_orig", "parametrizations.W.original"), ("W_u", "parametrizations.W.0._u"), ("W_v", "parametrizations.W.0._v"),
+    ("W_g", "parametrizations.W.original0"), ("W_v", "parametrizations.W.original1"),
+)  # fmt: skip
+
+
+def _other_names(name: str) -> list[str]:
+    """The names that a tensor of a spectral or weight norm may have in a file of another version of torch."""
+    found = []
+    for pair in _NORMS:
+        for one, other in (pair, pair[::-1]):
+            match = re.fullmatch(r"(.*\.|)" + re.escape(one).replace("W", r"(\w+?)"), name)
+            if match is not None:
+                found.append(match[1] + other.replace("W", match[2]))
+    return found
 
 
 def digest(module: nn.Module) -> str:
