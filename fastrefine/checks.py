@@ -21,7 +21,16 @@ def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
     most = f" and at most {high}" if high < 2**63 - 1 else ""
-    raise InputError(f"{name} is {value!r}; wanted a whole number of at least {low}{most}")
+    raise InputError(f"{name} is {shown(value)}; wanted a whole number of at least {low}{most}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its repr, of a long one the beginning, of a tensor or array its shape."""
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape):
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def number(
@@ -35,13 +44,13 @@ def number(
         return
     wanted = f"{'more than' if open_low else 'at least'} {low:g}"
     wanted += f" and {'less than' if open_high else 'at most'} {high:g}" if high < math.inf else ""
-    raise InputError(f"{name} is {value!r}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
+    raise InputError(f"{name} is {shown(value)}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise InputError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise InputError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, choices))}")
+        raise InputError(f"{name} is {shown(value)}; wanted one of {', '.join(map(repr, choices))}")
 
 
 def clamp(value: Any) -> None:

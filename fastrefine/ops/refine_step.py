@@ -1,4 +1,4 @@
-"""One step of the engine after the networks were evaluated (DESIGN: evaluate -> observe -> retire or propose)."""
+"""One step of the engine after the networks were evaluated (docs/design.md: evaluate -> observe -> retire or propose)."""
 
 import torch
 from torch import Tensor

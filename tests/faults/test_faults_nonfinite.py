@@ -1,4 +1,4 @@
-"""FAULTS 1, 2, 3, 14 and DESIGN P5: numbers that are not finite, explode or do not move."""
+"""FAULTS 1, 2, 3, 14: numbers that are not finite, explode or do not move."""
 
 import functools
 import math
@@ -250,7 +250,7 @@ SAMPLERS = [
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 @pytest.mark.parametrize(("at", "keep"), [("input", "last"), ("0", "best"), ("output", "last")])
 def test_no_number_that_is_not_finite_goes_unsaid(sampler, at, keep):
-    """DESIGN P5: with absurd step sizes every sample is finite throughout, or said to be NONFINITE."""
+    """FAULTS 1: with absurd step sizes every sample is finite throughout, or said to be NONFINITE."""
     g = generator()[:3]  # without its tanh
     with told() as warned:
         out = refiner(g, sampler=sampler, at=at, keep=keep, max_steps=4).sample(N)
@@ -261,7 +261,7 @@ def test_no_number_that_is_not_finite_goes_unsaid(sampler, at, keep):
 
 
 def test_an_image_that_is_not_finite_behind_a_finite_logit_is_told():
-    """DESIGN P5: the discriminator looks at one pixel, the other is NaN."""
+    """FAULTS 1: the discriminator looks at one pixel, the other is NaN."""
 
     class Blind(nn.Module):
         def forward(self, x):
@@ -291,7 +291,7 @@ def out_latents():
 @pytest.mark.parametrize("sampler", [fr.DGflow(3e38, gamma=0.0), fr.Collaborative(1e38, optimizer="momentum", momentum=1.0)])
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_an_activation_that_overflows_behind_a_finite_logit_is_not_taken(sampler, keep):
-    """DESIGN P5: a squashing discriminator gives an infinite image a finite logit and a gradient of zero."""
+    """FAULTS 1: a squashing discriminator gives an infinite image a finite logit and a gradient of zero."""
 
     class Squashed(nn.Module):
         def forward(self, x):

@@ -44,7 +44,7 @@ def test_a_map_means_its_mean_and_that_is_said_once():
 
 
 def test_the_loss_of_a_map_is_the_mean_of_its_patches_losses():
-    """FAULTS 4, DESIGN 4"""
+    """FAULTS 4"""
     g, d = image_generator().double(), Patches().double()
     with told():
         z = refiner(g, d, max_steps=0, precision="float64").sample(N).latents
@@ -227,7 +227,7 @@ def test_a_critics_result_carries_its_scale_and_selection_refuses_it():
 
 
 def test_a_loss_that_reads_a_critic_as_a_logit_is_warned_of():
-    """FAULTS 8, DESIGN 4"""
+    """FAULTS 8"""
     with told() as warned:
         refiner(sampler=fr.Collaborative(0.1), discriminator_output="critic")
     assert [text for text in warned if "use 'wasserstein'" in text]

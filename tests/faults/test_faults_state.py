@@ -1,4 +1,4 @@
-"""FAULTS 15 and 16, DESIGN P4: the caller's modes, modules, flags and random state."""
+"""FAULTS 15 and 16: the caller's modes, modules, flags and random state."""
 
 import copy
 import warnings

@@ -379,6 +379,7 @@ def test_a_step_that_cannot_be_recorded_for_all_slots_runs_plainly(monkeypatch):
 
 @pytest.mark.parametrize("mutant", ["wrong by 1 %", "raises"])
 def test_a_rung_that_is_wrong_or_raises_is_dropped(mutant, monkeypatch):
+    """FAULTS 33"""
     original = ladder.Form.folded
 
     def folded(self, fold):

@@ -190,7 +190,7 @@ def evaluate(a):
 
 
 def oracle(sampler, sample_id, start, last_step, threshold, seed):
-    """(position, logit, steps, falls, status) of one sample: the loop of DESIGN section 3."""
+    """(position, logit, steps, falls, status) of one sample: the loop of docs/design.md."""
     a, position, standing, falls = list(start), list(start), math.nan, 0
     best_loss, best_grad, size = math.inf, [], sampler.step_size
     velocity = [0.0] * len(a)
