@@ -43,7 +43,7 @@ struct Ddls : Rule<T> {  // schedule: eps / 2 and the scale of the noise, of eac
 // Sums: precision a^2, elements outside the box, what the proposal's own law adds to the log ratio.
 template <class T>
 struct Metropolis : Rule<T> {
-  static constexpr bool rejects = true, tests = true, noise = true, latent = true;
+  static constexpr bool rejects = true, tests = true, noise = true, latent = true, moves = true;
   static constexpr int scalars = 3, sums = 3;
 
   static Scalars<T> start(T, const double* hyper) { return {0, static_cast<T>(hyper[0]), 0}; }
@@ -132,7 +132,7 @@ struct Hmc : Metropolis<T> {  // vectors: the energy's gradient at the standing 
 // hyper: Adam's four, 1 / K_eff, shift, projection. Sums: |offset|^2, g a, offset a, |a|^2.
 template <class T, bool adam>
 struct Dot : Rule<T> {
-  static constexpr bool clips = true;
+  static constexpr bool clips = true, moves = true;
   static constexpr int scalars = 2, vectors = adam ? 3 : 1, sums = 4;
   enum Projection { kNone, kRadial, kPublished };
   AdamUpdate<T> update;

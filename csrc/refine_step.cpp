@@ -188,7 +188,7 @@ class Step {
       R::advance(logit[s], step[s]++, own, p.hyper.data());
     store(s, own);
     if (plan.update) return;
-    const bool stalled = final && step[s] > 0 && peak == 0 && !p.noise && !R::latent && R::sums == 0;
+    const bool stalled = final && step[s] > 0 && peak == 0 && !p.noise && !R::latent && !R::moves;
     at<T>(p.output_logit)[row] = best_logit ? best_logit[s] : logit[s];
     at<T>(p.output_initial_logit)[row] = initial;
     at<std::int32_t>(p.output_steps)[row] = step[s];
@@ -360,6 +360,7 @@ template <class T>
 auto rule_of(const Params& p) {
   if (p.rule == "sgd") return p.noise ? run<T, Sgd<T, true>> : run<T, Sgd<T, false>>;
   if (p.rule == "backtracking") return run<T, Backtracking<T>>;
+  if (p.rule == "barzilai_borwein") return run<T, BarzilaiBorwein<T>>;
   if (p.rule == "adaptive") return run<T, Adaptive<T>>;
   if (p.rule == "momentum") return run<T, Momentum<T>>;
   if (p.rule == "adam") return run<T, Adam<T>>;

@@ -15,7 +15,7 @@
 namespace fastrefine {
 
 template <class T>
-using Scalars = std::array<T, 3>;  // the rule's, in the order of Kernel.scalars
+using Scalars = std::array<T, 4>;  // the rule's, in the order of Kernel.scalars; what is over lives from observe to advance
 
 template <class T>
 struct Trial {  // what `observe` takes in
@@ -59,6 +59,7 @@ template <class T>
 struct Rule {
   static constexpr bool rejects = false, tests = false;  // tests: needs every finite gradient, and a uniform
   static constexpr bool noise = false, recalls = false;  // recalls: `terms` reads the normals of the last transition
+  static constexpr bool moves = false;   // without a gradient of D too: by noise or by the prior
   static constexpr bool varies = false;  // its step size is another in each transition
   static constexpr bool latent = false, clips = false;   // reads the table; is clipped to it, where there is one
   static constexpr int scalars = 0, vectors = 0, sums = 0;
@@ -103,6 +104,28 @@ struct Backtracking : Rule<T> {  // scalars: loss and step size of the best poin
     e.v[0] = accept ? e.g : e.v[0];
     return e.position - size * e.v[0];
   }
+};
+
+template <class T>
+struct BarzilaiBorwein : Backtracking<T> {  // as backtracking; hyper: size, widen, shrink, least, most, largest, slack
+  static constexpr int sums = 2;            // s's and s'y of the last move
+
+  static void terms(const Element<T>& e, const Scalars<T>&, bool, const double*, double* term) {
+    const double move = double(e.a) - double(e.position);
+    term[0] = move * move, term[1] = move * (double(e.g) - double(e.v[0]));
+  }
+  static bool observe(const Trial<T>& trial, Scalars<T>& own, const double* hyper) {
+    const bool first = trial.step == 0, accept = first || trial.loss <= own[0] + static_cast<T>(hyper[6]);
+    const double size = own[1], moved = trial.sums[0], bent = trial.sums[1];
+    const double wanted = bent > 0 && std::isfinite(bent) ? moved / bent : hyper[1] * size;
+    const double fitted = std::min(std::min(std::max(wanted, hyper[3] * size), hyper[4] * size), hyper[5] * hyper[0]);
+    own[2] = accept ? trial.loss : own[0];
+    own[3] = first ? own[1] : static_cast<T>(accept ? fitted : hyper[2] * size);
+    return accept;
+  }
+  static void advance(T, int, Scalars<T>& own, const double*) { own[0] = own[2], own[1] = own[3]; }
+
+  using Backtracking<T>::Backtracking;
 };
 
 template <class T>

@@ -46,10 +46,11 @@ INTEGER = {
 DOUBLE = {"norm_ptr", "hyper_ptr", "sums_ptr"}
 # Options that a rule always or never has; all else may be on or off
 _DESCENT = {"noise": False, "latent": False}
+_DESCENTS = ("backtracking", "barzilai_borwein", "adaptive", "momentum", "adam", "ladam")
 _CHAIN = {"noise": True, "clamp": False, "latent": True}
 _DOT = {"noise": False, "clamp": False}
 FIXED: dict[str, dict[str, bool]] = {
-    "sgd": {"latent": False}, **dict.fromkeys(("backtracking", "adaptive", "momentum", "adam", "ladam"), _DESCENT),
+    "sgd": {"latent": False}, **dict.fromkeys(_DESCENTS, _DESCENT),
     "ddls": {"clamp": False, "latent": True}, "mala": _CHAIN, "hmc": _CHAIN, "dot_adam": _DOT, "dot_sgd": _DOT,
 }  # fmt: skip
 

@@ -36,6 +36,7 @@ class FusedRule:
     pace: KernelInterface | None = None
     tests: bool = False  # reads a uniform; a last gradient counts, and that of a trial that is not finite is 0
     schedule: bool = False
+    moves: bool = False  # without a gradient of D too: by the prior
     late: bool = False  # the sampler changes its numbers in ``propose``: a sample retires with those before ``observe``
 
 
@@ -83,6 +84,26 @@ def backtracking(
     """vectors: gradient at the best point."""
     v = tl.where(accept, g, vectors[0])
     return a - scalars[1] * v, (v, vectors[1], vectors[2])
+
+
+@triton.jit
+def barzilai_borwein_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed, hyper, DTYPE: tl.constexpr):
+    """s's, s'y of the last move."""
+    move = trial.to(tl.float64) - a.to(tl.float64)
+    return move * move, move * (g.to(tl.float64) - vectors[0].to(tl.float64))
+
+
+@triton.jit
+def barzilai_borwein_observe(logit, loss, first, step, scalars, sums, uniform, features, hyper, DTYPE: tl.constexpr):
+    """scalars: loss of the best point, its step size. hyper: size, widen, shrink, least, most, largest, slack."""
+    accept = first | (loss <= scalars[0] + tl.load(hyper + 6).to(DTYPE))
+    size = scalars[1].to(tl.float64)
+    known = (sums[1] > 0) & (sums[1] < float("inf"))
+    fitted = tl.where(known, sums[0] / tl.where(known, sums[1], 1.0), tl.load(hyper + 1) * size)
+    fitted = tl.minimum(tl.maximum(fitted, tl.load(hyper + 3) * size), tl.load(hyper + 4) * size)
+    fitted = tl.minimum(fitted, tl.load(hyper + 5) * tl.load(hyper))
+    other = tl.where(accept, fitted, tl.load(hyper + 2) * size).to(DTYPE)
+    return accept, (tl.where(accept, loss, scalars[0]), tl.where(first, scalars[1], other), scalars[2])
 
 
 @triton.jit
@@ -202,13 +223,28 @@ def dot_sgd(
 RULES: dict[str, FusedRule] = {
     "sgd": FusedRule(sgd, observe_all, start_zero),
     "backtracking": FusedRule(backtracking, backtracking_observe, backtracking_start, 2, 1, rejects=True),
+    "barzilai_borwein": FusedRule(
+        backtracking,
+        barzilai_borwein_observe,
+        backtracking_start,
+        2,
+        1,
+        rejects=True,
+        sums=barzilai_borwein_sums,
+        terms=2,
+        late=True,
+    ),
     "adaptive": FusedRule(adaptive, observe_all, adaptive_start, scalars=1),
     "momentum": FusedRule(momentum, observe_all, start_zero, vectors=1),
     "adam": FusedRule(adam, observe_all, start_zero, vectors=2),
     "ladam": FusedRule(ladam, ladam_observe, start_zero, scalars=1, vectors=2, late=True),
     "ddls": FusedRule(ddls, observe_all, start_zero, schedule=True),
-    "mala": FusedRule(mala, mala_observe, metropolis_start, 3, 1, rejects=True, sums=mala_sums, terms=2, tests=True),
-    "hmc": FusedRule(hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, pace=hmc_pace, tests=True),
-    "dot_adam": FusedRule(dot_adam, dot_observe, start_zero, 2, 3, sums=dot_sums, terms=4),
-    "dot_sgd": FusedRule(dot_sgd, dot_observe, start_zero, 2, 1, sums=dot_sums, terms=4),
+    "mala": FusedRule(
+        mala, mala_observe, metropolis_start, 3, 1, rejects=True, sums=mala_sums, terms=2, tests=True, moves=True
+    ),
+    "hmc": FusedRule(
+        hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, pace=hmc_pace, tests=True, moves=True
+    ),
+    "dot_adam": FusedRule(dot_adam, dot_observe, start_zero, 2, 3, sums=dot_sums, terms=4, moves=True),
+    "dot_sgd": FusedRule(dot_sgd, dot_observe, start_zero, 2, 1, sums=dot_sums, terms=4, moves=True),
 }

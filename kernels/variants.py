@@ -49,7 +49,7 @@ class Variant:
     @property
     def moves(self) -> bool:
         """Whether a sample moves without a gradient of D: by noise or by the prior."""
-        return self.noise or RULES[self.rule].schedule or RULES[self.rule].sums is not None
+        return self.noise or RULES[self.rule].schedule or RULES[self.rule].moves
 
     @property
     def decide(self) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from fastrefine.samplers.base import Evaluation
 __all__ = ["RULES", "copy_context", "refine_step"]
 
 RULES = frozenset(
-    {"sgd", "backtracking", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam", "dot_sgd"}
-)
+    {
+        "sgd", "backtracking", "barzilai_borwein", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam",
+        "dot_sgd",
+    }
+)  # fmt: skip
 
 
 def _load() -> Any:

@@ -28,6 +28,8 @@ class Collaborative(Sampler):
     clamp: (low, high) bounds of the activation after every update.
     control: "backtracking" keeps the best point and its gradient: a trial whose loss is not above the best is accepted
         and the sample's step grows by 1.2, any other is rejected and the step halves. "fixed": every trial is accepted.
+        "barzilai_borwein" accepts and rejects in the same way, and takes the step that the curvature along the last move
+        wants (Barzilai & Borwein 1988), at most 5 times the step before: it finds its scale within a few evaluations.
         None: backtracking for sgd without ``adaptive``, else fixed.
     slack: by how much a trial's loss may be above the best and still be accepted, at least 0. None: 0 in float32 and
         float64; else three times the rounding error of the loss, measured on a probe batch, for rejections that only
@@ -60,18 +62,18 @@ class Collaborative(Sampler):
         if self.control is None:
             plain = self.optimizer == "sgd" and not self.adaptive
             object.__setattr__(self, "control", "backtracking" if plain else "fixed")
-        checks.choice("control", self.control, ("backtracking", "fixed"))
-        if self.control == "backtracking" and (self.optimizer != "sgd" or self.adaptive):
-            raise InputError("control='backtracking' is for optimizer='sgd' without adaptive; use control='fixed'")
+        checks.choice("control", self.control, ("backtracking", "barzilai_borwein", "fixed"))
+        if self.control != "fixed" and (self.optimizer != "sgd" or self.adaptive):
+            raise InputError(f"control={self.control!r} is for optimizer='sgd' without adaptive; use control='fixed'")
 
     @property
     def update(self) -> Update:
         """The row of UPDATES that it works by."""
-        return UPDATES["backtracking" if self.control == "backtracking" else "adaptive" if self.adaptive else self.optimizer]
+        return UPDATES[self.control if self.control != "fixed" else "adaptive" if self.adaptive else self.optimizer]  # type: ignore[index]
 
     @property
     def traits(self) -> Traits:
-        tries = self.control == "backtracking"
+        tries = self.control != "fixed"
         needs_real = self.adaptive or self.optimizer == "ladam"
         return Traits(reports=("step_size",) if tries else (), rejects=tries, needs_real=needs_real)
 
@@ -83,7 +85,7 @@ class Collaborative(Sampler):
         return replace(self, real_score=float(torch.sigmoid(networks.real_logits("optimizer='ladam'")).mean()))
 
     def with_loss_error(self, loss_error: float) -> Collaborative:
-        measured = self.control == "backtracking" and self.slack is None
+        measured = self.control != "fixed" and self.slack is None
         return replace(self, slack=step_control.ERRORS * loss_error) if measured else self
 
     def init(self, a: Tensor, sample: Sample) -> State:
@@ -97,13 +99,21 @@ class Collaborative(Sampler):
             return super().observe(a, evaluation, state, step, noise)
         first = step == 0
         accept = first | step_control.accepts(evaluation.loss, state["loss"], self.slack or 0.0)
-        size = step_control.backtracking(state["step_size"], accept, self.step_size)
+        numbers = {"loss": torch.where(accept, evaluation.loss, state["loss"])}
+        if self.control == "backtracking":
+            size = step_control.backtracking(state["step_size"], accept, self.step_size)
+            numbers["step_size"] = torch.where(first, state["step_size"], size)
+        else:  # a last gradient may be missing: the numbers change with the next proposal
+            move, change = (a - state["position"]).double(), (evaluation.grad - state["grad"]).double()
+            moved, bent = (move * move).sum(1), (move * change).sum(1)
+            size = step_control.barzilai_borwein(state["step_size"], accept, moved, bent, self.step_size)
+            numbers = {"next_loss": numbers["loss"], "next_step_size": torch.where(first, state["step_size"], size)}
         return {
+            **state,
             "position": torch.where(per_slot(accept), a, state["position"]),
             "logit": torch.where(accept, evaluation.logit, state["logit"]),
             "grad": torch.where(per_slot(accept), evaluation.grad, state["grad"]),
-            "loss": torch.where(accept, evaluation.loss, state["loss"]),
-            "step_size": torch.where(first, state["step_size"], size),
+            **numbers,
         }
 
     def propose(self, state: State, step: Tensor, noise: NoiseSource) -> tuple[Tensor, State]:
@@ -136,6 +146,11 @@ def _backtracking(own: Collaborative, g: Tensor, state: State, step: Tensor) -> 
     return per_slot(state["step_size"]) * g, {}
 
 
+def _barzilai_borwein(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
+    size = state["next_step_size"]
+    return per_slot(size) * g, {"loss": state["next_loss"], "step_size": size}
+
+
 def _adaptive(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
     """step_size * max(0, s(d*) - s(d)) ([CS0] 3.1)."""
     lead = torch.clamp(state["reference"] - torch.sigmoid(state["logit"]), min=0)
@@ -166,9 +181,15 @@ def _bounds(own: Collaborative) -> tuple[float, ...]:
     return own.step_size, step_control.GROW, step_control.SHRINK, step_control.LARGEST, own.slack or 0.0
 
 
+def _curved_bounds(own: Collaborative) -> tuple[float, ...]:
+    limits = step_control.WIDEN, step_control.SHRINK, step_control.LEAST, step_control.MOST, step_control.LARGEST
+    return own.step_size, *limits, own.slack or 0.0
+
+
 UPDATES = {
     "sgd": Update("sgd", lambda own: (own.step_size, 0.0), _sgd),
     "backtracking": Update("backtracking", _bounds, _backtracking, ("loss", "step_size"), ("grad",)),
+    "barzilai_borwein": Update("barzilai_borwein", _curved_bounds, _barzilai_borwein, ("loss", "step_size"), ("grad",)),
     "adaptive": Update("adaptive", lambda own: (own.step_size,), _adaptive, ("reference",)),
     "momentum": Update("momentum", lambda own: (own.step_size, own.momentum), _momentum, (), ("velocity",)),
     "adam": Update("adam", lambda own: (own.step_size, BETA1, BETA2, EPSILON), _adam, (), MOMENTS),

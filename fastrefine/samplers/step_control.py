@@ -1,6 +1,7 @@
 """Rules by which each sample sets its own step size. None reads another sample, none costs an evaluation.
 
-A step size stays between SMALLEST and LARGEST times the first one (backtracking: below the upper bound alone).
+A step size stays between SMALLEST and LARGEST times the first one; under backtracking and Barzilai-Borwein it only stays below
+the upper bound.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 
 SMALLEST, LARGEST = 1e-6, 1e6
 GROW, SHRINK = 1.2, 0.5  # factors of backtracking
+WIDEN, LEAST, MOST = 2.0, 0.2, 5.0  # Barzilai-Borwein: factor where the curvature is negative, bounds of all factors
 ERRORS = 3.0  # rounding errors of the loss by which backtracking lets a trial be worse
 DECAY = 0.6  # the k-th test of a chain adapts by a gain of k^-DECAY
 
@@ -23,6 +25,20 @@ def backtracking(step_size: Tensor, accepted: Tensor, first: float) -> Tensor:
     """Step sizes (S,) after trials that were accepted, which grow, or rejected, which halve; ``first``: at the start."""
     grown = torch.clamp(step_size * GROW, max=LARGEST * first)
     return torch.where(accepted, grown, step_size * SHRINK)
+
+
+def barzilai_borwein(step_size: Tensor, accepted: Tensor, moved: Tensor, bent: Tensor, first: float) -> Tensor:
+    """Step sizes (S,) by the curvature along the last move (Barzilai & Borwein 1988), per sample.
+
+    moved: s's, bent: s'y, both (S,) float64, with s the accepted move and y the change of the gradient. s's / s'y is the
+    step that a quadratic with this curvature wants. It changes the step by a factor of LEAST to MOST; WIDEN where the
+    curvature is not positive. A rejected trial halves the step.
+    """
+    size = step_size.double()
+    known = (bent > 0) & bent.isfinite()
+    fitted = torch.where(known, moved / torch.where(known, bent, 1.0), WIDEN * size)
+    fitted = torch.minimum(torch.minimum(torch.maximum(fitted, LEAST * size), MOST * size), size.new_tensor(LARGEST * first))
+    return torch.where(accepted, fitted, SHRINK * size).to(step_size.dtype)
 
 
 def robbins_monro(step_size: Tensor, test: Tensor, log_ratio: Tensor, target: float, first: float) -> Tensor:

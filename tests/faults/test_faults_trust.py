@@ -1,4 +1,4 @@
-"""FAULTS 38: a pair, manifest or configuration from somebody else runs no code. Every trap leaves a file behind when it springs."""
+"""FAULTS 38: a pair, manifest or configuration from somebody else runs no code. A trap that springs leaves a file."""
 
 import json
 import os

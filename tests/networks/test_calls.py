@@ -1,4 +1,4 @@
-"""FAULTS 32: how networks are called: functions of the caller's, conditions that travel with their sample, heads, labels, groups."""
+"""FAULTS 32: how networks are called: functions of the caller's, conditions, heads, labels, groups."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""FAULTS 24: a run's folder among others: workers that begin at once, files of somebody else, parts of the dead, another directory."""
+"""FAULTS 24: a run's folder among others: workers that begin at once, foreign files, parts of the dead."""
 
 import json
 import os

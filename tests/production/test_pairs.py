@@ -1,4 +1,4 @@
-"""FAULTS 25: networks from files: what fits is loaded, anything else is refused with its reason and nothing of it is executed."""
+"""FAULTS 25: networks from files: what fits is loaded, anything else is refused with its reason and not executed."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""FAULTS 23 and 24: runs in shards: what is written depends on the configuration alone; what is damaged or another's is found."""
+"""FAULTS 23 and 24: runs in shards: bytes depend on the configuration alone; damage is found."""
 
 import json
 import math

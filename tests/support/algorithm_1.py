@@ -55,6 +55,18 @@ def refine_one(tail, d, a, sampler, threshold, max_steps, real_score=0.0, refere
                 step_size = step_size * 0.5
             a, logit = best[0], best[1]
             continue
+        if sampler.control == "barzilai_borwein":
+            trial = project(best[0] - step_size * best[3])
+            seen = evaluate(tail, d, sampler.loss, trial)
+            if seen[1] <= best[2]:
+                move, change = trial - best[0], seen[2] - best[3]
+                bent = float((move * change).sum())
+                wanted = float((move * move).sum()) / bent if bent > 0 else 2 * step_size
+                best, step_size = (trial, *seen), min(max(wanted, 0.2 * step_size), 5 * step_size)
+            else:
+                step_size = step_size * 0.5
+            a, logit = best[0], best[1]
+            continue
         if optimizer == "sgd":
             lead = 1.0
             if sampler.adaptive:
@@ -80,6 +92,7 @@ def refine_one(tail, d, a, sampler, threshold, max_steps, real_score=0.0, refere
 
 SAMPLERS = {
     "backtracking": fr.Collaborative(step_size=0.3),
+    "barzilai_borwein": fr.Collaborative(step_size=0.3, control="barzilai_borwein"),
     "fixed": fr.Collaborative(step_size=0.6, control="fixed"),
     "minimax": fr.Collaborative(step_size=0.6, loss="minimax", control="fixed"),
     "wasserstein": fr.Collaborative(step_size=0.4, loss="wasserstein", control="fixed"),

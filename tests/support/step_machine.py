@@ -15,6 +15,7 @@ FIRST_ID = 2**31 + 5  # ids are 32-bit words of a counter: beyond the signed ran
 SAMPLERS = {
     "sgd": Collaborative(0.3, control="fixed"),
     "backtracking": Collaborative(0.3),
+    "barzilai_borwein": Collaborative(0.3, control="barzilai_borwein"),
     "slack": Collaborative(0.3, slack=0.5),
     "adaptive": Collaborative(0.3, adaptive=True),
     "momentum": Collaborative(0.3, optimizer="momentum"),
