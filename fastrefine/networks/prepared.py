@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastrefine.networks.target import Target
 from fastrefine.noise import Stream
 from fastrefine.options import MOST_SLOTS, Options
 from fastrefine.priors import Prior
-from fastrefine.samplers.base import Latent, Sampler
+from fastrefine.samplers.base import Evaluation, Latent, Sampler
 from fastrefine.stopping import RealLogits, StopRule
 
 _OF_THE_GENERATOR = (
@@ -127,6 +128,7 @@ class Networks:
             target = Target(g, d, sampler, options, num_slots)
             target.prepare(a, (*context, *d.call.values(given)))
             self.bound = sampler.with_loss_error(self._loss_error(target)), stop
+            self._start(target)
         self.target = target
 
     def _prepared(self, images: Tensor, inputs: dict[str, Tensor]) -> PreparedDiscriminator:
@@ -161,6 +163,7 @@ class Networks:
             sampler, stop = self._bind(d) if options.needs_real else (options.sampler.bind(self), self.bound[1])
             with torch_state.arithmetic(options.precision, options.deterministic):
                 self.bound = sampler.with_loss_error(self._loss_error(self.target)), stop
+                self._start(self.target)
 
     def _notice_updates(self) -> None:
         """Forget what was prepared from weights that the caller has updated since."""
@@ -298,6 +301,20 @@ class Networks:
             raise InputError(f"{why} needs proposals to look at: pass a number, or prior= to the Refiner")
         found = [(a.flatten(1), logits) for a, _, logits in self._proposals(n)]
         return torch.cat([a for a, _ in found]), torch.cat([logits for _, logits in found])
+
+    def _start(self, target: Target) -> None:
+        """Let the sampler find its scale: on proposals of the prior, or where there is none on the first call's own latents."""
+        assert self.bound is not None
+        sampler, stop = self.bound
+        self.bound = sampler.started(functools.partial(self._first_evaluation, target)), stop
+
+    def _first_evaluation(self, target: Target) -> Evaluation:
+        assert self._probe_batch is not None
+        prior = self.options.prior
+        if prior is None or tuple(self._probe_batch[0].shape[1:]) != tuple(prior.shape):
+            return target.first_evaluation()
+        ((a, context, _),) = self._proposals(probe.rows(self.options))
+        return target.first_evaluation(a, context)
 
     def _loss_error(self, target: Target) -> float:
         """Rounding error of a loss, see Target.loss_error; on the first call's own latents where the prior is not theirs."""

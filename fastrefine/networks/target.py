@@ -144,6 +144,12 @@ class Target:
         error = error[error.isfinite()]
         return float(error.square().mean().sqrt()) if len(error) else 0.0
 
+    def first_evaluation(self, a: Tensor | None = None, context: tuple[Tensor, ...] = ()) -> Evaluation:
+        """Plain autograd at activations (n, ...) or the probe batch's."""
+        if a is None:
+            a, context = self._reference
+        return self._autograd(a.flatten(1), *context)
+
     def _probe_gradient(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
         """Plain autograd on the exact networks: the oracle, and the place where a broken gradient is found."""
         tail = self.form.tail

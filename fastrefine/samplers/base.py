@@ -157,6 +157,10 @@ class Sampler:
         """The sampler for losses with this root mean square rounding error (0 in float32 and float64)."""
         return self
 
+    def started(self: Self, first: Callable[[], Evaluation]) -> Self:
+        """The sampler with its scale found, where it wants that; ``first`` evaluates a few proposals, (n,) and (n, F)."""
+        return self
+
     def init(self, a: Tensor, sample: Sample) -> State:
         """State of a sample that enters its slot with activation ``a``."""
         return {"position": a, "logit": a.new_full((len(a),), math.nan)}

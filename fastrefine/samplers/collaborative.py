@@ -16,11 +16,15 @@ from fastrefine.samplers.adam import BETA1, BETA2, EPSILON, MOMENTS, adam
 from fastrefine.samplers.base import LOSSES, Evaluation, Kernel, Networks, NoiseSource, Sample, Sampler, State, Traits, per_slot
 
 
+FIRST_GAIN = 0.1  # of the loss, by a first step whose size was left out
+
+
 @dataclass(frozen=True)
 class Collaborative(Sampler):
     """a <- Proj(a - step_size * grad L(d(a))), per sample, from [CS] Alg. 1; energy: L itself.
 
-    step_size: more than 0; gradients are per sample, never a batch mean.
+    step_size: more than 0; gradients are per sample, never a batch mean. None: found once for each pair, the
+        step that would lower the loss of a typical proposal by FIRST_GAIN if it were linear; for a control that adapts it.
     loss: "nonsaturating" -log s(d) | "minimax" log(1 - s(d)) | "wasserstein" -d | "least_squares" (d - 1)^2 / 2.
     optimizer: "sgd" | "momentum" (m <- momentum m + step_size g, a <- a - m) | "adam" (bias correction by the sample's
         own step) | "ladam" (the published 2-D code's Adam with the discriminator gap as a factor; needs ``real``).
@@ -39,7 +43,7 @@ class Collaborative(Sampler):
     Raises InputError on values out of range.
     """
 
-    step_size: float
+    step_size: float | None = None
     loss: str = "nonsaturating"
     optimizer: str = "sgd"
     momentum: float = 0.9
@@ -50,7 +54,8 @@ class Collaborative(Sampler):
     slack: float | None = None
 
     def __post_init__(self) -> None:
-        checks.number("step_size", self.step_size, 0.0, open_low=True)
+        if self.step_size is not None:
+            checks.number("step_size", self.step_size, 0.0, open_low=True)
         checks.choice("loss", self.loss, tuple(LOSSES))
         checks.choice("optimizer", self.optimizer, ("sgd", "momentum", "adam", "ladam"))
         checks.number("momentum", self.momentum, 0.0, 1.0)
@@ -61,10 +66,19 @@ class Collaborative(Sampler):
             raise InputError(f"adaptive steps are defined for optimizer='sgd', got {self.optimizer!r}")
         if self.control is None:
             plain = self.optimizer == "sgd" and not self.adaptive
-            object.__setattr__(self, "control", "backtracking" if plain else "fixed")
+            adapted = "barzilai_borwein" if self.step_size is None else "backtracking"
+            object.__setattr__(self, "control", adapted if plain else "fixed")
         checks.choice("control", self.control, ("backtracking", "barzilai_borwein", "fixed"))
+        if self.step_size is None and self.control == "fixed":
+            raise InputError("step_size is None; control='fixed' wants a number, for nothing adapts it")
         if self.control != "fixed" and (self.optimizer != "sgd" or self.adaptive):
             raise InputError(f"control={self.control!r} is for optimizer='sgd' without adaptive; use control='fixed'")
+
+    @property
+    def size(self) -> float:
+        """step_size, once it is known."""
+        assert self.step_size is not None
+        return self.step_size
 
     @property
     def update(self) -> Update:
@@ -88,9 +102,16 @@ class Collaborative(Sampler):
         measured = self.control != "fixed" and self.slack is None
         return replace(self, slack=step_control.ERRORS * loss_error) if measured else self
 
+    def started(self, first: Callable[[], Evaluation]) -> Collaborative:
+        if self.step_size is not None:
+            return self
+        slope = first().grad.double().square().sum(1)
+        slope = slope[slope.isfinite() & (slope > 0)]
+        return replace(self, step_size=float(FIRST_GAIN / slope.median()) if len(slope) else 1.0)
+
     def init(self, a: Tensor, sample: Sample) -> State:
         zero = a.new_zeros(len(a))
-        starts = {"step_size": zero + self.step_size, "reference": torch.sigmoid(sample.reference_logit)}
+        starts = {"step_size": zero + self.size, "reference": torch.sigmoid(sample.reference_logit)}
         numbers = {name: starts.get(name, zero) for name in self.update.scalars}
         return {**super().init(a, sample), **numbers, **{name: torch.zeros_like(a) for name in self.update.vectors}}
 
@@ -101,12 +122,12 @@ class Collaborative(Sampler):
         accept = first | step_control.accepts(evaluation.loss, state["loss"], self.slack or 0.0)
         numbers = {"loss": torch.where(accept, evaluation.loss, state["loss"])}
         if self.control == "backtracking":
-            size = step_control.backtracking(state["step_size"], accept, self.step_size)
+            size = step_control.backtracking(state["step_size"], accept, self.size)
             numbers["step_size"] = torch.where(first, state["step_size"], size)
         else:  # a last gradient may be missing: the numbers change with the next proposal
             move, change = (a - state["position"]).double(), (evaluation.grad - state["grad"]).double()
             moved, bent = (move * move).sum(1), (move * change).sum(1)
-            size = step_control.barzilai_borwein(state["step_size"], accept, moved, bent, self.step_size)
+            size = step_control.barzilai_borwein(state["step_size"], accept, moved, bent, self.size)
             numbers = {"next_loss": numbers["loss"], "next_step_size": torch.where(first, state["step_size"], size)}
         return {
             **state,
@@ -138,7 +159,7 @@ class Update(NamedTuple):
 
 
 def _sgd(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
-    return own.step_size * g, {}
+    return own.size * g, {}
 
 
 def _backtracking(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
@@ -154,17 +175,17 @@ def _barzilai_borwein(own: Collaborative, g: Tensor, state: State, step: Tensor)
 def _adaptive(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
     """step_size * max(0, s(d*) - s(d)) ([CS0] 3.1)."""
     lead = torch.clamp(state["reference"] - torch.sigmoid(state["logit"]), min=0)
-    return per_slot(own.step_size * lead) * g, {}
+    return per_slot(own.size * lead) * g, {}
 
 
 def _momentum(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
     """m <- momentum m + step_size g."""
-    velocity = own.momentum * state["velocity"] + own.step_size * g
+    velocity = own.momentum * state["velocity"] + own.size * g
     return velocity, {"velocity": velocity}
 
 
 def _adam(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
-    return adam(g, state, step, own.step_size)
+    return adam(g, state, step, own.size)
 
 
 def _ladam(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[Tensor, State]:
@@ -173,25 +194,25 @@ def _ladam(own: Collaborative, g: Tensor, state: State, step: Tensor) -> tuple[T
     m = torch.where(per_slot(first), g, 0.9 * state["first_moment"] + 0.1 * g)
     v = torch.where(per_slot(first), g * g, 0.5 * state["second_moment"] + 0.5 * g * g)
     gap = torch.where(first, gap, 0.5 * state["gap"] + 0.5 * gap)
-    rate = own.step_size * torch.clamp(gap + 0.5, min=0) ** 2
+    rate = own.size * torch.clamp(gap + 0.5, min=0) ** 2
     return per_slot(rate) * m / (torch.sqrt(v) + EPSILON), {"first_moment": m, "second_moment": v, "gap": gap}
 
 
 def _bounds(own: Collaborative) -> tuple[float, ...]:
-    return own.step_size, step_control.GROW, step_control.SHRINK, step_control.LARGEST, own.slack or 0.0
+    return own.size, step_control.GROW, step_control.SHRINK, step_control.LARGEST, own.slack or 0.0
 
 
 def _curved_bounds(own: Collaborative) -> tuple[float, ...]:
     limits = step_control.WIDEN, step_control.SHRINK, step_control.LEAST, step_control.MOST, step_control.LARGEST
-    return own.step_size, *limits, own.slack or 0.0
+    return own.size, *limits, own.slack or 0.0
 
 
 UPDATES = {
-    "sgd": Update("sgd", lambda own: (own.step_size, 0.0), _sgd),
+    "sgd": Update("sgd", lambda own: (own.size, 0.0), _sgd),
     "backtracking": Update("backtracking", _bounds, _backtracking, ("loss", "step_size"), ("grad",)),
     "barzilai_borwein": Update("barzilai_borwein", _curved_bounds, _barzilai_borwein, ("loss", "step_size"), ("grad",)),
-    "adaptive": Update("adaptive", lambda own: (own.step_size,), _adaptive, ("reference",)),
-    "momentum": Update("momentum", lambda own: (own.step_size, own.momentum), _momentum, (), ("velocity",)),
-    "adam": Update("adam", lambda own: (own.step_size, BETA1, BETA2, EPSILON), _adam, (), MOMENTS),
-    "ladam": Update("ladam", lambda own: (own.step_size, EPSILON, own.real_score or 0.0), _ladam, ("gap",), MOMENTS),
+    "adaptive": Update("adaptive", lambda own: (own.size,), _adaptive, ("reference",)),
+    "momentum": Update("momentum", lambda own: (own.size, own.momentum), _momentum, (), ("velocity",)),
+    "adam": Update("adam", lambda own: (own.size, BETA1, BETA2, EPSILON), _adam, (), MOMENTS),
+    "ladam": Update("ladam", lambda own: (own.size, EPSILON, own.real_score or 0.0), _ladam, ("gap",), MOMENTS),
 }
