@@ -21,18 +21,12 @@ def triton_kernels(architectures: list[str]) -> dict[str, int] | None:
     if importlib.util.find_spec("triton") is None:
         return None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    commands = {name: [sys.executable, "-m", "fastrefine.kernels.aot", name] for name in architectures}
-    started = {  # side by side, a core for each
-        name: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for name, command in commands.items()
-    }
-    counts: dict[str, int] = {}
-    for name, compiler in started.items():
-        printed = compiler.communicate()[0]
-        print(printed, end="", flush=True)
-        if compiler.returncode:
-            raise SystemExit(f"kernels-check: {' '.join(commands[name][1:])} failed")
-        counts |= {found: int(count) for found, count in re.findall(r"sm_(\d+): (\d+) kernels", printed)}
+    command = [sys.executable, "-m", "fastrefine.kernels.aot", *architectures]
+    compiler = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    print(compiler.stdout, end="", flush=True)
+    if compiler.returncode:
+        raise SystemExit(f"kernels-check: {' '.join(command[1:])} failed")
+    counts = {found: int(count) for found, count in re.findall(r"sm_(\d+): (\d+) kernels", compiler.stdout)}
     if not all(counts.get(name) for name in architectures):
         raise SystemExit(f"kernels-check: no kernels for one of {', '.join(architectures)}, or no count of them")
     return counts

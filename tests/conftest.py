@@ -42,6 +42,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     patch_once_a_launch()
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of all workers of this session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture
 def runtime(monkeypatch):
     """The CPU stand-in for CUDA's graphs, for refiners made with driver="graph" or "loop" while the test runs."""

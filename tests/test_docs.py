@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from benchmarks.papers.catalogue import EXPERIMENTS
 from fastrefine.cli import cli
+from fastrefine.production import evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -28,6 +29,7 @@ WRITTEN = sorted(
 def test_the_snippets_of_a_page_run(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(evaluation.trained_features, "__defaults__", (60, 0))  # steps of the classifier, and seed
     text = (ROOT / page).read_text()
     if page == "README.md":
         assert text.count("iterations=100") == 1  # of shaping: all that makes it last

@@ -108,7 +108,7 @@ def _against_laws(run: Run, seed: int) -> tuple[Rows, dict[str, Any]]:
     """Train, fit, calibrate, integrate, sample."""
     cells, recipe = run.cells(), run.recipe
     (steps,) = recipe.checkpoints
-    pairs = checkpoints(cells, f"wgan-{seed}", lambda: WganTrainer(evenly25, steps, seed), (steps,))
+    pairs = checkpoints(cells, f"wgan-{seed}", lambda: WganTrainer(evenly25, steps, seed, not run.quick), (steps,))
     g, critic = pairs[steps]
     d = _fitted(cells, recipe, seed, g)
     energies, facts = calibrated(g, d, critic, recipe, seed)

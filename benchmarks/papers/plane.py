@@ -246,12 +246,12 @@ class WganTrainer(Trainer):
 
     Adam (betas .5, .9) at rates (2e-4, 1e-3), held for .3 of ``steps``, then falling linearly to a fiftieth. .1 weighs the
     penalty (|grad D| - 1)^2 between real and fake. The critic's two wide layers multiply in bfloat16 while it is trained
-    (three times faster on a CPU that has it); weights, sums and the generator are float32.
+    (three times faster on a CPU that has it, far slower on others); weights, sums and the generator are float32.
     """
 
-    def __init__(self, real: Draw, steps: int, seed: int):
+    def __init__(self, real: Draw, steps: int, seed: int, bfloat16: bool = True):
         pair: Pair = build(lambda: _steep(LATENT_DIM, 256, 2), seed), build(lambda: _steep(2, 512, 1), seed + 1)
-        super().__init__(*pair, real, normal(LATENT_DIM), Training(100, "adam", (2e-4, 1e-3)), seed)
+        super().__init__(*pair, real, normal(LATENT_DIM), Training(100, "adam", (2e-4, 1e-3), bfloat16=bfloat16), seed)
         self.steps = steps
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["fused"] = True
@@ -279,6 +279,6 @@ class WganTrainer(Trainer):
         d = self.discriminator
         assert isinstance(d, nn.Sequential)
         h = d[:2](x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, self.training.bfloat16):
             h = d[2:6](h)
         return d[6](h.float())

@@ -116,6 +116,8 @@ def fold_batch_norm(module: nn.Module, keep: str | None = None) -> nn.Module:
     neighbours of each nn.Sequential. The caller compares the result with the original on a probe batch: a trace loses
     custom backward formulas and data-dependent control flow.
     """
+    if not any(isinstance(child, _NORM) for child in module.modules()):
+        return copy.deepcopy(module)
     try:
         twin = copy.deepcopy(module)
         tracer = _Tracer(None if keep is None else twin.get_submodule(keep))

@@ -190,12 +190,13 @@ def _to_channels_first(pixels: Tensor, bias: Tensor | None, like: tuple[Tensor, 
     return found.clone(memory_format=torch.contiguous_format)
 
 
-def make_rows_equal(graph: fx.GraphModule, state: torch.dtype) -> None:
-    """Replace what gives rows different bits by their place in the batch, in a graph recorded on a CPU."""
-    for node in list(graph.graph.nodes):
+def with_equal_rows(graph: fx.GraphModule, state: torch.dtype) -> fx.GraphModule:
+    """A copy of a graph recorded on a CPU, without what gives rows different bits by their place in the batch."""
+    twin = copy.deepcopy(graph.graph)
+    for node in twin.nodes:
         if node.op == "call_function":
             node.target, node.args = _equal_form(node.target, node.args, node.kwargs, state)
-    graph.recompile()
+    return fx.GraphModule(graph, twin)
 
 
 def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
@@ -276,11 +277,7 @@ class Recording(NamedTuple):
 
     def with_equal_rows(self, state: torch.dtype) -> Recording:
         """Copies in which a row has the same bits at every place in the batch."""
-        made = [None if graph is None else fx.GraphModule(graph, copy.deepcopy(graph.graph)) for graph in self]
-        for graph in made:
-            if graph is not None:
-                make_rows_equal(graph, state)
-        return Recording(*made)  # type: ignore[arg-type]
+        return Recording(*(None if graph is None else with_equal_rows(graph, state) for graph in self))  # type: ignore[arg-type]
 
 
 def first_outputs(graph: fx.GraphModule, count: int, effects: Effects) -> fx.GraphModule:
@@ -338,8 +335,15 @@ class _Memories(fx.Interpreter):
         return {v.untyped_storage()._cdata for v in tree_leaves(self.values.get(node)) if isinstance(v, Tensor)}
 
 
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
     """The effects of a graph that was recorded with arguments like these."""
+    if not any(_writes(node) for node in graph.graph.nodes):
+        return Effects({node: set() for node in graph.graph.nodes}, set())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memories = _Memories(graph)
     with mode, torch.no_grad():
@@ -348,9 +352,9 @@ def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
     before: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.graph.nodes:
         before[node] = {w for i in node.all_input_nodes for memory in memories.of(i) for w in writers.get(memory, ())}
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
+        if not _writes(node):
             continue
+        schema = node.target._schema  # type: ignore[union-attr]
         named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
         for argument in schema.arguments:
             target = named.get(argument.name)

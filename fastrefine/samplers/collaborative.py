@@ -15,7 +15,6 @@ from fastrefine.samplers import step_control
 from fastrefine.samplers.adam import BETA1, BETA2, EPSILON, MOMENTS, adam
 from fastrefine.samplers.base import LOSSES, Evaluation, Kernel, Networks, NoiseSource, Sample, Sampler, State, Traits, per_slot
 
-
 FIRST_GAIN = 0.1  # of the loss, by a first step whose size was left out
 
 

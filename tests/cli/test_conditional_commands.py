@@ -87,7 +87,8 @@ def test_refine_makes_the_images_of_random_classes_that_the_python_call_makes(fo
         assert np.abs((wanted.numpy() + 1) * 127.5 - made["arr_0"].transpose(0, 3, 1, 2)).max() <= 0.51
 
 
-def test_a_class_for_all_and_several_workers(folder, tmp_path):
+def test_a_class_for_all_and_several_workers(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(per_image_selection, "PILOT", 64)
     configuration = Configuration(
         pair=str(folder / "pair"), classes="random", ids="0-39", shard_size=10, num_slots=16, max_steps=2, select="obrs",
         chain_length=2,

@@ -1,5 +1,6 @@
 """The demo: its rows, its picture, and the weights it starts from."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from fastrefine.demo import recipes
 from fastrefine.demo import run as demo
+from fastrefine.production.bench import Bench
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +18,9 @@ def metrics(tmp_path_factory):
     """A small run of the demo: few iterations of shaping, few samples."""
     outdir = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
-    patch.setattr(demo, "DIGITS", replace(recipes.DIGITS, shaping_iterations=60, classifier_steps=300, chain_length=4))
+    small = dict(shaping_iterations=30, shaping_rate=3e-4, classifier_steps=200, chain_length=2)
+    patch.setattr(demo, "DIGITS", replace(recipes.DIGITS, **small))
+    patch.setattr(demo, "Bench", functools.partial(Bench, seconds=0.1))
     state = torch.random.get_rng_state()
     try:
         demo.run(outdir, samples=500)

@@ -15,11 +15,12 @@ def test_equal_num_slots_give_equal_bits_for_any_n_first_id_and_chunk(networks, 
     prior = fr.Normal(4) if networks is pair else fr.Normal(8)
     sampler = fr.DGflow(0.1, gamma=0.1)
     one = refiner(networks(), num_slots=slots, prior=prior, at="1" if networks is pair else "2", sampler=sampler)
-    whole = one.sample(50, seed=3)
-    for first, n in ((0, 1), (0, 33), (13, 20), (37, 13), (32, 17)):
+    count = 10 if slots == 1 else 50
+    whole = one.sample(count, seed=3)
+    for first, n in ((0, 1), (0, 33), (13, 20), (37, 13), (32, 17)) if count == 50 else ((0, 1), (3, 5), (6, 4)):
         same(one.sample(n, first_id=first, seed=3), whole.select(slice(first, first + n)))
     for chunk in (1, 7, 1000):
-        same(fr.Result.concatenate(list(one.stream(50, seed=3, chunk=chunk))), whole)
+        same(fr.Result.concatenate(list(one.stream(count, seed=3, chunk=chunk))), whole)
 
 
 def test_refining_given_latents_equals_sampling_them():
@@ -46,7 +47,7 @@ def test_number_of_slots_changes_rounding_only():
 
 @pytest.mark.parametrize("stop", [fr.stopping.UniformStep(), fr.stopping.Hazard(0.3), None], ids=repr)
 def test_slots_stay_as_full_as_greedy_scheduling_allows(stop):
-    out = refiner(stop=stop, max_steps=20, num_slots=16).sample(1600)
+    out = refiner(stop=stop, max_steps=20, num_slots=16).sample(800)
     evaluations = (out.steps + 1).tolist()
     assert out.report["evaluations"] == sum(evaluations)
     bound = sum(evaluations) / greedy_slot_steps(evaluations, 16)

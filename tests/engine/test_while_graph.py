@@ -21,9 +21,9 @@ def _built(monkeypatch):
     monkeypatch.delenv("FASTREFINE_BUILD", raising=False)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> FakeRuntime:
-    return fake_cudart.build(tmp_path_factory.mktemp("fake_cudart"))
+@pytest.fixture(scope="session")
+def built(shared_folder) -> FakeRuntime:
+    return fake_cudart.load(shared_folder / "fake_cudart")
 
 
 @pytest.fixture

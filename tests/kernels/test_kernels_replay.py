@@ -10,7 +10,7 @@ from fastrefine.ops import slots
 from fastrefine.samplers import DDLS, DOT, HMC, MALA, DGflow, Evaluation, Latent
 from tests.support.step_machine import SAMPLERS, Recorder, bound, device_of, needs_gpu, random_evaluation, record
 
-S, F, P = 3, 5, 6
+S, F, P = 2, 5, 4
 
 
 class Tape:

@@ -115,9 +115,9 @@ def test_conditions_travel_with_their_sample(at, num_slots):
         g, d, FIXED, at=at, max_steps=STEPS, num_slots=num_slots, prior=fr.Normal(4), stop=fr.stopping.UniformStep(),
         discriminate=lambda D, x, edges: D(torch.cat([edges, x], 1)),
     )  # fmt: skip
-    out = one.refine(z, conditions={"edges": edges})
+    out, single = one.refine(z, conditions={"edges": edges}), one.replaced(num_slots=1)
     for i in range(9):
-        alone = one.replaced(num_slots=1).refine(z[i : i + 1], conditions={"edges": edges[i : i + 1]}, first_id=i)
+        alone = single.refine(z[i : i + 1], conditions={"edges": edges[i : i + 1]}, first_id=i)
         torch.testing.assert_close(out.images[i], alone.images[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(one.score(out.images, conditions={"edges": edges}), out.logits, rtol=0, atol=1e-4)
     assert len(one.sample(9, conditions={"edges": edges})) == 9

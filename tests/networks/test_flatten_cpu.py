@@ -9,9 +9,7 @@ from fastrefine.networks import recording
 
 def _recorded(function, given):
     """The function as the step records it on a CPU, with equal rows."""
-    graph = recording.record(function, given)
-    recording.make_rows_equal(graph, given[0].dtype)
-    return graph
+    return recording.with_equal_rows(recording.record(function, given), given[0].dtype)
 
 
 # kernel, stride, padding, output padding; the first four are computed by phases, the last two are left alone

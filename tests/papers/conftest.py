@@ -1,7 +1,6 @@
 """Quick runs of the experiments, each made once for all tests."""
 
 import fcntl
-import os
 import pickle
 import shutil
 
@@ -17,10 +16,9 @@ def reference_torch():
 
 
 @pytest.fixture(scope="session")
-def quick_run(tmp_path_factory):
+def quick_run(tmp_path_factory, shared_folder):
     """name -> (folder, record) of an experiment's quick run with one seed: made once a session, a copy for each caller."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quick-runs"
+    shared = shared_folder / "quick-runs"
     shared.mkdir(exist_ok=True)
 
     def get(name):

@@ -1,8 +1,10 @@
 """Every experiment of the catalogue: its command line, and its quick run, whose main claims hold."""
 
 import json
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,59 +36,76 @@ MAIN = {
 }  # fmt: skip
 
 
-def command(*arguments):
-    """(exit code, stdout, stderr, whether torch was imported) of ``python -m benchmarks.papers``."""
-    program = (
-        "import runpy, sys\n"
-        "code = 0\n"
-        "try:\n"
-        "    runpy.run_module('benchmarks.papers', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end:\n"
-        "    code = end.code\n"
-        "print('torch' in sys.modules)\n"
-        "sys.exit(code)\n"
+WITHOUT_TORCH = """
+import json, runpy, sys
+for arguments in json.loads({!r}):
+    sys.argv[1:] = arguments
+    print("---", flush=True)
+    try:
+        runpy.run_module("benchmarks.papers", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(end.code, "torch" in sys.modules, flush=True)
+"""
+
+
+def fresh(*commands):
+    """(exit code, what was printed, whether torch was imported) of each command, one after the other in a fresh Python."""
+    program = WITHOUT_TORCH.format(json.dumps(commands))
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    out, torch, _ = done.stdout.rpartition("True\n") if done.stdout.endswith("True\n") else done.stdout.rpartition("False\n")
-    return done.returncode, out, done.stderr, torch == "True\n"
+    for part in done.stdout.split("---\n")[1:]:
+        *printed, last = part.splitlines()
+        code, torch = last.split()
+        yield int(code), "\n".join(printed), torch == "True"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """arguments -> (exit code, stdout, stderr) of ``python -m benchmarks.papers``, in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.papers", *map(str, arguments)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            runpy.run_module("benchmarks.papers", run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
 # --- the command line
 
 
-@pytest.mark.parametrize("arguments", [("list",), ("--help",), ("run", "--help"), ("report", "--help")])
-def test_list_and_help_answer_without_torch(arguments):
-    code, out, _, torch = command(*arguments)
-    assert code == 0 and out and not torch
+def test_list_help_and_usage_errors_answer_without_torch():
+    commands = [("list",), ("--help",), ("run", "--help"), ("report", "--help"), ("run", "swisroll", "--outdir", ".")]
+    answers = list(fresh(*commands))
+    assert [code for code, *_ in answers] == [0, 0, 0, 0, 2]
+    assert all(printed and not torch for _, printed, torch in answers)
+    assert all(name in answers[-1][1] for name in EXPERIMENTS), "an unknown name is told the choices"
 
 
-def test_the_list_names_every_experiment():
-    _, out, _, _ = command("list")
+def test_the_list_names_every_experiment(command):
+    _, out, _ = command("list")
     assert [line.split()[0] for line in out.splitlines()] == list(EXPERIMENTS)
 
 
-def test_an_unknown_name_is_a_usage_error_that_names_the_choices(tmp_path):
-    code, _, err, torch = command("run", "swisroll", "--outdir", tmp_path)
-    assert code == 2 and not torch and all(name in err for name in EXPERIMENTS)
-
-
-def test_run_asks_for_a_folder():
-    code, _, err, _ = command("run", "steps")
+def test_run_asks_for_a_folder(command):
+    code, _, err = command("run", "steps")
     assert code == 2 and "--outdir" in err
 
 
 @pytest.mark.parametrize(
     ("name", "options", "said"), [("mnist", (), "mnist needs --data"), ("imbalanced8", ("--data", "."), "leave --data out")]
 )
-def test_data_missing_or_not_taken_is_one_line(tmp_path, name, options, said):
-    code, _, err, _ = command("run", name, "--outdir", tmp_path, *options)
+def test_data_missing_or_not_taken_is_one_line(command, tmp_path, name, options, said):
+    code, _, err = command("run", name, "--outdir", tmp_path, *options)
     assert code == 1 and said in err and err.count("\n") == 1
 
 
-def test_a_broken_result_is_one_line_of_the_report(tmp_path):
+def test_a_broken_result_is_one_line_of_the_report(command, tmp_path):
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "result.json").write_text("{")
-    code, _, err, _ = command("report", tmp_path)
+    code, _, err = command("report", tmp_path)
     assert code == 1 and err.count("\n") == 1 and "result.json" in err
 
 

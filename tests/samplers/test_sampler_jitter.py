@@ -99,7 +99,7 @@ def test_the_jitter_knows_neither_slots_nor_companions(backend):
 
 # jitter=0
 
-N, F, TRANSITIONS_OF_FEW = 4, 6, 4
+N, F, TRANSITIONS_OF_FEW = 2, 6, 3
 WEIGHT, CENTRE = torch.linspace(0.2, 3, F), torch.linspace(-1, 2, F)
 
 

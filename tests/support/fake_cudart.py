@@ -1,9 +1,11 @@
 """Builds ``_device_loop`` against the fake CUDA runtime of fake_cudart.cpp and drives that fake."""
 
 import ctypes
+import fcntl
 import functools
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -26,18 +28,25 @@ def pybind_include() -> str | None:
     return None
 
 
-def build(folder: Path) -> "FakeRuntime":
-    """Skips the test, with the reason, where it cannot be built."""
+@functools.cache  # a second copy in one process would register the same types again
+def load(folder: Path) -> "FakeRuntime":
+    """Built in a folder that other processes may share, by the first of them; skips the test where it cannot be built."""
     missing = [tool for tool in ("nvcc", "g++") if shutil.which(tool) is None]
     include = pybind_include()
     if missing or include is None:
         pytest.skip(f"the fake CUDA runtime needs {', '.join(missing) or 'the headers of pybind11'}")
-    target = folder / "_device_loop.so"
+    target, part = folder / "_device_loop.so", folder / "_device_loop.part"
     includes = [f"-I{path}" for path in (ROOT / "csrc", include, sysconfig.get_paths()["include"])]
     # No real runtime is linked, and -Bsymbolic binds to the fake even if another library brings the real one.
     flags = ["-std=c++17", "-O0", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic"]
-    done = subprocess.run(["nvcc", *flags, *includes, *SOURCES, "-o", target], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["nvcc", *flags, *includes, *SOURCES, "-o", str(part)]
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            os.replace(part, target)
     return FakeRuntime(target)
 
 

@@ -79,7 +79,7 @@ def test_shaping_teaches_the_discriminator_where_refinement_must_end():
     with torch.no_grad():
         d[2].weight.mul_(0.1)
     one = refiner((g, d), max_steps=30, sampler=fr.Collaborative(0.5))
-    shaped = fr.shape_discriminator(one, REAL, 150, 64, 2e-3, seed=0)
+    shaped = fr.shape_discriminator(one, REAL, 60, 32, 5e-3, seed=0)
     distance = {
         name: float((r.sample(300, seed=9).images - torch.tensor([1.0, -1.0])).norm(dim=1).mean())
         for name, r in (("as it is", one), ("shaped", one.with_discriminator(shaped)))
@@ -130,8 +130,8 @@ class Images(torch.utils.data.Dataset):
 @pytest.mark.parametrize("labelled", [False, True])
 def test_real_images_come_as_tensor_dataset_or_loader(labelled):
     one = refiner()
-    for real in (REAL, Images(labelled), torch.utils.data.DataLoader(Images(labelled), 16)):
-        assert isinstance(fr.shape_discriminator(one, real, 30, 16, 0.01), nn.Module)
+    for real in (REAL, Images(labelled), torch.utils.data.DataLoader(Images(labelled), 200)):
+        assert isinstance(fr.shape_discriminator(one, real, 3, 200, 0.01), nn.Module)  # more than all images
     a = fr.shape_discriminator(one, REAL, 2, 16, 0.01)
     b = fr.shape_discriminator(one, Images(labelled), 2, 16, 0.01)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
@@ -164,7 +164,7 @@ def test_given_latents_serve_where_there_is_no_prior():
 def test_fitted_discriminator_tells_real_from_generated_and_keeps_its_best():
     g, _ = pair()
     state = torch.random.get_rng_state()
-    fitted = fr.fit_discriminator(g, REAL, 300, prior=fr.Normal(2), check_every=50, learning_rate=2e-3, seed=1)
+    fitted = fr.fit_discriminator(g, REAL, 150, prior=fr.Normal(2), check_every=50, learning_rate=4e-3, seed=1)
     assert torch.equal(state, torch.random.get_rng_state())
     fakes = g(torch.randn(400, 2, generator=torch.Generator().manual_seed(3))).detach()
     assert fr.diagnose(fitted(REAL), fitted(fakes)).brier < 0.1
@@ -258,7 +258,7 @@ def test_a_spectral_norm_follows_the_weights_while_all_else_keeps_still(norm):
 
     layers = [nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), Notes()]
     d = nn.Sequential(norm(nn.Linear(2, 16)), *layers, norm(nn.Linear(16, 1)))
-    shaped = fr.shape_discriminator(refiner((pair()[0], d)), REAL, 100, 32, 1e-2)
+    shaped = fr.shape_discriminator(refiner((pair()[0], d), max_steps=2), REAL, 50, 16, 2e-2)
     assert not any(modes)
     for layer in (shaped[0], shaped[-1]):
         assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) < 1.1
