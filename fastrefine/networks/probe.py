@@ -14,6 +14,11 @@ Forward = Callable[[Tensor], Tensor]
 Trace = list[tuple[str, Any, Any]]
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor that may be kept: within torch.func.vmap or grad there are others, which must not leave it."""
+    return isinstance(value, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def _trace(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> tuple[Tensor, Trace]:
     """The output, and (module name, tensor inputs, output) of every module, inner ones first, in order of execution."""
     calls: Trace = []
@@ -23,8 +28,8 @@ def _trace(roots: dict[str, nn.Module], forward: Forward, x: Tensor) -> tuple[Te
             label = f"{root} module {name!r} ({type(child).__name__})" if name else f"{root} ({type(child).__name__})"
 
             def record(_: nn.Module, args: Any, out: Any, label: str = label) -> None:
-                tensors = [a.detach().clone() for a in args if isinstance(a, Tensor)]
-                if isinstance(out, Tensor):
+                tensors = [a.detach().clone() for a in args if is_plain(a)]
+                if is_plain(out):
                     calls.append((label, tensors, out.detach().clone()))
 
             handles.append(child.register_forward_hook(record))
@@ -122,8 +127,8 @@ def explain_missing_gradient(roots: dict[str, nn.Module], loss: Callable[[Tensor
         for name, child in module.named_modules():
 
             def record(m: nn.Module, args: Any, out: Any, label: str = f"{root} module {name!r}") -> None:
-                inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
-                if isinstance(out, Tensor) and inputs:
+                inputs = [x for x in args if is_plain(x) and x.requires_grad]
+                if is_plain(out) and inputs:
                     calls.append((f"{label} ({type(m).__name__})", m, inputs, out))
 
             handles.append(child.register_forward_hook(record))

@@ -51,8 +51,21 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
         graph = make_fx(function, decomposition_table=rules)(*args)
+    for node in graph.graph.nodes:
+        if _has_a_size_of_values(node):
+            raise ValueError(f"sizes depend on values: {node.target}")
     fold_constants(graph, modules)
     return graph
+
+
+def _has_a_size_of_values(node: fx.Node) -> bool:
+    """Whether the shape of the result follows from what the inputs hold, and not from their shapes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape not in node.target.tags:
+        return False
+    if node.target is not aten.index.Tensor:
+        return True
+    kinds = {i.meta["val"].dtype for i in node.args[1] if isinstance(i, fx.Node)}  # type: ignore[union-attr]
+    return bool(kinds & {torch.bool, torch.uint8})  # by numbers, a result has their shape
 
 
 def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
@@ -340,6 +353,8 @@ class _Memories(fx.Interpreter):
 
 def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
     """The effects of a graph that was recorded with arguments like these."""
+    if not any(_is_mutable(node) for node in graph.graph.nodes):
+        return Effects({node: set() for node in graph.graph.nodes}, set())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memories = _Memories(graph)
     with mode, torch.no_grad():
@@ -348,9 +363,9 @@ def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
     before: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.graph.nodes:
         before[node] = {w for i in node.all_input_nodes for memory in memories.of(i) for w in writers.get(memory, ())}
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
+        if not _is_mutable(node):
             continue
+        schema = node.target._schema  # type: ignore[union-attr]
         named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
         for argument in schema.arguments:
             target = named.get(argument.name)
@@ -358,6 +373,11 @@ def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
                 for memory in memories.of(target):
                     writers.setdefault(memory, set()).add(node)
     return Effects(before, {node for node in graph.graph.nodes if memories.of(node) & writers.keys()})
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _sources(node: fx.Node, effects: Effects) -> set[fx.Node]:

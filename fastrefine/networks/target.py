@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastrefine.errors import InputError
+from fastrefine.errors import GradientError, InputError
 from fastrefine.networks import copies, probe, recording, torch_state
-from fastrefine.networks.calls import is_out_of_memory
+from fastrefine.networks.calls import attempt, failure, is_out_of_memory
 from fastrefine.networks.cut import Tail
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
@@ -35,6 +36,12 @@ def _relative_error(value: Tensor, reference: Tensor) -> float:
     if not bool(known.any()):
         return 0.0
     return float((value - reference)[known].abs().max()) / max(float(reference[known].abs().max()), 1e-30)
+
+
+def _alike(given: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Whether a recording for the one is one for the other."""
+    kinds = [[(t.shape, t.stride(), t.dtype, t.device) for t in tensors] for tensors in (given, other)]
+    return kinds[0] == kinds[1]
 
 
 class Target:
@@ -60,6 +67,10 @@ class Target:
         self._recordings: dict[bool, Recording]  # by whether the step reads a view
         self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # by (with gradient, on a view); compiled where asked for
         self.route = "autograd"  # or "flat": how the step is computed
+        self._fresh: tuple[fx.GraphModule, tuple[Tensor, ...]] | None = (
+            None  # a recording of present weights, and its arguments
+        )
+        self._whole = False  # whether gradients come by backward() alone
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
@@ -86,7 +97,7 @@ class Target:
             if made is not None:
                 break
         else:
-            made, self.fold, self._fold = plain, "none", copy.deepcopy
+            made, self.fold, self._fold = plain, "none", copies.twin
         self.form = made.converted(DTYPES[self.precision])
         try:
             reference = self._autograd(a, *context)
@@ -149,14 +160,28 @@ class Target:
         tail = self.form.tail
         roots = {"generator": tail.generator if isinstance(tail, Tail) else tail, "discriminator": self.form.d}
         try:
-            reference = self._autograd(a, *context)
+            reference = self._plain_step(a, context)
         except RuntimeError as error:
-            raise probe.explain_missing_gradient(roots, lambda x: self._loss_of(x, context), a) or error from error
+            if is_out_of_memory(error):
+                raise
+            found = probe.explain_missing_gradient(roots, lambda x: self._loss_of(x, context), a)
+            if found is None and "not have been used" in str(error):
+                found = GradientError("the loss does not depend on the refined activation, so nothing can be refined there")
+            raise found or InputError(failure("networks", error, a)) from error
         if not bool((reference.grad != 0).any()):
             broken = probe.explain_missing_gradient(roots, lambda x: self._loss_of(x, context), a)
             if broken is not None:
                 raise broken
         return reference
+
+    def _plain_step(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
+        try:
+            return self._autograd(a, *context)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            self._whole = True  # a reentrant checkpoint refuses to be asked for one gradient alone
+            return self._autograd(a, *context)
 
     def _loss_of(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         return self._loss(self._patches(a, context, None)).sum()
@@ -180,7 +205,7 @@ class Target:
 
         small = self.ladder.climb("step recorded", record, error, _TOLERANCE[self.form.compute])
         if small is not None:
-            self.route, self._small = "flat", small
+            self.route, self._small, self._fresh = "flat", small, (small, (a, *context))
             self._choose_block()
 
     @property
@@ -200,10 +225,10 @@ class Target:
 
     def _step_on_view(self, view: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``_step``, with the gradient in the dtype and element order of the view."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self._in_place():
             leaf = view.detach().requires_grad_()
             logit, loss = self._values(*given, view=leaf)
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            grad = self._gradient(loss.sum(), leaf)
         return logit.detach(), loss.detach(), grad.detach()
 
     def view_of(self, state: torch.dtype) -> dict[str, Any]:
@@ -229,11 +254,23 @@ class Target:
         return self.discriminator.logits(self.form.d, self.form.tail(x, *own), inputs).to(a.dtype)
 
     def _autograd(self, a: Tensor, *context: Tensor) -> Evaluation:
-        with torch.enable_grad():
+        with torch.enable_grad(), self._in_place():
             leaf = a.detach().requires_grad_()
             logit, loss = self._values(leaf, *context)
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            grad = self._gradient(loss.sum(), leaf)
         return Evaluation(logit.detach(), loss.detach(), grad.detach())
+
+    def _in_place(self) -> contextlib.AbstractContextManager[None]:
+        tail = self.form.tail
+        return tail.through_backward() if isinstance(tail, Tail) else contextlib.nullcontext()
+
+    def _gradient(self, loss: Tensor, leaf: Tensor) -> Tensor:
+        if not self._whole:
+            return torch.autograd.grad(loss, leaf)[0]
+        loss.backward()
+        if leaf.grad is None:
+            raise RuntimeError("the activation takes no part in the loss")
+        return leaf.grad
 
     def carried(self, a: Tensor | None, context: tuple[Tensor, ...], on_view: bool) -> tuple[Tensor, ...]:
         """What the step reads of each sample besides its activation, (S, ...): computed once from its context.
@@ -274,7 +311,7 @@ class Target:
     def evaluate(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
         """Logit, loss and gradient at ``a`` (S, F), context as ``carried`` gave it; on a view, the gradient is in its form."""
         if self.route == "autograd":
-            return Evaluation(*self._by_blocks(self._step, (a, *context)))
+            return Evaluation(*attempt("pair", lambda: self._by_blocks(self._step, (a, *context)), a))
         return Evaluation(*self._call(True, a, context, view))
 
     def forward(self, a: Tensor, context: tuple[Tensor, ...], view: Tensor | None = None) -> Evaluation:
@@ -290,14 +327,20 @@ class Target:
             graph = known.step if with_grad else known.forward
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
             self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
-        return self._by_blocks(self.calls[kind], (a, *context) if view is None else (view, a, *context))
+        given = (a, *context) if view is None else (view, a, *context)
+        return attempt("recorded step", lambda: self._by_blocks(self.calls[kind], given), a)
 
     def _record(self, a: Tensor, context: tuple[Tensor, ...], on_view: bool) -> Recording:
         """The step at the slots' shape. What does not depend on the activation is taken out, and the rows are made equal."""
         state = (self._as_view(a), a) if on_view else (a,)
         given, count = tuple(t[: self._block] for t in (*state, *context)), len(state)
-        graph = recording.record(self._step_on_view if on_view else self._step, given, self._modules)
-        wanted, tolerance = graph(*given), _TOLERANCE[self.form.compute]
+        step, tolerance = self._step_on_view if on_view else self._step, _TOLERANCE[self.form.compute]
+        graph = None if on_view or self._fresh is None or not _alike(given, self._fresh[1]) else self._fresh[0]
+        graph = graph or recording.record(step, given, self._modules)
+        wanted = graph(*given)
+        off = max(_relative_error(f, w) for f, w in zip(wanted, step(*given), strict=True))
+        if not off <= tolerance:
+            raise ValueError(f"differs by {off:.1e} of the largest value, more than {tolerance:g}")
         order = torch.arange(len(given[0]), device=a.device)
         if not self.coupled:  # samples of a group keep their places, others may be in any slot
             order = order.flip(0)
@@ -378,9 +421,9 @@ class Target:
 
     def refresh(self, discriminator: PreparedDiscriminator) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""
-        fresh = self._fold(discriminator.module).to(dtype=self.form.compute)
+        fresh = copies.converted(self._fold(discriminator.module), self.form.compute)
         copies.copy_weights(fresh, self.form.d)
-        self.discriminator = discriminator
+        self.discriminator, self._fresh = discriminator, None
         graphs = [graph for recorded in self._recordings.values() for graph in recorded[:2] if graph is not None]
         if any(recording.has_derived_constants(graph, self._modules) for graph in graphs):
             self.forget()
