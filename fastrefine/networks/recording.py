@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
@@ -49,13 +50,25 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = _convolution_on_cpu
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot():
         graph = make_fx(function, decomposition_table=rules)(*args)
     for node in graph.graph.nodes:
         if _has_a_size_of_values(node):
             raise ValueError(f"sizes depend on values: {node.target}")
     fold_constants(graph, modules)
     return graph
+
+
+class _OneHot(TorchFunctionMode):
+    """One-hot labels by a comparison: torch's own looks at the values to check them, which cannot be recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {**dict(zip(("tensor", "num_classes"), args, strict=False)), **(kwargs or {})}
+        if func is F.one_hot and given.get("num_classes", -1) > 0:
+            labels: Any = given.get("tensor", given.get("input"))
+            classes = torch.arange(given["num_classes"], device=labels.device)
+            return (labels[..., None] == classes).to(labels.dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def _has_a_size_of_values(node: fx.Node) -> bool:

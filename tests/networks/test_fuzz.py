@@ -289,6 +289,12 @@ def test_random_pairs_agree_with_a_plain_loop(chunk):
     assert refused <= 3  # of the seeds that have a kind which may be refused
 
 
+def test_one_hot_labels_are_recorded():
+    case = next(case for case in map(fuzz.case, range(PAIRS)) if "one_hot_appended" in case.kinds and not case.refusals)
+    out = refiner_of(case, "input", fr.Collaborative(0.1)).refine(case.latents, labels=case.labels, conditions=case.conditions)
+    assert out.report["route"] == "flat"
+
+
 def runs_alone(case):
     """Whether the pair needs no more than latents, and is not to be refused."""
     return not case.inputs() and not case.refusals
