@@ -202,7 +202,7 @@ def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool
         try:
             driver.prepare(machine, forward)
             return driver
-        except (RuntimeError, BackendError) as error:
+        except (RuntimeError, BackendError, InputError) as error:
             machine.captured.clear()
             if is_out_of_memory(error):
                 raise

@@ -72,10 +72,10 @@ def call_of(
     if function is not None:
         return NetworkCall(tuple(name for name in inputs if name != noise.KEY), function)
     takes, required = takes_labels(network, kwargs)
+    if not takes and _signature(network, kwargs)[1]:  # made for labels of width 0
+        return NetworkCall((), None, kwargs, (None,))
     if takes and "labels" in inputs:
         return NetworkCall(("labels",), None, kwargs)
-    if required and any(getattr(network, name, None) == 0 for name in _WIDTHS):
-        return NetworkCall((), None, kwargs, (None,))
     if required:
         first, second = ("generate=lambda G, z", "G(z, cond)")
         if what == "discriminator":
@@ -101,8 +101,16 @@ _LABELS = re.compile("label|class|cond|target|categor|attr|one_?hot|domain|conte
 def takes_labels(network: Any, known: Mapping[str, Any] = MappingProxyType({})) -> tuple[bool, bool]:
     """(whether ``network(x, labels)`` is a valid call, whether labels are required); an optional one is known by its name.
 
-    known: arguments that are given by name. A module may say so itself, by an attribute ``takes_labels`` of this form.
+    known: arguments that are given by name. A module may say so itself, by an attribute ``takes_labels`` of this form. One made
+    for labels of width 0 takes none.
     """
+    plain = unwrap(network) if isinstance(network, nn.Module) else network
+    if any(getattr(plain, name, None) == 0 for name in _WIDTHS):
+        return False, False
+    return _signature(network, known)
+
+
+def _signature(network: Any, known: Mapping[str, Any]) -> tuple[bool, bool]:
     if network is None:
         return False, False
     network = network.prefix if isinstance(network, Split) else network
@@ -148,14 +156,17 @@ def attempt(what: str, call: Callable[[], Any], x: Tensor) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        text = " ".join(str(error).split()) or "no message"
-        hint = ""
-        if what == "generator" and isinstance(error, RuntimeError) and re.search("shape|size|channel|dimension", text):
-            hint = "; are these its latents (see prior), and is it the generator?"
-        raise InputError(
-            f"the {what} failed on a batch of shape {tuple(x.shape)}, {x.dtype}: {type(error).__name__}: {text}"
-            f"{_module_of(error)}{hint}"
-        ) from error
+        raise InputError(failure(what, error, x)) from error
+
+
+def failure(what: str, error: Exception, x: Tensor) -> str:
+    """What to say of an exception of a network of the caller's on a batch ``x``."""
+    text = " ".join(str(error).split()) or "no message"
+    hint = ""
+    if what == "generator" and isinstance(error, RuntimeError) and re.search("shape|size|channel|dimension", text):
+        hint = "; are these its latents (see prior), and is it the generator?"
+    where = f"{tuple(x.shape)}, {x.dtype}"
+    return f"the {what} failed on a batch of shape {where}: {type(error).__name__}: {text}{_module_of(error)}{hint}"
 
 
 def _module_of(error: BaseException) -> str:

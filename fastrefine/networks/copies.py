@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
-from collections import Counter
+import types
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +40,8 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def own_copy(module: nn.Module, like: Tensor) -> nn.Module:
-    """Our copy of a network of the caller's, on the device and in the dtype of ``like``."""
+def without_scripts(module: nn.Module) -> nn.Module:
+    """The module unwrapped; InputError where a part of it is scripted or traced."""
     plain = unwrap(module)
     for name, child in plain.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
@@ -46,7 +49,32 @@ def own_copy(module: nn.Module, like: Tensor) -> nn.Module:
                 f"module {name!r} is scripted or traced, and can neither be looked into nor frozen: "
                 "give the nn.Module it was made from"
             )
-    return private_copy(plain).to(device=like.device, dtype=like.dtype)
+    return plain
+
+
+def own_copy(module: nn.Module, like: Tensor, run: Callable[[nn.Module], Any] | None = None) -> nn.Module:
+    """Our copy of a network of the caller's, on the device and in the dtype of ``like``.
+
+    Stages of another precision than float32 stay as they are where ``run`` then runs, else all is converted.
+    """
+    own = private_copy(without_scripts(module)).to(device=like.device)
+    if run is not None and len(_precisions(own)) > 1:
+        kept = converted(twin(own), like.dtype)
+        with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails below, or not
+            run(kept)
+            return kept
+    return own.to(dtype=like.dtype)
+
+
+def converted(module: M, dtype: torch.dtype) -> M:
+    """The same module in ``dtype``; of one with stages of several precisions, what is float32."""
+    if len(_precisions(module)) < 2:
+        return module.to(dtype=dtype)
+    return module._apply(lambda t: t.to(dtype) if t.dtype == torch.float32 else t)
+
+
+def _precisions(module: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in module.parameters() if p.is_floating_point()}
 
 
 def private_copy(module: M) -> M:
@@ -55,11 +83,11 @@ def private_copy(module: M) -> M:
     Hooks of the user travel with the copy, for they may be part of the function.
     """
     with torch.inference_mode(False):
-        twin = copy.deepcopy(module, non_leaf_tensors(module)).eval()
-        for parameter in twin.parameters():
+        own = twin(module).eval()
+        for parameter in own.parameters():
             parameter.grad = None
-        _bake(twin)
-        for child in twin.modules():  # what was made under inference_mode cannot take part in autograd
+        _bake(own)
+        for child in own.modules():  # what was made under inference_mode cannot take part in autograd
             for store in (child._parameters, child._buffers):
                 for name, value in store.items():
                     if value is not None and value.is_inference():
@@ -69,13 +97,60 @@ def private_copy(module: M) -> M:
             for name, value in list(child.__dict__.items()):
                 if isinstance(value, Tensor) and value.is_inference():
                     child.__dict__[name] = value.clone()
-    return twin.requires_grad_(False)
+    return own.requires_grad_(False)
+
+
+def twin(module: M) -> M:
+    """A deep copy, also of modules that deepcopy refuses; InputError where it refuses still.
+
+    Tensors in an autograd graph, such as one kept by a forward pass, are copied as values. What cannot be copied at all, such
+    as a lock, a library or a writer of logs, is shared.
+    """
+    memo = non_leaf_tensors(module)
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception:  # an attribute may refuse in any way
+        for value in reversed(list(_reachable(module))):  # what a value holds comes after it
+            if id(value) in memo or isinstance(value, nn.Module | Tensor | dict | list | tuple):
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                memo[id(value)] = value
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"{type(module).__name__} cannot be copied: {type(error).__name__}: {text}") from error
 
 
 def non_leaf_tensors(module: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy: tensors in an autograd graph (old-style spectral norm after a forward) refuse to be copied."""
-    values = (value for child in module.modules() for value in child.__dict__.values())
-    return {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
+    return {id(v): v.detach().clone() for v in _reachable(module) if isinstance(v, Tensor) and not v.is_leaf}
+
+
+def _reachable(module: nn.Module) -> Iterator[Any]:
+    """The attributes of a module and of what it holds, the holder before what it holds; each object once."""
+    seen, pending = {id(module)}, deque([module])
+    while pending:
+        one = pending.popleft()
+        yield one
+        if isinstance(one, dict):
+            parts: Iterable[Any] = one.values()
+        elif isinstance(one, list | tuple | set | frozenset | deque):
+            parts = one
+        elif isinstance(one, nn.Module) or not isinstance(one, _WITHOUT_PARTS):
+            parts = getattr(one, "__dict__", {}).values()
+        else:
+            continue
+        for part in parts:
+            if id(part) not in seen and not isinstance(part, _ATOMS):
+                seen.add(id(part))
+                pending.append(part)
+
+
+_ATOMS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+_WITHOUT_PARTS = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, Tensor)
 
 
 def _bake(module: nn.Module) -> None:
@@ -119,9 +194,9 @@ def fold_batch_norm(module: nn.Module, keep: str | None = None) -> nn.Module:
     if not any(isinstance(child, _NORM) for child in module.modules()):
         return copy.deepcopy(module)
     try:
-        twin = copy.deepcopy(module)
-        tracer = _Tracer(None if keep is None else twin.get_submodule(keep))
-        traced = fx.GraphModule(twin, tracer.trace(twin))
+        own = twin(module)
+        tracer = _Tracer(None if keep is None else own.get_submodule(keep))
+        traced = fx.GraphModule(own, tracer.trace(own))
     except Exception:  # tracing runs the user's code on proxies: it may fail in any way
         return fold_in_sequentials(module, keep)
     shared = _shared_parameters(traced)
@@ -145,16 +220,16 @@ def fold_batch_norm(module: nn.Module, keep: str | None = None) -> nn.Module:
 
 def fold_in_sequentials(module: nn.Module, keep: str | None = None) -> nn.Module:
     """As fold_batch_norm, without tracing: only neighbours within an nn.Sequential."""
-    twin = copy.deepcopy(module)
-    shared, kept = _shared_parameters(twin), None if keep is None else twin.get_submodule(keep)
-    for sequential in [child for child in twin.modules() if isinstance(child, nn.Sequential)]:
+    own = twin(module)
+    shared, kept = _shared_parameters(own), None if keep is None else own.get_submodule(keep)
+    for sequential in [child for child in own.modules() if isinstance(child, nn.Sequential)]:
         names = list(sequential._modules)
         for first, second in zip(names, names[1:], strict=False):
             pair = sequential._modules[first], sequential._modules[second]
             fused = None if kept is not None and kept in pair else _fuse(*pair, shared)
             if fused is not None:
                 sequential._modules[first], sequential._modules[second] = fused, nn.Identity()
-    return twin
+    return own
 
 
 def _shared_parameters(module: nn.Module) -> set[int]:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from fastrefine import checks
 from fastrefine.errors import InputError, SplitError
 from fastrefine.networks.calls import NetworkCall, attempt, describe
-from fastrefine.networks.copies import unwrap
+from fastrefine.networks.copies import private_copy, unwrap, without_scripts
+from fastrefine.networks.probe import is_plain
 
-_PROBE_SIZES = (3, 5)  # odd and different: a dimension that follows both is the batch
+# Odd and different: a dimension that follows both is the batch. The others are for networks that take whole groups only.
+_PROBE_SIZES = ((3, 5), (4, 8))
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,32 @@ class Tail(nn.Module):
         super().__init__()
         self.generator, self.call, self.at, self.index = generator, call, at, index
         self.training = False
+        self._held: contextlib.ExitStack | None = None
 
     def forward(self, a: Tensor, *inputs: Tensor) -> Tensor:
         if self.at == "input":
             return image_of(self.call(self.generator, a, *inputs))
-        with self._hook(lambda output: with_first_tensor(output, a)) as calls:
+
+        def replace(output: Any) -> Any:
+            found = first_tensor(output)  # of a stage in another precision perhaps
+            if found is None:
+                return output
+            own = a if torch.is_grad_enabled() else a.view_as(a)  # a checkpoint makes what it returns a node of its own
+            return with_first_tensor(output, own.to(found.dtype))
+
+        with contextlib.ExitStack() as stack:
+            calls = (self._held or stack).enter_context(self._hook(replace))
             image = image_of(self.call(self.generator, *inputs))
         if calls[0] <= self.index:
             raise SplitError(f"module {self.at!r} is not executed between latent and image")
         return image
+
+    @contextlib.contextmanager
+    def through_backward(self) -> Iterator[None]:
+        """The activation stays in its place until the end, for a checkpoint runs its part of the forward pass again."""
+        with contextlib.ExitStack() as self._held:
+            yield
+        self._held = None
 
     def activation(self, *inputs: Tensor) -> Tensor:
         """What the module gives for these latents and further inputs."""
@@ -122,6 +141,8 @@ class Tail(nn.Module):
         calls = [0]
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if torch._C._current_graph_task_id() != -1:  # again, within a backward pass; of several calls which is not known
+                return action(output) if calls[0] == 1 else None
             calls[0] += 1
             return action(output) if calls[0] == self.index + 1 else None
 
@@ -167,6 +188,8 @@ def find(generator: nn.Module, call: NetworkCall, at: str, inputs: tuple[Tensor,
     if index >= len(outputs):
         raise SplitError(f"{at!r}: module {name!r} is executed {len(outputs)} times, calls count from 0")
     found, batch = first_tensor(outputs[index]), len(inputs[0])
+    if found is not None and not is_plain(found):
+        raise SplitError(f"module {name!r} runs within torch.func.vmap or grad, where its output stands for one sample alone")
     if found is None:
         raise SplitError(f"the output of module {name!r} holds no floating tensor: it is {describe(outputs[index])}")
     if found.dim() == 0 or len(found) != batch:
@@ -196,59 +219,78 @@ def layers(
     labels = checks.labels(labels, len(sample_latent))
     further = ({} if labels is None else {"labels": labels}) | dict(conditions or {})
     call = NetworkCall(tuple(further), generate, kwargs or {})
-    names = {module: name for name, module in generator.named_modules() if name}
-    seen: dict[str, list[tuple[tuple[int, ...] | None, int]]] = {}  # for each call: shape, FLOPs so far
-    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
-
-    counter = FlopCounterMode(display=False)
     inputs: tuple[Tensor, ...] = (sample_latent, *further.values())
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        found = first_tensor(output)
-        shape = None if found is None else tuple(found.shape)
-        seen.setdefault(names[module], []).append((shape, counter.get_total_flops()))
-
-    modes = {module: module.training for module in generator.modules()}
-    handles: list[Any] = []
-    try:
-        with _plain_state(sample_latent.device), torch.no_grad():
-            few, many = (tuple(_resized(value, n) for value in inputs) for n in _PROBE_SIZES)
-            with contextlib.suppress(NotImplementedError):  # of torch.export, whose modules have one mode
-                generator.eval()
-            handles += [module.register_forward_hook(record) for module in names]
-            detached = _Called(generator, call)
-            with counter:  # on detached weights: torch 2.13's counter fails on views of parameters under no_grad
-                weights = {name: value.detach() for name, value in detached.named_parameters()}
-                image = attempt("generator", lambda: torch.func.functional_call(detached, weights, few), few[0])
-            total = counter.get_total_flops()
-            first, seen = seen, {}
-            attempt("generator", lambda: call(generator, *many), many[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    own = private_copy(without_scripts(generator))
+    with _plain_state(sample_latent.device), torch.no_grad():
+        for sizes in (*_PROBE_SIZES, (len(sample_latent),) * 2):
+            try:
+                few, many = (tuple(_resized(value, n) for value in inputs) for n in sizes)
+                first, total, image = _calls(own, call, few)
+                second = _calls(own, call, many, counted=False)[0]
+                break
+            except InputError:  # some networks take whole groups only
+                if sizes[0] == sizes[1] or len(sample_latent) < 2:
+                    raise
 
     def layer(name: str, shape: tuple[int, ...], tail_flops: int) -> Layer:
         return Layer(name, shape, tail_flops // len(few[0]), tail_flops / total if total else 0.0)
 
     found = [layer("input", tuple(sample_latent.shape[1:]), total)]
     for name, calls in first.items():
-        (shape, flops), (other, _) = calls[0], seen.get(name, [(None, 0)])[0]
+        (shape, flops), (other, _) = calls[0], second.get(name, [(None, 0)])[0]
         if len(calls) > 1 or not shape or not other:
             continue
-        if (shape[0], other[0]) == _PROBE_SIZES and shape[1:] == other[1:]:
+        if (shape[0], other[0]) == sizes and shape[1:] == other[1:]:
             found.append(layer(name, shape[1:], total - flops))
     return [*found, layer("output", tuple(image.shape[1:]), 0)]
 
 
-class _Called(nn.Module):
-    def __init__(self, generator: nn.Module, call: NetworkCall):
-        super().__init__()
-        self.generator, self.call = generator, call
+_Calls = dict[str, list[tuple[tuple[int, ...] | None, int]]]  # module -> for each call: shape of its output, FLOPs so far
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return image_of(self.call(self.generator, *inputs))
+
+def _calls(
+    generator: nn.Module, call: NetworkCall, inputs: tuple[Tensor, ...], counted: bool = True
+) -> tuple[_Calls, int, Tensor]:
+    """(the modules that ran, FLOPs, images) of these inputs."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
+    counter = FlopCounterMode(display=False)
+    # torch's own tracker hooks autograd, which a network may call for one gradient
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    names = {module: name for name, module in generator.named_modules() if name}
+    seen: _Calls = {}
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        found = first_tensor(output)
+        shape = tuple(found.shape) if found is not None and is_plain(found) else None
+        seen.setdefault(names[module], []).append((shape, counter.get_total_flops()))
+
+    def run() -> Tensor:
+        seen.clear()
+        return image_of(call(generator, *(value.clone() for value in inputs)))
+
+    handles = [module.register_forward_hook(record) for module in names]
+    try:
+        if counted:
+            with contextlib.suppress(Exception), counter:  # a network that cannot be counted may still run
+                image = run()
+                return seen, counter.get_total_flops(), image
+        return seen, 0, attempt("generator", run, inputs[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _NoModules:
+    """In place of torch's ModuleTracker: every operation belongs to the whole."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 @contextlib.contextmanager

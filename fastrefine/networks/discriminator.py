@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastrefine.errors import CouplingError, FastrefineWarning, InputError
-from fastrefine.networks import probe, statistics
+from fastrefine.networks import copies, probe, statistics
 from fastrefine.networks.calls import LogitReader, NetworkCall, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
 from fastrefine.networks.freezing import FrozenDiscriminator
@@ -35,12 +37,13 @@ class PreparedDiscriminator:
         self, discriminator: nn.Module, options: Options, images: Tensor, inputs: Mapping[str, Tensor],
         reference: Callable[[], tuple[Tensor, Mapping[str, Tensor]]],
     ):  # fmt: skip
-        own = own_copy(discriminator, images)
-        self.scale, self.num_classes, self._like = options.discriminator_output, None, images[:0]
+        self.scale, self.num_classes = options.discriminator_output, None
         self.rows = None if len(images) == probe.rows(options) else len(images)  # the only size of a batch that is known to run
         call = self.call = call_of(
-            "discriminator", own, inputs, options.discriminate, options.discriminator_kwargs or {}
+            "discriminator", discriminator, inputs, options.discriminate, options.discriminator_kwargs or {}
         )  # fmt: skip
+        self._own = lambda given: own_copy(given, images, lambda module: call(module, images.clone(), *call.values(inputs)))
+        own = self._own(discriminator)
         if self.takes_labels:
             self.num_classes = label_classes([own], lambda *given: call(own, *given), images, call, inputs)
 
@@ -93,7 +96,7 @@ class PreparedDiscriminator:
     def updated(self, discriminator: nn.Module) -> PreparedDiscriminator:
         """The same with other weights; nothing is probed again."""
         twin = copy.copy(self)
-        own = self._cut(own_copy(discriminator, self._like))
+        own = self._cut(self._own(discriminator))
         twin.module = own if self.frozen is None else self.frozen.updated(own)
         twin.frozen = None if self.frozen is None else twin.module  # type: ignore[assignment]
         return twin
@@ -178,9 +181,9 @@ def _uncut(discriminator: nn.Module) -> nn.Module:
 
 
 def _cut_module(discriminator: nn.Module, name: str) -> nn.Module:
-    twin = copy.deepcopy(discriminator)
-    twin.set_submodule(name, nn.Identity())
-    return twin
+    own = copies.twin(discriminator)
+    own.set_submodule(name, nn.Identity())
+    return own
 
 
 def _cut_traced(discriminator: nn.Module) -> nn.Module:
@@ -204,7 +207,7 @@ def _working_cut(
     """The first cut after which the sigmoid of the output gives the probabilities ``values`` again."""
     for cut in cuts:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints the code that failed
                 logits = logits_of(cut(discriminator))
         except Exception:  # tracing runs the user's code on proxies: it may fail in any way
             continue

@@ -46,15 +46,16 @@ class PreparedGenerator:
             self._borrowed += _closed_over(options.generate) + _closed_over(options.discriminate)
             self._caller = generator
             with self.evaluation_mode():
-                self._prepare(own_copy(generator, latents), options, latents, inputs)
+                self._prepare(generator, options, latents, inputs)
         self._probe(latents, inputs, options.coupling)
 
     @property
     def takes_labels(self) -> bool:
         return "labels" in self.call.names
 
-    def _prepare(self, own: nn.Module, options: Options, latents: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        call = self.call = call_of("generator", own, inputs, options.generate, options.generator_kwargs or {})
+    def _prepare(self, given: nn.Module, options: Options, latents: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        call = self.call = call_of("generator", given, inputs, options.generate, options.generator_kwargs or {})
+        own = own_copy(given, latents, lambda module: call(module, latents.clone(), *call.values(inputs)))
         if self.takes_labels:
             self.num_classes = label_classes([own], lambda *given: call(own, *given), latents, call, inputs)
         if options.on_noise == "freeze":
@@ -147,7 +148,7 @@ class PreparedGenerator:
         context = (context,) if isinstance(context, Tensor) else context
         if not isinstance(a, Tensor) or not isinstance(context, tuple | list):
             raise InputError(f"prefix(z[, labels]) must return (activation, tuple of tensors), got {describe(found)}")
-        return a, tuple(context)
+        return a.to(latents.dtype) if a.is_floating_point() else a, tuple(context)
 
     def render(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Images (n, ...) of activations (n, ...): the generator's own arithmetic, nothing folded."""

@@ -6,7 +6,6 @@ The plain form, private frozen copies and autograd, always stands below. What a 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 from collections.abc import Callable
@@ -42,12 +41,12 @@ class Form:
 
     def copied(self) -> Form:
         """Copies, which may be converted."""
-        return Form(copy.deepcopy(self.tail), copy.deepcopy(self.d), self.compute)
+        return Form(copies.twin(self.tail), copies.twin(self.d), self.compute)
 
     def converted(self, dtype: torch.dtype) -> Form:
         """The same modules in another dtype."""
         for module in (self.tail, self.d):
-            module.to(dtype=dtype)
+            copies.converted(module, dtype)
         return Form(self.tail, self.d, dtype)
 
     def laid_out(self, channels_last: bool) -> Form:

@@ -22,6 +22,11 @@ def rows(options: Options) -> int:
     return -(-ROWS // options.pack) * options.pack
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor that may be kept: within torch.func.vmap or grad there are others, which must not leave it."""
+    return isinstance(value, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def _trace(roots: dict[str, nn.Module], forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Trace]:
     """The output, and (module name, tensor inputs, output) of every module, inner ones first, in order of execution."""
     calls: Trace = []
@@ -31,8 +36,8 @@ def _trace(roots: dict[str, nn.Module], forward: Callable[[Tensor], Tensor], x: 
             label = f"{root} module {name!r} ({type(child).__name__})" if name else f"{root} ({type(child).__name__})"
 
             def record(_: nn.Module, args: Any, out: Any, label: str = label) -> None:
-                tensors = [a.detach().clone() for a in args if isinstance(a, Tensor)]
-                if isinstance(out, Tensor):
+                tensors = [a.detach().clone() for a in args if is_plain(a)]
+                if is_plain(out):
                     calls.append((label, tensors, out.detach().clone()))
 
             handles.append(child.register_forward_hook(record))
@@ -138,8 +143,8 @@ def explain_missing_gradient(roots: dict[str, nn.Module], loss: Callable[[Tensor
         for name, child in module.named_modules():
 
             def record(m: nn.Module, args: Any, out: Any, label: str = f"{root} module {name!r}") -> None:
-                inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
-                if isinstance(out, Tensor) and inputs:
+                inputs = [x for x in args if is_plain(x) and x.requires_grad]
+                if is_plain(out) and inputs:
                     calls.append((f"{label} ({type(m).__name__})", m, inputs, out))
 
             handles.append(child.register_forward_hook(record))

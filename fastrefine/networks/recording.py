@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
@@ -49,10 +50,35 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = _convolution_on_cpu
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot():
         graph = make_fx(function, decomposition_table=rules)(*args)
+    for node in graph.graph.nodes:
+        if _has_a_size_of_values(node):
+            raise ValueError(f"sizes depend on values: {node.target}")
     fold_constants(graph, modules)
     return graph
+
+
+class _OneHot(TorchFunctionMode):
+    """One-hot labels by a comparison: torch's own looks at the values to check them, which cannot be recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {**dict(zip(("tensor", "num_classes"), args, strict=False)), **(kwargs or {})}
+        if func is F.one_hot and given.get("num_classes", -1) > 0:
+            labels: Any = given.get("tensor", given.get("input"))
+            classes = torch.arange(given["num_classes"], device=labels.device)
+            return (labels[..., None] == classes).to(labels.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_a_size_of_values(node: fx.Node) -> bool:
+    """Whether the shape of the result follows from what the inputs hold, and not from their shapes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape not in node.target.tags:
+        return False
+    if node.target is not aten.index.Tensor:
+        return True
+    kinds = {i.meta["val"].dtype for i in node.args[1] if isinstance(i, fx.Node)}  # type: ignore[union-attr]
+    return bool(kinds & {torch.bool, torch.uint8})  # by numbers, a result has their shape
 
 
 def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
@@ -335,14 +361,9 @@ class _Memories(fx.Interpreter):
         return {v.untyped_storage()._cdata for v in tree_leaves(self.values.get(node)) if isinstance(v, Tensor)}
 
 
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
     """The effects of a graph that was recorded with arguments like these."""
-    if not any(_writes(node) for node in graph.graph.nodes):
+    if not any(_is_mutable(node) for node in graph.graph.nodes):
         return Effects({node: set() for node in graph.graph.nodes}, set())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memories = _Memories(graph)
@@ -352,7 +373,7 @@ def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
     before: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.graph.nodes:
         before[node] = {w for i in node.all_input_nodes for memory in memories.of(i) for w in writers.get(memory, ())}
-        if not _writes(node):
+        if not _is_mutable(node):
             continue
         schema = node.target._schema  # type: ignore[union-attr]
         named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
@@ -362,6 +383,11 @@ def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
                 for memory in memories.of(target):
                     writers.setdefault(memory, set()).add(node)
     return Effects(before, {node for node in graph.graph.nodes if memories.of(node) & writers.keys()})
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _sources(node: fx.Node, effects: Effects) -> set[fx.Node]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.networks.copies import non_leaf_tensors, unwrap
+from fastrefine.networks.copies import twin, unwrap
 
 _UNLIKE = 4.0  # factor between a carried variance and that of a probe batch from which it is doubted
 
@@ -100,7 +99,7 @@ def recalibrate_batch_norm(network: nn.Module, batches: Iterable[Any]) -> nn.Mod
     Example: ``fr.recalibrate_batch_norm(g, (torch.randn(64, 128) for _ in range(50)))``
     """
     with torch.inference_mode(False), torch.no_grad():
-        own = copy.deepcopy(unwrap(network), non_leaf_tensors(unwrap(network))).eval()
+        own = twin(unwrap(network)).eval()
         norms = [module for module in own.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
         if not norms:
             raise InputError(f"{type(network).__name__} has no BatchNorm with running statistics")

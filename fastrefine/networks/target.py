@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastrefine.errors import InputError
+from fastrefine.errors import GradientError, InputError
 from fastrefine.networks import copies, probe, recording, torch_state
-from fastrefine.networks.calls import attempt, is_out_of_memory
+from fastrefine.networks.calls import attempt, failure, is_out_of_memory
 from fastrefine.networks.cut import Tail
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
@@ -35,6 +36,12 @@ def _relative_error(value: Tensor, reference: Tensor) -> float:
     if not bool(known.any()):
         return 0.0
     return float((value - reference)[known].abs().max()) / max(float(reference[known].abs().max()), 1e-30)
+
+
+def _alike(given: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Whether a recording for the one is one for the other."""
+    kinds = [[(t.shape, t.stride(), t.dtype, t.device) for t in tensors] for tensors in (given, other)]
+    return kinds[0] == kinds[1]
 
 
 class Target:
@@ -60,6 +67,10 @@ class Target:
         self._recordings: dict[bool, Recording]  # by whether the step reads a view
         self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # by (with gradient, on a view); compiled where asked for
         self.route = "autograd"  # or "flat": how the step is computed
+        self._fresh: tuple[fx.GraphModule, tuple[Tensor, ...]] | None = (
+            None  # a recording of present weights, and its arguments
+        )
+        self._whole = False  # whether gradients come by backward() alone
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them
 
@@ -86,7 +97,7 @@ class Target:
             if made is not None:
                 break
         else:
-            made, self.fold, self._fold = plain, "none", copy.deepcopy
+            made, self.fold, self._fold = plain, "none", copies.twin
         self.form = made.converted(DTYPES[self.precision])
         try:
             reference = self._autograd(a, *context)
@@ -155,14 +166,28 @@ class Target:
         tail = self.form.tail
         roots = {"generator": tail.generator if isinstance(tail, Tail) else tail, "discriminator": self.form.d}
         try:
-            reference = self._autograd(a, *context)
+            reference = self._plain_step(a, context)
         except RuntimeError as error:
-            raise probe.explain_missing_gradient(roots, lambda x: self._loss_of(x, context), a) or error from error
+            if is_out_of_memory(error):
+                raise
+            found = probe.explain_missing_gradient(roots, lambda x: self._loss_of(x, context), a)
+            if found is None and "not have been used" in str(error):
+                found = GradientError("the loss does not depend on the refined activation, so nothing can be refined there")
+            raise found or InputError(failure("networks", error, a)) from error
         if not bool((reference.grad != 0).any()):
             broken = probe.explain_missing_gradient(roots, lambda x: self._loss_of(x, context), a)
             if broken is not None:
                 raise broken
         return reference
+
+    def _plain_step(self, a: Tensor, context: tuple[Tensor, ...]) -> Evaluation:
+        try:
+            return self._autograd(a, *context)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            self._whole = True  # a reentrant checkpoint refuses to be asked for one gradient alone
+            return self._autograd(a, *context)
 
     def _loss_of(self, a: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         return self._loss(self._patches(a, context, None)).sum()
@@ -186,7 +211,7 @@ class Target:
 
         small = self.ladder.climb("step recorded", record, error, _TOLERANCE[self.form.compute])
         if small is not None:
-            self.route, self._small, self._small_is_current = "flat", small, True
+            self.route, self._small, self._fresh = "flat", small, (small, (a, *context))
             self._choose_block()
 
     @property
@@ -206,10 +231,10 @@ class Target:
 
     def _step_on_view(self, view: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``_step``, with the gradient in the dtype and element order of the view."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self._in_place():
             leaf = view.detach().requires_grad_()
             logit, loss = self._values(*given, view=leaf)
-            (grad,) = torch.autograd.grad(loss.sum() / self._pack, leaf)
+            grad = self._gradient(loss.sum() / self._pack, leaf)
         return logit.detach(), loss.detach(), grad.detach()
 
     def view_of(self, state: torch.dtype) -> dict[str, Any]:
@@ -235,11 +260,23 @@ class Target:
         return self.discriminator.logits(self.form.d, self.form.tail(x, *own), inputs).to(a.dtype)
 
     def _autograd(self, a: Tensor, *context: Tensor) -> Evaluation:
-        with torch.enable_grad():
+        with torch.enable_grad(), self._in_place():
             leaf = a.detach().requires_grad_()
             logit, loss = self._values(leaf, *context)
-            (grad,) = torch.autograd.grad(loss.sum() / self._pack, leaf)
+            grad = self._gradient(loss.sum() / self._pack, leaf)
         return Evaluation(logit.detach(), loss.detach(), grad.detach())
+
+    def _in_place(self) -> contextlib.AbstractContextManager[None]:
+        tail = self.form.tail
+        return tail.through_backward() if isinstance(tail, Tail) else contextlib.nullcontext()
+
+    def _gradient(self, loss: Tensor, leaf: Tensor) -> Tensor:
+        if not self._whole:
+            return torch.autograd.grad(loss, leaf)[0]
+        loss.backward()
+        if leaf.grad is None:
+            raise RuntimeError("the activation takes no part in the loss")
+        return leaf.grad
 
     def carried(self, a: Tensor | None, context: tuple[Tensor, ...], on_view: bool) -> tuple[Tensor, ...]:
         """What the step reads of each sample besides its activation, (S, ...): computed once from its context.
@@ -305,18 +342,21 @@ class Target:
             graph = known.step if with_grad else known.forward
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
             self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
-        return self._by_blocks(self.calls[kind], (a, *context) if view is None else (view, a, *context))
+        given = (a, *context) if view is None else (view, a, *context)
+        return attempt("recorded step", lambda: self._by_blocks(self.calls[kind], given), a)
 
     def _record(self, a: Tensor, context: tuple[Tensor, ...], on_view: bool) -> Recording:
         """The step at the slots' shape. What does not depend on the activation is taken out, and the rows are made equal."""
         state = (self._as_view(a), a) if on_view else (a,)
         given, count = tuple(t[: self._block] for t in (*state, *context)), len(state)
-        graph = self._small if not on_view and self._small_serves(given) else None
-        if graph is None:
-            if self.discriminator.frozen is not None:  # which records itself at its first call for a number of rows
-                self._step(*given[count - 1 :])
-            graph = recording.record(self._step_on_view if on_view else self._step, given, self._modules)
-        wanted, tolerance = graph(*given), _TOLERANCE[self.form.compute]
+        step, tolerance = self._step_on_view if on_view else self._step, _TOLERANCE[self.form.compute]
+        own = step(*given)  # first: a network may prepare itself at its first call for a shape
+        graph = None if on_view or self._fresh is None or not _alike(given, self._fresh[1]) else self._fresh[0]
+        graph = graph or recording.record(step, given, self._modules)
+        wanted = graph(*given)
+        off = max(_relative_error(f, w) for f, w in zip(wanted, own, strict=True))
+        if not off <= tolerance:
+            raise ValueError(f"differs by {off:.1e} of the largest value, more than {tolerance:g}")
         order = torch.arange(len(given[0]), device=a.device)
         if not self.coupled:  # samples of a group keep their places, others may be in any slot
             order = order.flip(0)
@@ -355,12 +395,6 @@ class Target:
             same = [torch.equal(torch.nan_to_num(f), torch.nan_to_num(s)) for f, s in zip(found, shifted, strict=True)]
             self.repeatable = "bitwise" if all(same) else "to rounding"
         return made
-
-    def _small_serves(self, given: tuple[Tensor, ...]) -> bool:
-        """Whether the step of the probe batch, recorded without deterministic algorithms, is that of such tensors."""
-        a, context = self._reference
-        kinds = [[(t.dtype, t.shape, t.stride()) for t in tensors] for tensors in (given, (a, *context))]
-        return self._small_is_current and kinds[0] == kinds[1] and not torch.are_deterministic_algorithms_enabled()
 
     def _as_view(self, a: Tensor) -> Tensor:
         """The activation in the dtype and element order of the view."""
@@ -403,9 +437,9 @@ class Target:
 
     def refresh(self, discriminator: PreparedDiscriminator) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""
-        fresh = self._fold(discriminator.module).to(dtype=self.form.compute)
+        fresh = copies.converted(self._fold(discriminator.module), self.form.compute)
         copies.copy_weights(fresh, self.form.d)
-        self.discriminator, self._small_is_current = discriminator, False  # it may hold constants of the old weights
+        self.discriminator, self._fresh = discriminator, None
         graphs = [graph for recorded in self._recordings.values() for graph in recorded[:2] if graph is not None]
         if any(recording.has_derived_constants(graph, self._modules) for graph in graphs):
             self.forget()

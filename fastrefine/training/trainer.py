@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -35,7 +34,7 @@ def progress_bar(iterations: int, name: str, progress: bool | None) -> Iterable[
 def trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
     """A copy with its parametrizations in place and every parameter trainable; the original keeps its graph and grads."""
     with torch.inference_mode(False):
-        twin = copy.deepcopy(unwrap(discriminator), copies.non_leaf_tensors(discriminator)).to(device)
+        twin = copies.twin(unwrap(discriminator)).to(device)
     for parameter in twin.parameters():
         parameter.grad = None
     return twin.requires_grad_(True)
