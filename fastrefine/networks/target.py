@@ -27,6 +27,9 @@ from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
+_FEW = 32  # slots for which the first recording is made as they are
+
+
 def _relative_error(value: Tensor, reference: Tensor) -> float:
     """Largest difference relative to the largest value; samples that are not finite must be so in both, and say no more."""
     value, reference = (t.double().reshape(len(t), -1) for t in (value, reference))
@@ -193,25 +196,33 @@ class Target:
         return self._loss(self._patches(a, context, None)).sum()
 
     def _record_a_few(self, plain: Evaluation) -> None:
-        """Record the step of the probe batch. The route is "flat" where it equals plain autograd, else "autograd"."""
-        a, context = self._reference
+        """Record the step of the probe batch. The route is "flat" where it equals plain autograd, else "autograd".
+
+        Few slots are filled with the probe batch again and again, so that the recording serves them as it is.
+        """
+        count = len(self._reference[0])
+        rows = self.num_slots if count < self.num_slots <= _FEW and not self.coupled else count
+        order = torch.arange(rows, device=self._reference[0].device) % count
+        given = (self._reference[0], *self._reference[1])
+        if rows > count:
+            given = tuple(value[order].contiguous() for value in given)
 
         def record() -> fx.GraphModule:
-            graph = recording.record(self._step, (a, *context), self._modules)
+            graph = recording.record(self._step, given, self._modules)
             from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
             with FlopCounterMode(display=False) as counter:
-                graph(a, *context)
-            self.flops = counter.get_total_flops() / len(a)
+                graph(*given)
+            self.flops = counter.get_total_flops() / rows
             return graph
 
         def error(graph: fx.GraphModule) -> float:
-            logit, _, grad = graph(a, *context)
-            return max(_relative_error(logit, plain.logit), _relative_error(grad, plain.grad))
+            logit, _, grad = graph(*given)
+            return max(_relative_error(logit, plain.logit[order]), _relative_error(grad, plain.grad[order]))
 
         small = self.ladder.climb("step recorded", record, error, _TOLERANCE[self.form.compute])
         if small is not None:
-            self.route, self._small, self._fresh = "flat", small, (small, (a, *context))
+            self.route, self._small, self._small_rows, self._fresh = "flat", small, rows, (small, given)
             self._choose_block()
 
     @property
@@ -221,9 +232,8 @@ class Target:
 
     def _choose_block(self) -> None:
         """Networks that mix the samples of a batch see a whole group at once, others as many rows as fit into the cache."""
-        a, _ = self._reference
         if not self.coupled:
-            self._block = recording.block_rows(self._small, len(a), self.num_slots)
+            self._block = recording.block_rows(self._small, self._small_rows, self.num_slots)
 
     def _step(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self._autograd(*given)
@@ -288,7 +298,8 @@ class Target:
         if on_view not in self._recordings:
             assert a is not None
             try:
-                self._recordings[on_view] = self._record(a, context, on_view)
+                with torch_state.arithmetic("float32", False):  # as in ``prepare``
+                    self._recordings[on_view] = self._record(a, context, on_view)
             except Exception as error:  # what ran for the probe batch may fail at the slots' shape
                 if is_out_of_memory(error):
                     raise

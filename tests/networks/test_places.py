@@ -373,7 +373,7 @@ def test_a_step_that_cannot_be_recorded_for_all_slots_runs_plainly(monkeypatch):
 
     monkeypatch.setattr(recording, "record", record)
     torch.manual_seed(0)
-    out = agrees(settle(dcgan_generator(32, 10, 4)), "1", torch.randn(6, 10), num_slots=6)
+    out = agrees(settle(dcgan_generator(32, 10, 4)), "1", torch.randn(6, 10), num_slots=40)
     assert out.report["route"] == "autograd" and not rungs(out)["step recorded for all slots"]
 
 
