@@ -16,8 +16,8 @@ def rounded(t):
     """To the 10 bits of mantissa that TF32 multiplies."""
     if t.dtype != torch.float32:
         return t
-    bits = t.contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32).view(t.shape)
+    bits = t.view(torch.int32)  # of the same strides
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 class Tf32(TorchDispatchMode):
