@@ -158,4 +158,4 @@ def draw(run: Run, rows: Sequence[Row]) -> None:
                     "x": list(xs.values()), "Frechet distance": list(ys.values()),
                     "style": {"linestyle": "-" if name == SHAPED else ":"},
                 }  # fmt: skip
-        plots.curves(run.outdir / f"{pair}.png", ("Frechet distance",), lines, "evaluations of D for each image")
+        plots.curves(run.outdir / f"{pair}.png", ("Frechet distance",), lines, "evaluations per image")
