@@ -66,6 +66,7 @@ class StopRule:
     """Base of the stop rules: a sample retires when its logit reaches its threshold, or after its last step."""
 
     needs_real = False
+    has_threshold = False  # whether samples may retire by their logit
     early = True  # whether samples may retire before ``max_steps``
 
     def bind(self, real: RealLogits | None) -> StopRule:
@@ -94,6 +95,7 @@ class FixedSteps(StopRule):
 class Threshold(StopRule):
     """Retire when the logit is at least ``logit``."""
 
+    has_threshold = True
     logit: float
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class Threshold(StopRule):
 class _FromReal(StopRule):
     """A rule that reads logits of real images: given here, else those of the Refiner's ``real``."""
 
+    has_threshold = True
     logits: Tensor | None = None
     real: RealLogits | None = None
 

@@ -16,7 +16,7 @@ from fastrefine import noise, ops
 from fastrefine.engine.idle import IdleMachines
 from fastrefine.engine.proposals import Proposals, Source
 from fastrefine.engine.run import Run, drivers
-from fastrefine.engine.watch import Watch
+from fastrefine.engine.watch import Watch, told_when_slow
 from fastrefine.errors import FastrefineError
 from fastrefine.networks import torch_state
 from fastrefine.networks.calls import is_out_of_memory
@@ -64,7 +64,7 @@ class SampleStream:
         with tqdm(total=source.count, unit="image", disable=not options.progress) as bar:
             while True:
                 try:
-                    with self._modes(None, size):
+                    with self._modes(None, size), told_when_slow():
                         target = self.networks.prepare(source.latents, source.inputs, source.seed, size)
                         bound, known = self.networks.bound, copy.deepcopy(self.networks.real)  # the caller's own
                     real: dict[str, Any] = {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
@@ -72,7 +72,7 @@ class SampleStream:
                     if source.count == 0:
                         yield replace(self._empty(target), **real)
                         return
-                    with self._modes(target, size):
+                    with self._modes(target, size), told_when_slow():
                         blocks = self._run(target, source, bar, bound).parts()
                     while True:
                         # modes are entered around each block alone: between two parts the caller's are in force

@@ -355,3 +355,13 @@ def test_nothing_is_evaluated_more_often_than_steps_ask_for():
     before = encode.calls[0]
     r.sample(12)
     assert encode.calls[0] - before == 3
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"), [(-100.0, "40 of 40 proposals were at the stop threshold"), (100.0, "none of 40")]
+)
+def test_a_run_that_did_nothing_useful_says_so(threshold, message):
+    """It warns, whichever way it did nothing."""
+    one = refiner(stop=threshold, max_steps=3)
+    with pytest.warns(fr.FastrefineWarning, match=message):
+        one.sample(40)
