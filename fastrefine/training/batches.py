@@ -115,6 +115,12 @@ class RealBatches:
         return batch
 
 
+def as_given(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inputs of a batch as the arguments ``labels`` and ``conditions`` of a Refiner's methods."""
+    conditions = {name: value for name, value in inputs.items() if name != "labels"}
+    return {"labels": inputs.get("labels"), "conditions": conditions or None}
+
+
 def _parts(item: Any) -> tuple[Any, Any]:
     """(image, label or further inputs by name) of one item or batch, None where it has none."""
     if not isinstance(item, tuple | list):

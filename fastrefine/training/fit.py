@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastrefine import checks
 from fastrefine.diagnosis.calibration import diagnose
@@ -18,7 +19,7 @@ from fastrefine.networks.copies import unwrap
 from fastrefine.networks.torch_state import quiet_torch, seed_torch
 from fastrefine.priors import Prior
 from fastrefine.refiner import Refiner
-from fastrefine.training.batches import RealBatches
+from fastrefine.training.batches import RealBatches, as_given
 from fastrefine.training.trainer import RAW, Trainer, progress_bar, trainable
 
 MIN_HELD_OUT, HELD_OUT = 16, 1000  # real and generated images that decide when to stop
@@ -33,6 +34,9 @@ def fit_discriminator(
     discriminator: nn.Module | None = None,
     discriminator_output: str = "logit",
     real_labels: Any = None,
+    real_conditions: Mapping[str, Tensor] | None = None,
+    generate: Callable[..., Any] | None = None,
+    discriminate: Callable[..., Any] | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-4,
     betas: tuple[float, float] = (0.5, 0.999),
@@ -43,7 +47,8 @@ def fit_discriminator(
 ) -> nn.Module:
     """Train a discriminator for a generator that comes without one, on real images against samples of G.
 
-    real, real_labels: as for ``shape_discriminator``, labels where generator or discriminator take them. Held out are a
+    real, real_labels, real_conditions: as for ``shape_discriminator``, labels where generator or discriminator take them.
+    generate, discriminate: how the networks are called, as for ``Refiner``. Held out are a
     tenth of the images, at least 16 and at most 1,000 but never more than half; of a loader its first batches, up to
     1,000 images of one pass, which come again when it is cycled. Every ``check_every`` iterations the Brier score on the
     held-out images and as many fresh samples is taken; the weights with the lowest are returned, and training ends after
@@ -63,8 +68,9 @@ def fit_discriminator(
     device = next((p.device for p in unwrap(generator).parameters()), torch.device("cpu"))
     with quiet_torch(device):
         g = copies.private_copy(unwrap(generator)).float()
-        wanted = takes_labels(g, {})[0] or takes_labels(discriminator, {})[0]
-        batches = RealBatches(real, batch_size, seed, real_labels, wanted)
+        called = generate is not None or discriminate is not None
+        wanted = called or takes_labels(g, {})[0] or takes_labels(discriminator, {})[0]
+        batches = RealBatches(real, batch_size, seed, real_labels, wanted, real_conditions)
         count = HELD_OUT if batches.size is None else min(HELD_OUT, max(MIN_HELD_OUT, batches.size // 10))
         held, held_inputs = batches.hold_out(count)
         held = held.float()
@@ -75,23 +81,22 @@ def fit_discriminator(
         still = trainable(discriminator, device)  # not the student, whose updates would have every batch recorded anew
         source = Refiner(
             g, still, RAW, max_steps=0, prior=prior, num_slots=batch_size, device=device, output_device=device,
-            discriminator_output=discriminator_output,
+            discriminator_output=discriminator_output, generate=generate, discriminate=discriminate,
         )  # fmt: skip
         trainer = Trainer(student, source, "adam", learning_rate, betas, None, "train", seed)
         held, held_inputs = trainer.checked((held, held_inputs))
-        held_labels = held_inputs.get("labels")
-        read = held_labels if trainer.reads_labels else None
-        examination = source.sample(len(held), first_id=2**31, seed=seed, labels=held_labels).images
+        read = as_given(held_inputs if discriminate is not None or trainer.reads_labels else {})
+        examination = source.sample(len(held), first_id=2**31, seed=seed, **as_given(held_inputs)).images
         checks.real_images(held, tuple(examination.shape[1:]), examination)
         best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
         for iteration in progress_bar(iterations, "fitting", progress):
             x, inputs = trainer.checked(batches.batch(iteration))
-            fakes = source.sample(len(x), first_id=first_id, seed=seed, labels=inputs.get("labels")).images
+            fakes = source.sample(len(x), first_id=first_id, seed=seed, **as_given(inputs)).images
             first_id += len(x)
             trainer.update(x, fakes, inputs)
             if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
                 judge = source.with_discriminator(student)
-                brier = diagnose(judge.score(held, read), judge.score(examination, read)).brier
+                brier = diagnose(judge.score(held, **read), judge.score(examination, **read)).brier
                 if brier < best:
                     best, best_weights, since = brier, copy.deepcopy(student.state_dict()), 0
                 elif (since := since + 1) >= patience:

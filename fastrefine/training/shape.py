@@ -13,7 +13,7 @@ from fastrefine.networks.torch_state import quiet_torch
 from fastrefine.options import MOST_SLOTS
 from fastrefine.refiner import Refiner
 from fastrefine.stopping import StopRule
-from fastrefine.training.batches import RealBatches
+from fastrefine.training.batches import RealBatches, as_given
 from fastrefine.training.trainer import RAW, Trainer, progress_bar, trainable
 
 Callback = Callable[[dict[str, float]], None]
@@ -81,14 +81,10 @@ def shape_discriminator(
             z = None if proposals is None else proposals.batch(iteration)[0][: len(x)]
             if z is not None:
                 x, inputs = x[: len(z)], {name: value[: len(z)] for name, value in inputs.items()}
-            given: dict[str, Any] = {
-                "labels": inputs.get("labels"),
-                "conditions": {k: v for k, v in inputs.items() if k != "labels"} or None,
-            }
             if z is None:
-                refined = twin.sample(len(x), first_id=first_id, seed=seed, **given)
+                refined = twin.sample(len(x), first_id=first_id, seed=seed, **as_given(inputs))
             else:
-                refined = twin.refine(z, first_id=first_id, seed=seed, **given)
+                refined = twin.refine(z, first_id=first_id, seed=seed, **as_given(inputs))
             if iteration == 0:
                 _check_range(twin, x)
             first_id += len(refined)

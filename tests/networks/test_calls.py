@@ -294,3 +294,16 @@ def test_a_discriminator_that_mixes_samples_by_a_further_input_is_found(by):
     given = {"labels": torch.arange(8)} if by == "labels" else {"conditions": {"edges": torch.randn(8, 1, 8, 8)}}
     with pytest.raises(fr.CouplingError, match="mixes the samples of a batch"):
         one.sample(8, **given)
+
+
+def test_fitting_calls_networks_as_it_is_told():
+    """Real images follow from their condition, generated ones do not: D learns to tell them apart by it."""
+    torch.manual_seed(0)
+    edges = torch.randn(200, 1, 8, 8)
+    real = edges.expand(-1, 3, -1, -1) * 0.5
+    call = lambda D, x, edges: D(torch.cat([edges, x], 1))  # noqa: E731
+    made = fr.fit_discriminator(
+        decoder(), real, 60, prior=fr.Normal(4), discriminator=judge(4), real_conditions={"edges": edges}, discriminate=call,
+        generate=lambda G, z, edges: G(z), batch_size=32, check_every=20, learning_rate=3e-3,
+    )  # fmt: skip
+    assert call(made, real, edges).mean() > call(made, decoder()(torch.randn(200, 4)), edges).mean() + 1
