@@ -73,15 +73,16 @@ def test_dgflow_equals_its_equation_with_the_noise_of_sample_and_step():
     torch.testing.assert_close(out.latents, z, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("control", ["backtracking", "barzilai_borwein"])
 @pytest.mark.parametrize("at", CUTS)
-def test_backtracking_survives_a_step_size_a_hundred_times_too_large(at):
+def test_a_step_size_a_hundred_times_too_large_ends_no_sample_worse_than_its_proposal(at, control):
     g, d = networks()
     good = 0.3
     for loss in ("nonsaturating", "minimax", "wasserstein"):
         refiner = fr.Refiner(
             g,
             d,
-            fr.Collaborative(100 * good, loss),
+            fr.Collaborative(100 * good, loss, control=control),
             at=at,
             max_steps=50,
             prior=fr.Normal(4),

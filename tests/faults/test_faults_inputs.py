@@ -17,7 +17,7 @@ POSITIVE = (*NUMBERS, 0.0, -1.0)
 COUNTS = (-1, 2.5, math.nan, "3", None, True, 2**70)
 
 HYPER_PARAMETERS = [
-    (lambda v: fr.Collaborative(v), POSITIVE),
+    (lambda v: fr.Collaborative(v, control="fixed"), POSITIVE),
     (lambda v: fr.Collaborative(0.1, loss=v), ("hinged", None, 3, ["minimax"])),
     (lambda v: fr.Collaborative(0.1, optimizer=v), ("rmsprop", None, 3)),
     (lambda v: fr.Collaborative(0.1, optimizer="momentum", momentum=v), (*NUMBERS, -0.1, 1.1)),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.networks.prepared import PROBE
+from fastrefine.networks.probe import ROWS
 from fastrefine.noise import Stream
 from tests.support.closed_forms import serving
 from tests.support.fault_networks import IMAGE, LATENT, discriminator, generator
@@ -25,7 +25,7 @@ def run(sampler, d=D, n=20, **options):
 
 def slope(d, prior, at):
     """The largest slope of the logit over 100 pairs of proposals, at the latent or in data space."""
-    z = prior.sample(torch.arange(PROBE, PROBE + 200), 0, torch.float64, Stream.PROBE)
+    z = prior.sample(torch.arange(ROWS, ROWS + 200), 0, torch.float64, Stream.PROBE)
     x = G(z)
     a = z if at == "input" else x
     pairs = [(a[k] - a[k + 1], d(x[k : k + 1]) - d(x[k + 1 : k + 2])) for k in range(0, 200, 2)]

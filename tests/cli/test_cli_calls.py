@@ -13,6 +13,7 @@ from torch import nn
 import fastrefine as fr
 from fastrefine import checks
 from fastrefine.cli import cli
+from fastrefine.production import per_image_selection
 from fastrefine.production.configuration import Configuration
 from fastrefine.production.worker import Worker
 
@@ -173,7 +174,8 @@ def pair_of_images(network, z):
 
 
 @pytest.mark.parametrize("select", ["none", "mh", "obrs"])
-def test_a_sample_has_its_row_for_any_workers_shards_and_range(folder, tmp_path, select):
+def test_a_sample_has_its_row_for_any_workers_shards_and_range(folder, tmp_path, select, monkeypatch):
+    monkeypatch.setattr(per_image_selection, "PILOT", 64)
     base = {"pair": str(folder / "pair"), "conditions": str(folder / "edges.npz"), "max_steps": 2, "num_slots": 8,
             "select": select, "chain_length": 2}  # fmt: skip
 
