@@ -323,8 +323,8 @@ def test_the_first_accepted_proposal_is_taken_and_none_is_told():
 
 
 def test_a_killed_worker_and_a_stopped_one_are_taken_up_by_another_number_of_workers(tmp_path):
-    configuration = replace(BASE, ids="0-199", shard_size=20, max_steps=2000)
-    path, arguments = tmp_path / "run", ["--ids", "0-199", "--shard-size", "20", "--max-steps", "2000", "--slots", "16"]
+    configuration = replace(BASE, ids="0-499", shard_size=20, max_steps=60)
+    path, arguments = tmp_path / "run", ["--ids", "0-499", "--shard-size", "20", "--max-steps", "60", "--slots", "16"]
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         started = subprocess.Popen(
             [sys.executable, "-m", "fastrefine", "refine", "--pair", "digits", "--outdir", str(path), *arguments],
@@ -343,7 +343,7 @@ def test_a_killed_worker_and_a_stopped_one_are_taken_up_by_another_number_of_wor
             assert "To go on:\n  fastrefine refine --pair digits" in told
             assert set(path.glob("*.part")) <= parts
     done = {p: p.stat().st_mtime_ns for p in path.glob("shard-*.npz")}
-    assert 0 < len(done) < 10
+    assert 0 < len(done) < 25
     worker = Worker(configuration)
     for shard in range(3):
         worker.run(path, worker=shard, workers=3)
