@@ -1,5 +1,6 @@
 """The scripts of examples/ explain themselves, say what is missing, and run on a checkout."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +28,17 @@ def run(script, *arguments, cwd):
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_explains_itself(script, tmp_path):
-    found = run(script, "--help", cwd=tmp_path)
-    assert found.returncode == 0 and "--checkout" in found.stdout
-
-
-def test_an_example_says_that_the_checkout_is_missing(tmp_path):
-    names = "--generator", "n:generator", "--discriminator", "n:discriminator", "--latent", 4
-    found = run(EXAMPLES[0], "--checkout", tmp_path / "absent", *names, cwd=tmp_path)
-    assert found.returncode != 0 and "is no folder; clone the repository there first" in found.stderr
+def test_an_example_explains_itself_and_says_that_the_checkout_is_missing(script, tmp_path, monkeypatch, capsys):
+    names = "--generator", "n:generator", "--discriminator", "n:discriminator", "--latent", "4"
+    for arguments, wanted in (
+        (("--help",), "--checkout"),
+        (("--checkout", str(tmp_path / "absent"), *names), "is no folder; clone the repository there first"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        told = capsys.readouterr()
+        assert wanted in f"{told.out}{told.err}{end.value}"
 
 
 def test_an_example_refines_with_a_checkout(tmp_path):

@@ -47,8 +47,8 @@ def test_draws_belong_to_the_sample(at, in_generator, in_discriminator):
     out = made.sample(9, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert out.report["route"] == "flat" and out.report["repeatable"] == "bitwise"
-    assert torch.equal(made.sample(2, first_id=4, seed=3).images, out.images[4:6])
-    torch.testing.assert_close(made.replaced(num_slots=16).sample(9, seed=3).images, out.images, atol=1e-5, rtol=1e-5)
+    few = made if at == "input" else made.replaced(num_slots=2)
+    torch.testing.assert_close(few.sample(2, first_id=4, seed=3).images, out.images[4:6], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(made.sample(9, seed=4).images, out.images, atol=1e-2)
 
 
