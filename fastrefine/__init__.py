@@ -20,6 +20,8 @@ _HOMES = {
     "training.composed": ("NoisyOutput", "SumDiscriminator"),
     "training.corrector": ("fit_corrector",),
     "networks.statistics": ("recalibrate_batch_norm",),
+    "training.distil": ("distil",),
+    "training.distilled": ("DistilledGenerator",),
     "training.fit": ("fit_discriminator",),
     "ops": ("use_backend",),
     "production.saved_pair": ("Pair", "load_pair", "save_pair"),
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from fastrefine.training.composed import NoisyOutput as NoisyOutput
     from fastrefine.training.composed import SumDiscriminator as SumDiscriminator
     from fastrefine.training.corrector import fit_corrector as fit_corrector
+    from fastrefine.training.distil import distil as distil
+    from fastrefine.training.distilled import DistilledGenerator as DistilledGenerator
     from fastrefine.training.fit import fit_discriminator as fit_discriminator
     from fastrefine.training.shape import shape_discriminator as shape_discriminator
     from fastrefine.training.shape import tune_discriminator as tune_discriminator

@@ -57,7 +57,7 @@ def doctor() -> None:
 
 for command in (
     production.refine, production.verify, production.merge, models.evaluate, models.shape,
-    models.layers, models.bench,
+    models.distil, models.layers, models.bench,
 ):  # fmt: skip
     cli.add_command(command)
 

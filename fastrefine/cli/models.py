@@ -1,4 +1,4 @@
-"""Commands that look at a pair or change it: layers, shape, evaluate, bench. Torch is imported when a command runs."""
+"""Commands that look at a pair or change it: layers, shape, distil, evaluate, bench. Torch is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -145,6 +145,61 @@ def shape(
         f"{first['real_logit']:.3f} > {last['real_logit']:.3f} over {iterations} iterations\n"
         f"to refine with it: {use}"
     )
+
+
+@click.command()
+@options(GENERATOR, DISCRIMINATOR, CONDITIONS, REFINEMENT)
+@click.option("--pairs", type=click.IntRange(min=1), default=20_000, show_default=True, help="Samples to learn from.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Further ones shape the discriminator on --real first.")  # fmt: skip
+@click.option("--iterations", type=click.IntRange(min=1), default=6000, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--learning-rate", type=float, default=1e-2, show_default=True)
+@click.option("--flops", type=float, default=0.15, show_default=True, help="Of the map, as a share of the generator's.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--samples", type=click.IntRange(min=2), default=4000, show_default=True, help="Of the table of quality.")
+@click.option("--features", metavar="CODE", help="Network of the Frechet distance, as for `evaluate`; default: trained on "
+              "--real, if it is labelled.")  # fmt: skip
+@click.option("--outdir", type=FOLDER, required=True, help="New or empty: the pair with the distilled generator goes there.")
+@click.pass_context
+def distil(
+    ctx: click.Context, pairs: int, rounds: int, iterations: int, batch_size: int, learning_rate: float, flops: float,
+    seed: int, samples: int, features: str | None, outdir: Path, **flags: Any,
+) -> None:  # fmt: skip
+    """Learn what refinement does: OUTDIR becomes a pair whose generator has it built in, at nearly its own speed.
+
+    Prints a table of quality, on samples that were not trained on, of generator and distilled generator with 0, 1, 2 and 4
+    steps of refinement after it.
+
+    \b
+    fastrefine distil --pair shaped --real train/ --stop median --max-steps 20 --outdir distilled
+    fastrefine refine --pair distilled --max-steps 0 --ids 0-49999 --outdir run
+    """
+    if not flags["real"]:
+        raise click.UsageError("--real is needed: real images for the table of quality")
+    if (outdir / "config.json").exists():
+        raise click.UsageError(f"{outdir} holds a pair already; wanted a new or empty --outdir")
+    import fastrefine as fr
+    from fastrefine.production import saved_pair
+    from fastrefine.production.distillation import quality
+
+    worker = worker_of(ctx, flags, labels=True)
+    pair, c = worker.pair, worker.configuration
+    if any(spec.code.endswith(".pt2") for spec in pair.specs):
+        raise click.UsageError("archives (.pt2) cannot be saved as a pair; wanted networks from code")
+    g = fr.distil(
+        worker.refiner, pairs, rounds, seed, conditions=worker.conditions_of(pairs), flops=flops, iterations=iterations,
+        batch_size=batch_size, learning_rate=learning_rate,
+    )  # fmt: skip
+    specs, kept = pair.specs, {name: getattr(c, name) for name in saved_pair.DEFAULTS}
+    saved_pair.save_pair(
+        outdir, g.cpu(), pair.discriminator, code=(specs[0].code, specs[1].code),
+        arguments=(specs[0].arguments, specs[1].arguments), prior=saved_pair.make_prior(c.prior), **kept | {"at": g.refined_at},
+    )  # fmt: skip
+    click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
+               f"generator's FLOPs, and it leaves {g.report['held_out_error']:.0%} of the refinement undone")  # fmt: skip
+    for line in quality(worker, g, samples, features):
+        click.echo(line)
 
 
 @click.command()

@@ -70,7 +70,8 @@ def call_of(
     A network made for labels of width 0 (``c_dim`` = 0) gets None in their place.
     """
     if function is not None:
-        return NetworkCall(tuple(name for name in inputs if name != noise.KEY), function)
+        own = getattr(network, "own_generate", None) is function  # it calls the function by itself
+        return NetworkCall(tuple(name for name in inputs if name != noise.KEY), _by_name if own else function)
     takes, required = takes_labels(network, kwargs)
     if not takes and _signature(network, kwargs)[1]:  # made for labels of width 0
         return NetworkCall((), None, kwargs, (None,))
@@ -85,6 +86,10 @@ def call_of(
             f'pass {first}, cond: {second} and conditions={{"cond": ...}}'
         )
     return NetworkCall((), None, kwargs)
+
+
+def _by_name(network: nn.Module, x: Tensor, **inputs: Tensor) -> Any:
+    return network(x, **inputs)
 
 
 def _packed(x: Tensor, pack: int) -> Tensor:

@@ -32,10 +32,12 @@ from fastrefine.production.configuration import CALLS, USUAL_RANGE, Configuratio
 from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, function, network_code, text_of
 from fastrefine.production.weights_file import load_weights, read_weights
 from fastrefine.samplers.base import Sampler
+from fastrefine.training.distilled import DistilledGenerator
 
 CONFIG = "config.json"
 EMBEDDED = {"digits": (32, "act2"), "mnist": (64, "act7")}  # elements of a latent, default place
 ROLES = ("generator", "discriminator")
+DISTILLED = f"{DistilledGenerator.__module__}:{DistilledGenerator.__qualname__}"
 DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes", *CALLS)
 FUNCTIONS = {"generate": "generator", "discriminate": "discriminator"}  # -> whom they call
 PLAIN = Configuration(pair="digits")  # where nothing is given
@@ -88,7 +90,8 @@ def save_pair(
     generate ... on_noise: how the networks are called, as for ``Refiner``. A function is kept by its name, so it stands at
     the top level of a module (no lambda), or is given as "package.module:function"; the keywords are JSON values.
 
-    Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Raises InputError where the weights do not
+    Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Of a distilled generator ``code`` and
+    ``arguments`` make the generator that it was distilled from. Raises InputError where the weights do not
     fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. An earlier pair
     in the folder is replaced when all of the new one is written.
 
@@ -118,6 +121,12 @@ def save_pair(
         discriminate=text_of(discriminate, "discriminate") if discriminate else "", discriminator_kwargs=d_kwargs,
         coupling=coupling, group_size=group_size, pack=pack, on_noise=on_noise,
     )  # fmt: skip  # which checks them
+    g = networks[0]
+    if isinstance(g, DistilledGenerator) and code[0] != DISTILLED:
+        caller = text_of(g.own_generate, "generate") if g.own_generate else None
+        inner = {"code": code[0], "arguments": g_arguments}
+        g_arguments = _json({**g.arguments, "generator": inner, "generate": caller, "report": g.report})
+        code = DISTILLED, code[1]
     config: dict[str, Any] = {}
     weights = {}
     for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
@@ -269,16 +278,27 @@ def make_sampler(values: Mapping[str, Any]) -> Sampler:
 
 def build(network: Network, name: str, trust: Trust = UNTRUSTED) -> nn.Module:
     """The architecture in eval mode, with the weights that its code gives it; torch's random state is not changed."""
-    target = network_code(network.code, name, trust)
+    target, arguments = network_code(network.code, name, trust), network.arguments
+    if target is DistilledGenerator:
+        arguments = _of_distilled(arguments, name, trust)
     with torch.random.fork_rng(devices=[]):
         try:
-            made = target(**network.arguments) if not isinstance(target, nn.Module) else copy.deepcopy(target)
+            made = target(**arguments) if not isinstance(target, nn.Module) else copy.deepcopy(target)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             raise InputError(f"the {name}'s {network.code} does not take {network.arguments} ({why})") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"the {name}'s {network.code} gave a {type(made).__name__}; wanted a torch.nn.Module")
     return made.eval()
+
+
+def _of_distilled(given: Mapping[str, Any], name: str, trust: Trust) -> dict[str, Any]:
+    """The arguments of a DistilledGenerator, with the generator that its own code makes, and its function."""
+    inner, caller = given.get("generator"), given.get("generate")
+    if not isinstance(inner, Mapping) or not {"code", "arguments"} >= inner.keys() >= {"code"}:
+        raise InputError(f"the {name} is distilled, and its generator is {inner!r}; wanted {{'code': ..., 'arguments': ...}}")
+    made = build(Network(**inner), name, trust)
+    return {**given, "generator": made, "generate": function(caller, "generate", trust) if caller else None}
 
 
 def _exported(code: str, name: str, trust: Trust) -> nn.Module:

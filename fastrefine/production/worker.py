@@ -85,6 +85,7 @@ class Worker:
             real = scaled(real, c.value_range)
         if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
             raise InputError(f"the networks take labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
+        self.real_classes = classes
         stop: Any = None if c.stop == "none" else c.stop
         if isinstance(stop, str):
             stop = _RULES[stop]()
@@ -237,6 +238,10 @@ class Worker:
                 column, selected = self.chooser.choose(part.logits.view(-1, length), images, classes)
                 part = part.select(torch.arange(len(images)) * length + column)
             yield part, selected
+
+    def conditions_of(self, n: int) -> dict[str, Tensor] | None:
+        """The conditions of n samples that are no images of a run."""
+        return self._conditions(torch.arange(n))
 
     def _conditions(self, ids: Tensor) -> dict[str, Tensor] | None:
         """The rows of images; ids beyond the last row, which no image has, begin again."""
