@@ -73,8 +73,8 @@ def distil(
         stream of pairs. All pairs are kept in memory: latents, refined activations and images.
     shaping: arguments of ``shape_discriminator`` in further rounds; default 200 iterations of 64 at 1e-4.
 
-    Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, and
-    where there is nothing to learn: refinement changes no sample, none is finite, or the map does no better than none.
+    Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, on
+    DDLS, MALA and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map does no better than none.
 
     Example: ``g = fr.distil(refiner, pairs=2000); g(torch.randn(4, 32)).shape  # (4, 1, 8, 8), as the generator's``
     """
@@ -123,6 +123,10 @@ def _check(refiner: Any, real: Any) -> None:
     if refiner.prior is None:
         raise InputError("the refiner has no prior to draw proposals from: pass prior= to it, e.g. fastrefine.Normal(64)")
     traits, name = refiner.sampler.traits, type(refiner.sampler).__name__
+    if traits.targets_density:
+        raise InputError(
+            f"{name} samples a law of the latent, and a map would learn its mean: use Collaborative, DGflow or DOT"
+        )
     if traits.stochastic:
         warnings.warn(f"{name} adds noise, and a map learns the mean of what it does", FastrefineWarning, stacklevel=3)
 

@@ -1,4 +1,4 @@
-"""layers, shape, evaluate and bench on the command line: what a first-time user gets wrong, and what is told then."""
+"""layers, shape, distil, evaluate and bench on the command line: what a first-time user gets wrong, and what is told then."""
 
 import json
 
@@ -135,6 +135,26 @@ def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeyp
     monkeypatch.setattr("fastrefine.cli.models.TELL_EVERY", 0.0)
     told = shape(files, tmp_path / "slow", "--pair", files / "pair", iterations=3)
     assert [f"shaping: {k} of 3 iterations" in told for k in range(5)] == [False, True, True, True, False]
+
+
+# --- distil
+
+
+def test_distilling_a_pair_makes_a_pair_whose_runs_say_so(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrefine.production.evaluation.trained_features.__defaults__", (20, 0))
+    flags = ("--real", "digits", "--max-steps", 2, "--pairs", 80, "--iterations", 20, "--samples", 40)
+    out = run("distil", "--pair", files / "pair", *flags, "--at", "act2", "--outdir", tmp_path / "distilled").splitlines()
+    assert out[0].startswith(f"wrote {tmp_path / 'distilled'}") and "features classifier-" in out[1]
+    assert [line.split()[0] for line in out[4:]] == ["0", "1", "2", "4"] and "nan" not in "".join(out)
+    pair = fr.load_pair(tmp_path / "distilled")
+    assert pair.generator.report["pairs"] == 80 and pair.defaults["at"] == "act2"
+    run("refine", "--pair", tmp_path / "distilled", "--max-steps", 0, "--ids", "0-7", "--outdir", tmp_path / "run")
+    assert json.dumps(pair.generator.report["sampler"]) in (tmp_path / "run" / "manifest.json").read_text()
+    shape(files, tmp_path / "shaped", "--pair", tmp_path / "distilled")
+    z = torch.randn(3, 32)
+    assert torch.equal(fr.load_pair(tmp_path / "shaped").generator(z), pair.generator(z))
+    assert "holds a pair already" in usage_error("distil", "--pair", files / "pair", *flags, "--outdir", tmp_path / "shaped")
+    assert "--real is needed" in usage_error("distil", "--pair", "digits", "--outdir", tmp_path / "new")
 
 
 # --- bench

@@ -109,6 +109,7 @@ def test_before_training_it_is_the_generator():
     g = fr.DistilledGenerator(one.generator, "map", (8, 2, 2), 8)
     z = torch.randn(5, 4)
     assert torch.equal(g(z), one.generator(z))
+    assert torch.equal(copy.deepcopy(g).double()(z.double()), copy.deepcopy(one.generator).double()(z.double()))
     assert g.train()._own.training and not g.eval()._own.training
 
 
@@ -249,6 +250,7 @@ def test_what_cannot_be_learned_is_said_in_words():
         (fr.Refiner(split, d, one.sampler, prior=fr.Normal(16)), {}, "has a Split"),
         (fr.Refiner(None, d, one.sampler, at="output"), {}, "no generator"),
         (fr.Refiner(one.generator, d, one.sampler, at="vector"), {}, "no prior"),
+        (fr.Refiner(one.generator, d, fr.DDLS(0.1), prior=prior), {}, "DDLS samples a law"),
         (one, {"pairs": 63}, "pairs is 63"),
         (one, {"flops": 0}, "flops is 0"),
         (one.replaced(max_steps=0), {}, "changes no sample"),
