@@ -166,7 +166,7 @@ def distil(
     ctx: click.Context, pairs: int, rounds: int, iterations: int, batch_size: int, learning_rate: float, flops: float,
     seed: int, samples: int, features: str | None, outdir: Path, **flags: Any,
 ) -> None:  # fmt: skip
-    """Learn what refinement does: OUTDIR becomes a pair whose generator has it built in, at nearly its own speed.
+    """Learn what refinement does: OUTDIR becomes a pair whose generator has it built in.
 
     Prints a table of quality, on samples that were not trained on, of generator and distilled generator with 0, 1, 2 and 4
     steps of refinement after it.

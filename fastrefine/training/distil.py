@@ -74,7 +74,8 @@ def distil(
     shaping: arguments of ``shape_discriminator`` in further rounds; default 200 iterations of 64 at 1e-4.
 
     Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, on
-    DDLS, MALA and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map does no better than none.
+    DDLS, MALA and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map does no
+    better than none.
 
     Example: ``g = fr.distil(refiner, pairs=2000); g(torch.randn(4, 32)).shape  # (4, 1, 8, 8), as the generator's``
     """
