@@ -340,7 +340,7 @@ def test_a_discriminator_that_ends_in_a_sigmoid_is_fitted_as_a_probability():
 def test_fitting_holds_out_a_sensible_number_of_images(images, held, monkeypatch):
     asked = []
     original = fr.Refiner.score
-    monkeypatch.setattr(fr.Refiner, "score", lambda self, x, y=None: asked.append(len(x)) or original(self, x, y))
+    monkeypatch.setattr(fr.Refiner, "score", lambda self, x, **given: asked.append(len(x)) or original(self, x, **given))
     fr.fit_discriminator(pair()[0], REAL[:images], 1, prior=fr.Normal(2), batch_size=4)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(REAL[:images]), 4)
     fr.fit_discriminator(pair()[0], loader, 1, prior=fr.Normal(2), batch_size=4)
