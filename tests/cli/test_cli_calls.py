@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.numpy import save_file
 from torch import nn
 
@@ -16,6 +15,7 @@ from fastrefine.cli import cli
 from fastrefine.production import per_image_selection
 from fastrefine.production.configuration import Configuration
 from fastrefine.production.worker import Worker
+from tests.support.commands import fastrefine, told
 
 HERE = __name__
 ROWS = 40
@@ -77,17 +77,6 @@ class Plain(nn.Sequential):
 
     def __init__(self):
         super().__init__(nn.Linear(4, 16), nn.Tanh(), nn.Unflatten(1, (1, 4, 4)))
-
-
-def fastrefine(*arguments):
-    return CliRunner().invoke(cli, list(map(str, arguments)), standalone_mode=False)
-
-
-def told(done):
-    """The output of a command that succeeded."""
-    if done.exception:
-        raise done.exception
-    return done.output
 
 
 @pytest.fixture(scope="module")

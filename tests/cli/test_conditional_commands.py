@@ -5,15 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.cli import cli
 from fastrefine.production import per_image_selection
 from fastrefine.production.configuration import Configuration
 from fastrefine.production.worker import Worker
 from fastrefine.stopping import RealLogits
+from tests.support.commands import fastrefine, told
 
 CLASSES = 3
 QUICK = ("--max-steps", 3, "--slots", 16, "--ids", "0-29")
@@ -39,17 +38,6 @@ class Discriminator(nn.Module):
 
     def forward(self, x, labels):
         return self.out(x.flatten(1)) + 5 * self.embedding(labels)
-
-
-def fastrefine(*arguments):
-    return CliRunner().invoke(cli, list(map(str, arguments)), standalone_mode=False)
-
-
-def told(done):
-    """The output of a command that succeeded."""
-    if done.exception:
-        raise done.exception
-    return done.output
 
 
 @pytest.fixture(scope="module")
