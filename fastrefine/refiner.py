@@ -86,8 +86,8 @@ class Refiner:
     iterations (engine steps), host_syncs_per_step (reads of the counters, and images that had to be waited for),
     seconds and images_per_second of the run so far without captures, backend, driver, precision, threads, num_slots,
     route (how the step is computed: "flat" | "autograd"), ladder (the faster forms that were tried: rung, kept, why not),
-    repeatable ("bitwise" | "to rounding": a sample's bits in different slots), fold (how BatchNorms went into their
-    neighbours: "graph" | "neighbours" | "none"), channels_last (of the networks).
+    repeatable ("bitwise" | "to rounding": a sample's bits in different slots), folded (how many BatchNorms went into the
+    layers before them), channels_last (of the networks).
     """
 
     def __init__(

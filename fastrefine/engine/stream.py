@@ -131,7 +131,7 @@ class SampleStream:
         progress.facts = {
             "backend": backend, "driver": driver.name, "precision": options.precision, "threads": 0,
             "num_slots": target.num_slots, "route": target.route,
-            "fold": target.fold, "channels_last": target.channels_last, "repeatable": target.repeatable,
+            "folded": target.folded, "channels_last": target.channels_last, "repeatable": target.repeatable,
         }  # fmt: skip
         lockstep = options.coupling == "lockstep"
         real = self.networks.real if options.needs_real else None

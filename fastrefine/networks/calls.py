@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastrefine import checks, noise
 from fastrefine.errors import FastrefineError, InputError
@@ -33,6 +34,7 @@ class NetworkCall:
     constants: tuple[Any, ...] = ()  # further positional arguments
     draws: int | None = None  # the first stream of the numbers that the network draws, by the key that is the last value
     pack: int = 1  # consecutive samples that the network is given as one, with their channels one after the other
+    sigmoid: int | None = None  # the number of the sigmoid that is left out, from 0
 
     def __call__(self, network: nn.Module, x: Tensor, *values: Tensor) -> Any:
         if self.pack > 1:
@@ -44,6 +46,9 @@ class NetworkCall:
             return self._plainly(network, x, *values)
 
     def _plainly(self, network: nn.Module, x: Tensor, *values: Tensor) -> Any:
+        if self.sigmoid is not None:
+            with WithoutSigmoid(self.sigmoid):
+                return replace(self, sigmoid=None)._plainly(network, x, *values)
         if self.function is not None:
             return self.function(network, x, **dict(zip(self.names, values, strict=False)))
         return network(x, *values, *self.constants, **self.kwargs)
@@ -60,6 +65,25 @@ class NetworkCall:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NetworkCall:
         return self
+
+
+class WithoutSigmoid(TorchFunctionMode):
+    """While active, the sigmoid of this number, from 0, gives what it is given. count: how many ran."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number, self.count = number, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SIGMOIDS:
+            self.count += 1
+            if self.count == self.number + 1:
+                return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+_SIGMOIDS = {torch.sigmoid, torch.sigmoid_, torch.special.expit, Tensor.sigmoid, Tensor.sigmoid_}
 
 
 def call_of(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -21,7 +21,8 @@ M = TypeVar("M", bound=nn.Module)
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYERS = (*_CONV, *_CONV_TRANSPOSE, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -175,60 +176,54 @@ def _bake(module: nn.Module) -> None:
             child.register_parameter(hook.name, nn.Parameter(weight, requires_grad=False))
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, kept: nn.Module | None):
-        super().__init__()
-        self.kept = kept
+def norms_after_layers(modules: tuple[nn.Module, ...], run: Callable[[], Tensor]) -> list[list[tuple[str, str]]]:
+    """For each of the modules the names (layer, BatchNorm) of pairs where the one's output goes to the other alone.
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is self.kept or super().is_leaf_module(m, module_qualified_name)
-
-
-def fold_batch_norm(module: nn.Module, keep: str | None = None) -> nn.Module:
-    """A copy of an eval-mode module with each BatchNorm folded into the convolution or linear layer before it.
-
-    keep: a module that stays as it is, and whose output does. By an fx trace where the module allows one, else between
-    neighbours of each nn.Sequential. The caller compares the result with the original on a probe batch: a trace loses
-    custom backward formulas and data-dependent control flow.
+    ``run`` runs the modules with gradients, to a loss: which output goes where is read from the graph that autograd keeps.
     """
-    if not any(isinstance(child, _NORM) for child in module.modules()):
-        return copy.deepcopy(module)
+    calls: dict[nn.Module, list[Any]] = {}  # module -> the nodes of its outputs
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        calls.setdefault(module, []).append(getattr(output, "grad_fn", None))
+
+    names = [{m: name for name, m in module.named_modules() if type(m) in (*_LAYERS, *NORMS)} for module in modules]
+    handles = [m.register_forward_hook(keep) for found in names for m in found]
     try:
-        own = twin(module)
-        tracer = _Tracer(None if keep is None else own.get_submodule(keep))
-        traced = fx.GraphModule(own, tracer.trace(own))
-    except Exception:  # tracing runs the user's code on proxies: it may fail in any way
-        return fold_in_sequentials(module, keep)
-    shared = _shared_parameters(traced)
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    for node in list(traced.graph.nodes):
-        if node.op != "call_module" or calls[node.target] != 1 or len(node.args) != 1 or node.target == keep:
-            continue
-        before = node.args[0]
-        is_layer = isinstance(before, fx.Node) and before.op == "call_module" and calls[before.target] == 1
-        if not is_layer or len(before.users) != 1 or before.target == keep:
-            continue
-        fused = _fuse(traced.get_submodule(before.target), traced.get_submodule(node.target), shared)
-        if fused is not None:
-            traced.set_submodule(before.target, fused)
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
+        pending = [run().grad_fn]
+    finally:
+        for handle in handles:
+            handle.remove()
+    readers: Counter[Any] = Counter()
+    seen: set[Any] = {None}
+    node: Any
+    while pending:
+        if (node := pending.pop()) not in seen:
+            seen.add(node)
+            sources = [source for source, _ in node.next_functions]
+            readers.update(sources)
+            pending += sources
+    once = {nodes[0]: module for module, nodes in calls.items() if len(nodes) == 1 and nodes[0] is not None}
+    pairs: list[list[tuple[str, str]]] = [[] for _ in modules]
+    for node, norm in once.items():
+        source = node.next_functions[0][0] if type(norm) in NORMS else None
+        for found, own in zip(names, pairs, strict=True):
+            if norm in found and once.get(source) in found and readers[source] == 1:
+                own.append((found[once[source]], found[norm]))
+    return pairs
 
 
-def fold_in_sequentials(module: nn.Module, keep: str | None = None) -> nn.Module:
-    """As fold_batch_norm, without tracing: only neighbours within an nn.Sequential."""
+def fold_batch_norms(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> nn.Module:
+    """A copy of an eval-mode module with each BatchNorm folded into the layer before it; pairs: as above.
+
+    The caller compares the result with the original on a probe batch.
+    """
     own = twin(module)
-    shared, kept = _shared_parameters(own), None if keep is None else own.get_submodule(keep)
-    for sequential in [child for child in own.modules() if isinstance(child, nn.Sequential)]:
-        names = list(sequential._modules)
-        for first, second in zip(names, names[1:], strict=False):
-            pair = sequential._modules[first], sequential._modules[second]
-            fused = None if kept is not None and kept in pair else _fuse(*pair, shared)
-            if fused is not None:
-                sequential._modules[first], sequential._modules[second] = fused, nn.Identity()
+    shared = _shared_parameters(own)
+    for layer, norm in pairs:
+        fused = _fuse(own.get_submodule(layer), own.get_submodule(norm), shared)
+        if fused is not None:
+            own.set_submodule(layer, fused)
+            own.set_submodule(norm, nn.Identity())
     return own
 
 
@@ -238,20 +233,18 @@ def _shared_parameters(module: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
-def _fuse(layer: nn.Module | None, norm: nn.Module | None, shared: set[int]) -> nn.Module | None:
-    if not isinstance(norm, _NORM) or norm.running_mean is None or layer is None:
+def _fuse(layer: Any, norm: Any, shared: set[int]) -> nn.Module | None:
+    if norm.running_mean is None:
         return None
     if layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks:
         return None
     if any(id(p) in shared for p in layer.parameters()):
         return None
     if type(layer) in _CONV:
-        return fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
-    if type(layer) in _CONV_TRANSPOSE and layer.groups == 1:  # type: ignore[union-attr]
-        return fuse_conv_bn_eval(layer, norm, transpose=True)  # type: ignore[type-var]
-    if type(layer) is nn.Linear and isinstance(norm, nn.BatchNorm1d):
-        return fuse_linear_bn_eval(layer, norm)
-    return None
+        return fuse_conv_bn_eval(layer, norm)
+    if type(layer) in _CONV_TRANSPOSE:
+        return fuse_conv_bn_eval(layer, norm, transpose=True) if layer.groups == 1 else None
+    return fuse_linear_bn_eval(layer, norm)
 
 
 def has_spatial_weights(module: nn.Module) -> bool:

@@ -1,11 +1,8 @@
-"""The discriminator, prepared: a private copy in evaluation mode, read as logits, its final sigmoid cut where declared."""
+"""The discriminator, prepared: a private copy in evaluation mode, read as logits, without its final sigmoid where declared."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,17 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fastrefine.errors import CouplingError, FastrefineWarning, InputError
-from fastrefine.networks import copies, probe, statistics
-from fastrefine.networks.calls import LogitReader, NetworkCall, attempt, call_of, label_classes
+from fastrefine.networks import probe, statistics
+from fastrefine.networks.calls import LogitReader, NetworkCall, WithoutSigmoid, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
 from fastrefine.networks.freezing import FrozenDiscriminator
 from fastrefine.options import Options
 
 log = logging.getLogger("fastrefine")
-Cut = Callable[[nn.Module], nn.Module]
 _STREAM = 1 << 16  # the generator's draws have the streams below
 
 
@@ -47,17 +43,17 @@ class PreparedDiscriminator:
         if self.takes_labels:
             self.num_classes = label_classes([own], lambda *given: call(own, *given), images, call, inputs)
 
-        def run(module: nn.Module) -> Any:
-            return attempt("discriminator", lambda: self.call(module, images.clone(), *self.call.values(inputs)), images)
+        def run(module: nn.Module, call: NetworkCall) -> Any:
+            return attempt("discriminator", lambda: call(module, images.clone(), *call.values(inputs)), images)
 
         if options.pack > 1:
-            call = self.call = replace(call, pack=options.pack)
+            call = replace(call, pack=options.pack)
         if options.on_noise == "freeze":
-            self.call = call.with_draws(lambda: run(own), _STREAM)
-        statistics.check("discriminator", discriminator, own, run)
-        self._cut, self.reader = _output_form(own, options, run, images)
-        self.module = self._cut(own)
-        self._sizes = [head.shape[1] for head in self.reader.heads(run(self.module), len(images), torch.float64)]
+            call = call.with_draws(lambda: run(own, call), _STREAM)
+        statistics.check("discriminator", discriminator, own, lambda module: run(module, call))
+        self.call, self.reader = _output_form(own, options, run, images, call)
+        self.module = own
+        self._sizes = [head.shape[1] for head in self.reader.heads(run(own, self.call), len(images), torch.float64)]
 
         def logits(x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
             return self.logits(self.module, x, given)
@@ -96,7 +92,7 @@ class PreparedDiscriminator:
     def updated(self, discriminator: nn.Module) -> PreparedDiscriminator:
         """The same with other weights; nothing is probed again."""
         twin = copy.copy(self)
-        own = self._cut(self._own(discriminator))
+        own = self._own(discriminator)
         twin.module = own if self.frozen is None else self.frozen.updated(own)
         twin.frozen = None if self.frozen is None else twin.module  # type: ignore[assignment]
         return twin
@@ -122,17 +118,17 @@ class PreparedDiscriminator:
 
 
 def _output_form(
-    discriminator: nn.Module, options: Options, call: Callable[[nn.Module], Any], images: Tensor
-) -> tuple[Cut, LogitReader]:
-    """How to cut a declared final sigmoid from our copy of D, and how to read it; checks the declaration on a probe batch.
+    discriminator: nn.Module, options: Options, run: Callable[[nn.Module, NetworkCall], Any], images: Tensor, call: NetworkCall
+) -> tuple[NetworkCall, LogitReader]:
+    """How to call our copy of D without a declared final sigmoid, and how to read it; checks the declaration.
 
-    call: runs a module on the probe batch ``images``. With "probability" the final Sigmoid is cut, so that a logit
-    of 60 stays 60. InputError when declaration and network disagree.
+    run: runs a module on the probe batch ``images`` by a call. With "probability" the final sigmoid is left out, so that a
+    logit of 60 stays 60. InputError when declaration and network disagree.
     """
     scale, key = options.discriminator_output, options.output_key
     reader, n = LogitReader(key, pack=options.pack), len(images)
-    with torch.no_grad():
-        raw = call(discriminator)
+    with torch.no_grad(), WithoutSigmoid(-1) as sigmoids:
+        raw = run(discriminator, call)
         if options.discriminate is None and images.dim() > 2 and isinstance(raw, Tensor) and raw.shape == images.shape:
             raise InputError(
                 "the discriminator returned tensors of the images' own shape, as an autoencoder does; write its energy, e.g. "
@@ -145,72 +141,30 @@ def _output_form(
             FastrefineWarning,
             stacklevel=2,
         )
-    name = probe.last_leaf(discriminator, lambda: call(discriminator))
-    ends_in_sigmoid = name is not None and isinstance(discriminator.get_submodule(name), nn.Sigmoid)
     known = values[values.isfinite()]  # a sample that is not finite decides nothing
-    inside = bool(((known >= 0) & (known <= 1)).all())
-    cuts: list[Cut] = [functools.partial(_cut_module, name=name)] if ends_in_sigmoid and name else []
-    found = None
-    if inside:
-        found = _working_cut([*cuts, _cut_traced], discriminator, lambda m: reader(call(m), n, torch.float64), values)
+    inside, found = bool(((known >= 0) & (known <= 1)).all()), False
+    if inside and sigmoids.count:
+        without = replace(call, sigmoid=sigmoids.count - 1)
+        with torch.no_grad():
+            logits = reader(run(discriminator, without), n, torch.float64)
+        found = torch.allclose(torch.sigmoid(logits), values, atol=1e-5, equal_nan=True)
     if scale != "probability":
-        if len(known) and inside and (ends_in_sigmoid or found is not None):
-            where = f" (module {name!r})" if ends_in_sigmoid else ""
+        if len(known) and found:
             raise InputError(
-                f"the discriminator ends in a sigmoid{where} and returned values in [0, 1], but "
-                f"discriminator_output={scale!r} was declared; pass discriminator_output='probability'"
+                f"the discriminator ends in a sigmoid and returned values in [0, 1], but discriminator_output={scale!r} was "
+                "declared; pass discriminator_output='probability'"
             )
-        return _uncut, reader
+        return call, reader
     if not inside:
         raise InputError(
             f"discriminator_output='probability' was declared, but the discriminator returned values from "
             f"{float(known.min()):.3g} to {float(known.max()):.3g}; pass 'logit' or 'critic'"
         )
-    if found is not None:
-        return found, reader
+    if found:
+        return without, reader
     warnings.warn(
         "the discriminator's sigmoid could not be found and cut: logits beyond +-16 are lost. Return logits instead",
         FastrefineWarning,
         stacklevel=2,
     )
-    return _uncut, replace(reader, invert_sigmoid=True)
-
-
-def _uncut(discriminator: nn.Module) -> nn.Module:
-    return discriminator
-
-
-def _cut_module(discriminator: nn.Module, name: str) -> nn.Module:
-    own = copies.twin(discriminator)
-    own.set_submodule(name, nn.Identity())
-    return own
-
-
-def _cut_traced(discriminator: nn.Module) -> nn.Module:
-    """The discriminator without the sigmoids, functions or modules, just before it returns."""
-    traced = fx.symbolic_trace(discriminator)
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    for node in output.all_input_nodes:
-        while node.op == "call_method" and node.target in ("view", "reshape", "squeeze", "flatten"):
-            node = node.all_input_nodes[0]
-        is_module = node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Sigmoid)
-        if is_module or node.target in (torch.sigmoid, torch.nn.functional.sigmoid, torch.special.expit, "sigmoid"):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            traced.graph.erase_node(node)
-            traced.recompile()
-    return traced
-
-
-def _working_cut(
-    cuts: list[Cut], discriminator: nn.Module, logits_of: Callable[[nn.Module], Tensor], values: Tensor
-) -> Cut | None:
-    """The first cut after which the sigmoid of the output gives the probabilities ``values`` again."""
-    for cut in cuts:
-        try:
-            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints the code that failed
-                logits = logits_of(cut(discriminator))
-        except Exception:  # tracing runs the user's code on proxies: it may fail in any way
-            continue
-        if torch.allclose(torch.sigmoid(logits), values, atol=1e-5, equal_nan=True):
-            return cut
-    return None
+    return call, replace(reader, invert_sigmoid=True)

@@ -5,8 +5,6 @@ The plain form, private frozen copies and autograd, always stands below. What a 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,10 +15,10 @@ from torch import nn
 
 from fastrefine.networks import copies
 from fastrefine.networks.calls import is_out_of_memory
-from fastrefine.networks.cut import Tail
 
 log = logging.getLogger("fastrefine")
 T = TypeVar("T")
+Pairs = list[list[tuple[str, str]]]  # for tail and discriminator: names of a layer, and of the BatchNorm after it
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,10 @@ class Form:
     compute: torch.dtype
     channels_last: bool = False
 
-    def folded(self, fold: Callable[..., nn.Module]) -> Form:
-        """Copies with every BatchNorm folded; the place that is refined stays as it is."""
-        if isinstance(self.tail, Tail):
-            at = None if self.tail.at == "input" else self.tail.at
-            return Form(self.tail.with_generator(fold(self.tail.generator, at)), fold(self.d), self.compute)
-        return Form(fold(self.tail), fold(self.d), self.compute)
+    def folded(self, pairs: Pairs) -> Form:
+        """Copies with their BatchNorms folded."""
+        tail, d = (copies.fold_batch_norms(module, own) for module, own in zip((self.tail, self.d), pairs, strict=True))
+        return Form(tail, d, self.compute)
 
     def copied(self) -> Form:
         """Copies, which may be converted."""
@@ -71,9 +67,8 @@ class Ladder:
     def climb(self, rung: str, change: Callable[[], T], error: Callable[[T], float], tolerance: float) -> T | None:
         """What ``change`` gives if its ``error`` is within the tolerance, else None."""
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints the code that failed
-                found = change()
-                size = error(found)
+            found = change()
+            size = error(found)
             why = "" if size <= tolerance else f"differs by {size:.1e} of the largest value, more than {tolerance:g}"
         except Exception as reason:  # a rung runs the caller's code in forms that it was not written for
             if is_out_of_memory(reason):

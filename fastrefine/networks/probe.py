@@ -114,23 +114,6 @@ def check(
         check_independent(roots, forward, x, inputs)
 
 
-def last_leaf(module: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Name of the leaf module that ran last, or None when it has no name of its own."""
-    last: list[str] = []
-    handles = [
-        child.register_forward_hook(lambda m, i, o, name=name: last.append(name))  # type: ignore[misc]
-        for name, child in module.named_modules()
-        if next(child.children(), None) is None
-    ]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return last[-1] if last else None
-
-
 def explain_missing_gradient(roots: dict[str, nn.Module], loss: Callable[[Tensor], Tensor], a: Tensor) -> GradientError | None:
     """Why no gradient reaches ``a``: the error that names the module, or None when it is zero for a reason of its own.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module  # code is made for graphs that run only
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -50,7 +51,7 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = _convolution_on_cpu
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot():
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot(), _use_lazy_graph_module(True):
         graph = make_fx(function, decomposition_table=rules)(*args)
     for node in graph.graph.nodes:
         if _has_a_size_of_values(node):
@@ -222,7 +223,7 @@ def with_equal_rows(graph: fx.GraphModule, state: torch.dtype) -> fx.GraphModule
     for node in twin.nodes:
         if node.op == "call_function":
             node.target, node.args = _equal_form(node.target, node.args, node.kwargs, state)
-    return fx.GraphModule(graph, twin)
+    return _LazyGraphModule(graph, twin)
 
 
 def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
@@ -346,48 +347,34 @@ class Effects(NamedTuple):
     written: set[fx.Node]
 
 
-class _Memories(fx.Interpreter):
-    """Runs a graph on tensors without content, and keeps the memory of each value by its id; the values are kept too."""
-
-    def __init__(self, graph: fx.GraphModule):
-        super().__init__(graph)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
-        return self.values[n]
-
-    def of(self, node: fx.Node) -> set[int]:
-        return {v.untyped_storage()._cdata for v in tree_leaves(self.values.get(node)) if isinstance(v, Tensor)}
-
-
-def effects_of(graph: fx.GraphModule, given: tuple[Tensor, ...]) -> Effects:
-    """The effects of a graph that was recorded with arguments like these."""
-    if not any(_is_mutable(node) for node in graph.graph.nodes):
-        return Effects({node: set() for node in graph.graph.nodes}, set())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memories = _Memories(graph)
-    with mode, torch.no_grad():
-        memories.run(*(mode.from_tensor(value) for value in given))
-    writers: dict[int, set[fx.Node]] = {}  # memory -> who wrote to it so far
+def effects_of(graph: fx.GraphModule) -> Effects:
+    """The effects of a recorded graph, by what the schemas of its operations say of memory."""
+    memories: dict[fx.Node, set[Any]] = {}  # of a node: names of the memory that its value may lie in
+    writers: dict[Any, set[fx.Node]] = {}  # memory -> who wrote to it so far
     before: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.graph.nodes:
-        before[node] = {w for i in node.all_input_nodes for memory in memories.of(i) for w in writers.get(memory, ())}
-        if not _is_mutable(node):
-            continue
-        schema = node.target._schema  # type: ignore[union-attr]
-        named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-        for argument in schema.arguments:
-            target = named.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(target, fx.Node):
-                for memory in memories.of(target):
-                    writers.setdefault(memory, set()).add(node)
-    return Effects(before, {node for node in graph.graph.nodes if memories.of(node) & writers.keys()})
+        before[node] = {w for i in node.all_input_nodes for memory in memories[i] for w in writers.get(memory, ())}
+        shared, written = set(), set()
+        if node.op == "get_attr":
+            shared = _storages([operator.attrgetter(node.target)(graph)])
+        elif isinstance(node.target, torch._ops.OpOverload):
+            arguments = node.target._schema.arguments
+            named = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | dict(node.kwargs)
+            aliased = [a for a in arguments if a.alias_info is not None or node.target is aten._unsafe_view.default]
+            for argument in aliased:
+                found = {m for i in _nodes_in(named.get(argument.name)) for m in memories[i]}
+                shared |= found
+                written |= found if argument.alias_info is not None and argument.alias_info.is_write else set()
+        elif node.target is operator.getitem:
+            shared = memories[node.args[0]]
+        memories[node] = shared or {node}
+        for memory in written:
+            writers.setdefault(memory, set()).add(node)
+    return Effects(before, {node for node in graph.graph.nodes if memories[node] & writers.keys()})
 
 
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _nodes_in(argument: Any) -> list[fx.Node]:
+    return [leaf for leaf in tree_leaves(argument) if isinstance(leaf, fx.Node)]
 
 
 def _sources(node: fx.Node, effects: Effects) -> set[fx.Node]:
@@ -419,7 +406,7 @@ def _part(graph: fx.GraphModule, given: list[fx.Node], outputs: Iterable[fx.Node
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(graph, part)
+    return _LazyGraphModule(graph, part)
 
 
 # Bytes per sample that one more kernel in each step is worth. A product of matrices costs much more.

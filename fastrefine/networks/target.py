@@ -18,7 +18,7 @@ from fastrefine.networks.calls import attempt, failure, is_out_of_memory
 from fastrefine.networks.cut import Tail
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
-from fastrefine.networks.ladder import Form, Ladder
+from fastrefine.networks.ladder import Form, Ladder, Pairs
 from fastrefine.networks.recording import Recording
 from fastrefine.options import DTYPES, Options
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
@@ -62,10 +62,9 @@ class Target:
         self.coupled, self.group, self.compiled = options.coupling == "lockstep", options.lockstep_group, options.compile
         self.num_slots, self.precision, self._pack = num_slots, options.precision, options.pack
         self.form: Form
-        self._fold: Callable[..., nn.Module]
+        self._pairs: Pairs = [[], []]
         self.ladder = Ladder()
         self.repeatable = "to rounding"  # or "bitwise": whether a sample has the same bits in every slot
-        self.fold = "none"  # how BatchNorms were folded: "graph" | "neighbours" (in a Sequential) | "none"
         self._loss, self._loss_scale = LOSSES[sampler.loss], sampler.logit_scale
         self._recordings: dict[bool, Recording]  # by whether the step reads a view
         self.calls: dict[tuple[bool, bool], Callable[..., Any]]  # by (with gradient, on a view); compiled where asked for
@@ -93,14 +92,11 @@ class Target:
         exact = Form(self.generator.tail, self.discriminator.module, a.dtype)
         self.form = plain = exact.copied()
         reference = self._probe_gradient(a, context)
-        for self.fold, self._fold in (("graph", copies.fold_batch_norm), ("neighbours", copies.fold_in_sequentials)):
-            made = self._climb(
-                f"batch norm folded: {self.fold}", lambda: exact.folded(self._fold), reference, _TOLERANCE[a.dtype]
-            )
-            if made is not None:
-                break
-        else:
-            made, self.fold, self._fold = plain, "none", copies.twin
+        made = None
+        if any(type(m) in copies.NORMS for root in self._modules for m in root.modules()):
+            made = self._climb("batch norm folded", lambda: self._folded(exact), reference, _TOLERANCE[a.dtype])
+        if made is None:
+            made, self._pairs = plain, [[], []]
         self.form = made.converted(DTYPES[self.precision])
         try:
             reference = self._autograd(a, *context)
@@ -117,6 +113,15 @@ class Target:
         self.forget()
         self._record_a_few(reference)
 
+    def _folded(self, exact: Form) -> Form:
+        """The networks with those BatchNorms folded that a pass of the probe batch shows to stand after a layer."""
+        a, context = self._reference
+        with torch.enable_grad(), self._in_place():
+            leaf = a.detach().requires_grad_()
+            modules = self.form.tail, self.form.d
+            self._pairs = copies.norms_after_layers(modules, lambda: self._values(leaf, *context)[1].sum())
+        return exact.folded(self._pairs)
+
     def _climb(self, rung: str, change: Callable[[], Form], reference: Evaluation, tolerance: float) -> Form | None:
         """A form of the networks, if plain autograd through it gives the reference on the probe batch."""
         before, (a, context) = self.form, self._reference
@@ -130,6 +135,11 @@ class Target:
             return self.ladder.climb(rung, change, error, tolerance)
         finally:
             self.form = before
+
+    @property
+    def folded(self) -> int:
+        """How many BatchNorms were folded."""
+        return sum(map(len, self._pairs))
 
     @property
     def channels_last(self) -> bool:
@@ -386,7 +396,7 @@ class Target:
             made.step(*given[:count], *carry)  # which must leave what it was given as it was
             return max(_relative_error(f, w) for f, w in zip(run(made, order, carry), wanted, strict=True))
 
-        effects = functools.cache(lambda: recording.effects_of(graph, given))
+        effects = functools.cache(lambda: recording.effects_of(graph))
 
         def without_gradient() -> Recording:
             return Recording(None, graph, recording.first_outputs(graph, 2, effects()))
@@ -448,7 +458,7 @@ class Target:
 
     def refresh(self, discriminator: PreparedDiscriminator) -> None:
         """Take new discriminator weights into the same storage: nothing is traced again unless constants were derived."""
-        fresh = copies.converted(self._fold(discriminator.module), self.form.compute)
+        fresh = copies.converted(copies.fold_batch_norms(discriminator.module, self._pairs[1]), self.form.compute)
         copies.copy_weights(fresh, self.form.d)
         self.discriminator, self._fresh = discriminator, None
         graphs = [graph for recorded in self._recordings.values() for graph in recorded[:2] if graph is not None]

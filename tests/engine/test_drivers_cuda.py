@@ -64,7 +64,7 @@ def test_tf32_is_prepared_as_float32_is():
     for precision in ("float32", "tf32"):
         one = on_gpu(convolutional_pair(), prior=fr.Normal(8), at="2", precision=precision)
         one.sample(8)
-        prepared.add((one._networks.target.fold, one._networks.target.route, one._networks.target.channels_last))
+        prepared.add((one._networks.target.folded, one._networks.target.route, one._networks.target.channels_last))
     assert len(prepared) == 1 and "flat" in prepared.pop()
 
 

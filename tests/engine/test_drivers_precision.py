@@ -39,7 +39,7 @@ def test_tf32_is_prepared_as_float32_is():
         for precision in ("float32", "tf32"):
             one = refiner(workload.pair(), prior=fr.Normal(32), at=workload.cuts["first"], precision=precision, max_steps=1)
             one.sample(4)
-            prepared[precision] = one._networks.target.fold, one._networks.target.route, one._networks.target.channels_last
+            prepared[precision] = one._networks.target.folded, one._networks.target.route, one._networks.target.channels_last
     assert prepared["float32"] == prepared["tf32"] == ("graph", "flat", True)
 
 

@@ -395,7 +395,7 @@ def test_a_rung_that_is_wrong_or_raises_is_dropped(mutant, monkeypatch):
     torch.manual_seed(0)
     out = agrees(settle(dcgan_generator(32, 10, 4)), "1", torch.randn(6, 10))
     tried = [entry for entry in out.report["ladder"] if "batch norm" in entry["rung"]]
-    assert len(tried) == 2 and not any(entry["kept"] for entry in tried) and all(entry["why"] for entry in tried)
+    assert len(tried) == 1 and not any(entry["kept"] for entry in tried) and all(entry["why"] for entry in tried)
 
 
 @pytest.mark.parametrize(("generator", "at", "message"), [

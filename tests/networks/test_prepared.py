@@ -121,3 +121,36 @@ def test_scores_read_the_conditions_that_they_are_given():
     out = one.sample(4)
     with_condition = one.score(out.images, conditions={"y": torch.full((4,), 100.0)})
     torch.testing.assert_close(with_condition, one.score(out.images) + 100, rtol=0, atol=1e-4)
+
+
+class Normed(nn.Module):
+    """A BatchNorm after a convolution, in the four ways below."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.first, self.conv, self.norm = way, nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.running_mean), nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+
+    def forward(self, z):
+        x = self.first(z.view(-1, 1, 4, 4))
+        if len(x) > 100_000:  # no symbolic trace gets past this
+            raise RuntimeError("too many")
+        x = self.conv(x)
+        if self.way == "called twice":
+            return self.norm(self.conv(x.tanh())).tanh()
+        out = self.norm(x).relu_()
+        return out + x if self.way == "read twice" else out
+
+
+@pytest.mark.parametrize(("way", "at", "count"), [
+    ("plain", "input", 1), ("plain", "first", 1), ("plain", "conv", 0), ("plain", "norm", 0), ("read twice", "input", 0),
+    ("called twice", "input", 0),
+])  # fmt: skip
+def test_a_batch_norm_goes_into_the_layer_whose_output_it_alone_reads(way, at, count):
+    torch.manual_seed(0)
+    g, d = Normed(way).eval(), nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    z = torch.randn(6, 16)
+    out = fr.Refiner(g, d, FIXED, at=at, max_steps=2, keep="last").refine(z)
+    assert out.report["folded"] == count
+    exact = fr.Refiner(g, d, FIXED, at=at, max_steps=2, precision="float64").refine(z)
+    torch.testing.assert_close(out.images.double(), exact.images, rtol=0, atol=1e-5)
