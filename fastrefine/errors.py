@@ -1,7 +1,15 @@
 """Exceptions and warnings of fastrefine; every message says what was given, what was wanted and what to do."""
 
 
-class FastrefineError(Exception):
+class _Told(Exception):
+    """A message in the words of Python. command: the same for users of the command line, where the words differ."""
+
+    def __init__(self, text: str = "", command: str | None = None):
+        super().__init__(text)
+        self.command = command or text
+
+
+class FastrefineError(_Told):
     """Base of all exceptions raised on purpose by fastrefine."""
 
 
@@ -29,5 +37,5 @@ class BackendError(FastrefineError, RuntimeError):
     """A backend that was asked for by name is absent, or its extension fails to load."""
 
 
-class FastrefineWarning(UserWarning):
+class FastrefineWarning(_Told, UserWarning):
     """Category of all warnings issued by fastrefine."""

@@ -74,8 +74,8 @@ class Refiner:
     on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
     output_device: where results go. deterministic: torch's deterministic algorithms, no retry with fewer slots, and
         on a CPU a refusal of networks whose bits depend on the slot.
-    progress: a tqdm bar on stderr. callback: called whenever the counters were read (the host driver: after every step)
-        with {"step", "finished", "total"}.
+    progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds. callback: called whenever
+        the counters were read (the host driver: after every step) with {"step", "finished", "total"}.
 
     A Refiner never changes: ``replaced`` and ``with_discriminator`` give another one. Its options are readable as attributes.
 
@@ -122,7 +122,7 @@ class Refiner:
         max_grad_norm: float | None = None,
         output_device: torch.device | str = "cpu",
         deterministic: bool = False,
-        progress: bool = False,
+        progress: bool | None = False,
         callback: Callback | None = None,
     ):
         given = {name: value for name, value in locals().items() if name in _OPTIONS}

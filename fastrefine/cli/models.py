@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from fastrefine.cli.production import (
 )
 
 PATH = click.Path(exists=True, path_type=Path)
-TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
 @click.command()
@@ -100,22 +97,14 @@ def shape(
     import fastrefine as fr
     from fastrefine.production import saved_pair
 
-    started, trusts = time.monotonic(), flags["trust_code"]
-    last_line = started
+    trusts = flags["trust_code"]
     worker = worker_of(ctx, flags, labels=True)
     refiner, c = worker.refiner, worker.configuration
     curve: list[dict[str, float]] = []
 
-    def note(facts: dict[str, float]) -> None:
-        nonlocal last_line
-        curve.append(facts)
-        if time.monotonic() - last_line >= TELL_EVERY and not sys.stderr.isatty():
-            last_line = time.monotonic()
-            click.echo(f"shaping: {len(curve)} of {iterations} iterations in {last_line - started:.0f} s", err=True)
-
     shaped = fr.shape_discriminator(
         refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
-        seed=seed, progress=None, callback=note,
+        seed=seed, progress=None, callback=curve.append,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     if c.pair:
