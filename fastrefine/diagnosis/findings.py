@@ -65,10 +65,11 @@ def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
     if max_steps and unrefined > n / 2:
         real = isinstance(stop, MedianOfReal | ReferenceSample)
         why = "D scores generated images as high as real ones" if real else "the threshold lies below most of them"
+        first = [f"{words}, or " for words in SHAPE] if real else ["", ""]
         found.append(Finding(
             "unrefined",
             f"{unrefined} of {n} proposals were at the stop threshold before their first step, so they were not refined: {why}",
-            f"{SHAPE[0]}, or pass a higher logit as stop", f"{SHAPE[1]}, or give a higher logit as --stop",
+            f"{first[0]}pass a higher logit as stop", f"{first[1]}give a higher logit as --stop",
         ))  # fmt: skip
     if max_steps and stop.has_threshold and not reached:
         found.append(Finding(

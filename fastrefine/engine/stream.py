@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from fastrefine import noise, ops
 from fastrefine.engine.idle import IdleMachines
 from fastrefine.engine.proposals import Proposals, Source
@@ -177,10 +178,10 @@ class SampleStream:
         latents = source.latents if source.latents is not None else none.view(0, *options.prior.shape)  # type: ignore[union-attr]
         images, activations = none.view(0, *g.image_shape), none.view(0, *g.shape)
         assert self.networks.bound is not None
-        reports = self.networks.bound[0].traits.reports
+        reports, report = self.networks.bound[0].traits.reports, self.progress.report() | {"findings": []}
         empty = Result(
             images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole,
-            source.inputs.get("labels"), none if "accepted" in reports else None, options.scale, self.progress.report() | {"findings": []},
+            source.inputs.get("labels"), none if "accepted" in reports else None, options.scale, report,
             step_sizes=none if "step_size" in reports else None,
             snapshots={step: Snapshot(images, none, activations) for step in self.snapshots},
             conditions={name: value for name, value in source.inputs.items() if name not in ("labels", noise.KEY)},
