@@ -29,8 +29,8 @@ RESUMABLE = 3  # exit code
 SAMPLERS = ("collaborative", "ddls", "mala", "hmc", "dgflow", "dot")
 
 
-class Interrupted(Exception):
-    """SIGTERM arrived."""
+class Interrupted(BaseException):
+    """SIGTERM arrived. No Exception, for it may arrive within a network, whose exceptions become errors of ours."""
 
 
 class JsonObject(click.ParamType):
