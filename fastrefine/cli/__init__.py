@@ -56,7 +56,7 @@ def doctor() -> None:
 
 
 for command in (
-    production.refine, production.verify, production.merge, models.evaluate, models.shape,
+    production.refine, production.verify, production.merge, models.evaluate, models.check, models.shape,
     models.distil, models.layers, models.bench,
 ):  # fmt: skip
     cli.add_command(command)

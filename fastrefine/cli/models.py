@@ -1,4 +1,4 @@
-"""Commands that look at a pair or change it: layers, shape, distil, evaluate, bench. Torch is imported when a command runs."""
+"""Commands that look at a pair or change it: layers, check, shape, distil, evaluate, bench. Torch is imported late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from fastrefine.cli.production import (
     CONDITIONS,
@@ -17,6 +18,7 @@ from fastrefine.cli.production import (
     configuration_of,
     options,
     trusted_by,
+    typed_flags,
     worker_of,
 )
 
@@ -63,6 +65,46 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     for layer in found:
         shape = "x".join(map(str, layer.shape))
         click.echo(f"{layer.name:<{width}}  {shape:<16}{layer.tail_flops / 1e6:>12.3f}{layer.tail_share:>8.1%}")
+
+
+@click.command()
+@options(GENERATOR, DISCRIMINATOR, CONDITIONS, REFINEMENT)
+@click.option("--samples", type=click.IntRange(min=2), default=500, show_default=True, help="Raw proposals to score.")
+@click.option("--refined", type=click.IntRange(min=1), default=64, show_default=True, help="Of these, how many to refine.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bool, **flags: Any) -> None:
+    """Before a run: does the discriminator judge well enough to refine with it? Ends in a verdict and the next command.
+
+    Shows the scores of real images (--real), of raw and of refined samples, the stop threshold, calibration, and what the
+    networks are like. With --real, --stop is median here unless it is given.
+
+    \b
+    fastrefine check --pair digits --real digits
+    """
+    typed = typed_flags(ctx, but=("samples", "refined", "seed", "as_json", "conditions"))
+    if flags["real"] and ctx.get_parameter_source("stop") == ParameterSource.DEFAULT:
+        flags["stop"] = "median"
+        typed += " --stop median"
+    import warnings
+
+    import torch
+
+    from fastrefine.errors import FastrefineWarning, InputError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
+        worker = worker_of(ctx, flags, labels=True)
+    labels = None
+    if worker.labelled and worker.refiner.real_labels is None:
+        if not worker.configuration.num_classes:
+            raise InputError("the networks take labels: give --real images that have some")
+        labels = torch.arange(samples) % worker.configuration.num_classes
+    found = worker.refiner.check(
+        samples, refined=refined, seed=seed, labels=labels, conditions=worker.conditions_of(samples)
+    )  # fmt: skip
+    click.echo(json.dumps(found.entry(typed)) if as_json else found.table(typed))
 
 
 @click.command()
@@ -229,9 +271,9 @@ def evaluate(
         if labels is None:
             raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
         evaluation.check(ours, examples)
-        network = evaluation.trained_features(examples, labels)
-    found = evaluation.measure(ours, truth, network)
-    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network)
+        network = evaluation.trained_features(examples, labels, progress=None)
+    found = evaluation.measure(ours, truth, network, progress=None)
+    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network, progress=None)
     warnings = evaluation.warnings_of(found, raw)
     if as_json:
         click.echo(json.dumps({**found, "baseline": raw, "warnings": warnings}))
@@ -267,11 +309,13 @@ def bench(
     names = names or flags["at"]
     worker = worker_of(ctx, flags, labels=True)
     from fastrefine.production.bench import Bench
+    from fastrefine.progress import over
 
     ours = Bench(worker.refiner, steps, seconds, labelled=worker.labelled, conditions=worker.conditions)
-    rows = ours.rows(names.split(",") if names else ours.candidates(), precisions.split(","))
+    places, kinds = names.split(",") if names else ours.candidates(), precisions.split(",")
+    rows = ours.rows(places, kinds)
     if as_json:
-        click.echo(json.dumps(list(rows)))
+        click.echo(json.dumps(list(over(rows, len(places) * len(kinds), "measuring", "figures", None))))
         return
     click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
     for row in rows:

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -290,6 +290,20 @@ def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False
     if not device and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process under torchrun
     return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels, trust_code=Trust(**trusted))
+
+
+def typed_flags(ctx: click.Context, but: Sequence[str] = ()) -> str:
+    """The flags that were typed, as one types them; without those named ``but``."""
+    words: list[str] = []
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if param.name in but or ctx.get_parameter_source(param.name or "") != ParameterSource.COMMANDLINE:
+            continue
+        words.append(param.opts[0])
+        if not getattr(param, "is_flag", False):
+            parts = value if isinstance(value, tuple) else (json.dumps(value) if isinstance(value, dict) else value,)
+            words += map(str, parts)
+    return shlex.join(words)
 
 
 def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:
