@@ -250,9 +250,9 @@ class Refiner:
         """Before a run: may D be used here? Scores of real, raw and refined images, what the networks are like, a verdict.
 
         n: raw proposals. refined: how many of them are refined, too. labels: (n,), or one for all. conditions: (n, ...) by
-        name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any. latents:
-        (n, ...), where there is no prior. Networks that do not fit give a check that says so; InputError is raised for bad
-        arguments only.
+        name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any.
+        latents: (n, ...), where there is no prior. Networks that do not fit give a check that says so; InputError is raised
+        for bad arguments only.
 
         Example: ``print(refiner.check())``
         """

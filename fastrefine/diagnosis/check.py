@@ -46,7 +46,8 @@ class Check:
     setting: place, sampler, steps and stop rule in words. scores: by "real", "raw" and "refined". thresholds: lowest, median
     and highest stop threshold, or None. separation: share of pairs, 0 ... 1, in which a real image scores above a raw one
     (AUC), or None without real images. calibration: of D on real against raw images, None for a critic. run:
-    ``tally.summary`` of the refined samples. networks: {name: words} about coupling, noise and statistics. ranges: {"real", "generated": (low, high)}.
+    ``tally.summary`` of the refined samples. networks: {name: words} about coupling, noise and statistics. ranges: (low,
+    high) of "real" and "generated" images.
     ladder: as in ``Result.report``. findings: what speaks against a run, the weightiest first; empty where nothing does.
     notes: what was remarked while the networks were prepared.
     """
