@@ -275,7 +275,7 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
     try:
         return Configuration.from_json(values)
     except InputError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(error.command) from error
 
 
 def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False) -> Worker:

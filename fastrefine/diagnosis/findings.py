@@ -14,7 +14,8 @@ from fastrefine.stopping import MedianOfReal, ReferenceSample, StopRule
 if TYPE_CHECKING:
     from fastrefine.diagnosis.tally import Sums
 
-SHAPE = "shape D first (fastrefine.shape_discriminator)", "shape D first (`fastrefine shape`)"  # in Python, as a command
+SHAPE_FIRST = "shape D first"
+SHAPE = f"{SHAPE_FIRST} (fastrefine.shape_discriminator)", f"{SHAPE_FIRST} (`fastrefine shape`)"  # in Python, as a command
 
 
 @dataclass(frozen=True)

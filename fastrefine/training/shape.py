@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastrefine import checks, stopping
-from fastrefine.errors import InputError
+from fastrefine.diagnosis.findings import SHAPE_FIRST
+from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks.torch_state import quiet_torch
 from fastrefine.options import MOST_SLOTS
 from fastrefine.progress import counted
@@ -61,7 +63,8 @@ def shape_discriminator(
     checks.count("iterations", iterations, 0)
     if not isinstance(refiner, Refiner):
         raise InputError(f"refiner is a {type(refiner).__name__}; wanted a fastrefine.Refiner")
-    with quiet_torch(refiner.device):
+    with quiet_torch(refiner.device), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{SHAPE_FIRST}", FastrefineWarning)  # that is what is being done
         student = trainable(refiner.discriminator, refiner.device)
         rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
         twin = refiner.with_discriminator(student).replaced(
