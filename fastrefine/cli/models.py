@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
     fastrefine check --pair digits --real digits
     """
     typed = typed_flags(ctx, but=("samples", "refined", "seed", "as_json", "conditions"))
+    more = ["--conditions", flags["conditions"]] if flags["conditions"] else []  # for refine alone
     if flags["real"] and ctx.get_parameter_source("stop") == ParameterSource.DEFAULT:
         flags["stop"] = "median"
-        typed += " --stop median"
+        typed += ["--stop", "median"]
     import warnings
 
     import torch
@@ -96,15 +98,21 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
         worker = worker_of(ctx, flags, labels=True)
-    labels = None
-    if worker.labelled and worker.refiner.real_labels is None:
-        if not worker.configuration.num_classes:
+    labels, classes = None, worker.configuration.num_classes
+    if worker.labelled:
+        classes = classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
+        if not classes:
             raise InputError("the networks take labels: give --real images that have some")
-        labels = torch.arange(samples) % worker.configuration.num_classes
+        labels = torch.arange(samples) % classes if worker.refiner.real_labels is None else None
+        more += ["--class", "random", "--num-classes", str(classes)]
     found = worker.refiner.check(
         samples, refined=refined, seed=seed, labels=labels, conditions=worker.conditions_of(samples)
     )  # fmt: skip
-    click.echo(json.dumps(found.entry(typed)) if as_json else found.table(typed))
+    commands = {
+        "fastrefine shape": f"fastrefine shape {shlex.join(typed)} --outdir shaped",
+        "fastrefine refine": f"fastrefine refine {shlex.join([*typed, *more])} --ids 0-999 --outdir run",
+    }
+    click.echo(json.dumps(found.entry(commands)) if as_json else found.table(commands))
 
 
 @click.command()

@@ -292,8 +292,8 @@ def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False
     return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels, trust_code=Trust(**trusted))
 
 
-def typed_flags(ctx: click.Context, but: Sequence[str] = ()) -> str:
-    """The flags that were typed, as one types them; without those named ``but``."""
+def typed_flags(ctx: click.Context, but: Sequence[str]) -> list[str]:
+    """The flags that were typed, and their values, as words; without those named ``but``."""
     words: list[str] = []
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")
@@ -303,7 +303,7 @@ def typed_flags(ctx: click.Context, but: Sequence[str] = ()) -> str:
         if not getattr(param, "is_flag", False):
             parts = value if isinstance(value, tuple) else (json.dumps(value) if isinstance(value, dict) else value,)
             words += map(str, parts)
-    return shlex.join(words)
+    return words
 
 
 def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,19 +74,20 @@ class Check:
         """The weightiest finding, or that there is none."""
         return self.findings[0].text if self.findings else GOOD
 
-    def next(self, flags: str | None = None) -> str:
-        """What to do now; flags: of the command line, to give the next command in full."""
-        if flags is None:
+    def next(self, commands: Mapping[str, str] | None = None) -> str:
+        """What to do now; commands: for users of the command line, the whole of "fastrefine shape" and "fastrefine refine"."""
+        if commands is None:
             return self.findings[0].python if self.findings else REFINE[0]
         text = self.findings[0].command if self.findings else REFINE[1]
-        text = text.replace("`fastrefine shape`", f"`fastrefine shape {flags} --outdir shaped`")
-        return text.replace("`fastrefine refine`", f"`fastrefine refine {flags} --ids 0-999 --outdir run`")
+        for short, whole in commands.items():
+            text = text.replace(f"`{short}`", f"`{whole}`")
+        return text
 
     def __str__(self) -> str:
         return self.table()
 
-    def table(self, flags: str | None = None) -> str:
-        """The table; flags: in the words of the command line, see ``next``."""
+    def table(self, commands: Mapping[str, str] | None = None) -> str:
+        """The table; commands: in the words of the command line, see ``next``."""
         lines = [f"check of {self.setting}"]
         if self.scores:
             heads = "".join(f"{f'{q:.0%}':>10}" for q in QUANTILES)
@@ -118,13 +119,13 @@ class Check:
         told = [*(finding.text for finding in self.findings[1:]), *self.notes]
         lines += ["", *(f"also            {text}" for text in told)] if told else [""]
         verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
-        return "\n".join([*lines, *verdict, f"next            {self.next(flags)}"])
+        return "\n".join([*lines, *verdict, f"next            {self.next(commands)}"])
 
-    def entry(self, flags: str) -> dict[str, Any]:
+    def entry(self, commands: Mapping[str, str]) -> dict[str, Any]:
         """As JSON values, in the words of the command line."""
         d = self.calibration
         return {
-            "setting": self.setting, "usable": self.usable, "verdict": self.verdict, "next": self.next(flags),
+            "setting": self.setting, "usable": self.usable, "verdict": self.verdict, "next": self.next(commands),
             "findings": [finding.entry(command=True) for finding in self.findings],
             "scores": {name: vars(one) for name, one in self.scores.items()}, "quantiles": QUANTILES,
             "thresholds": self.thresholds, "separation": self.separation,

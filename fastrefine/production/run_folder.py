@@ -111,7 +111,8 @@ class Folder:
             if not contains(self.configuration.ids, renamed(there["configuration"])["ids"]):  # it has grown meanwhile
                 return summary
             _write(self.path, there, self.configuration, summary)
-            if self._markers() == seen:
+            now = self._markers()
+            if now == seen or len(now) < len(self.shards()):  # who makes the missing ones writes it again
                 return summary
 
     def _markers(self) -> dict[str, int]:

@@ -180,7 +180,8 @@ class Worker:
         known = outcome.images + sum(facts["count"] for _, facts in kept.values())
         total, self._before = known + sum(shard.count for shard in todo), known
         made = self.make(todo)
-        with ProgressBar(total, "refining", "images", progress, done=known) as self._bar:
+        name = "refining" if workers == 1 else f"worker {worker} refining"
+        with ProgressBar(total, name, "images", progress, done=known) as self._bar:
             following = next(made, None)
             with ThreadPoolExecutor(1, "fastrefine-writer") as writer:
                 while following is not None:
@@ -331,9 +332,10 @@ class Worker:
             held_out = real.logits if c.calibrate else None
         if c.held_out:
             images, classes = self._real(c.held_out)
-            if self.refiner.real_labels is not None and classes is None:
-                raise InputError(f"the networks take labels, and {c.held_out} has none")
-            held_out = self.refiner.score(images, classes if self.refiner.real_labels is not None else None).double().cpu()
+            reads = self.labelled and self.pair.takes_labels("discriminate")[0]
+            if reads and classes is None:
+                raise InputError(f"the discriminator takes labels, and {c.held_out} has none")
+            held_out = self.refiner.score(images, classes if reads else None).double().cpu()
             self.facts["held_out_sha256"] = _sha256(images, classes)
         if c.select == "mh" and held_out is None:  # needs no pilot pass
             return Chooser(c, {}, real)

@@ -30,7 +30,9 @@ def test_a_discriminator_that_prefers_generated_images_is_to_be_shaped():
     found = flat_pairs.refiner(liked=0.0).check()
     assert not found.usable and found.separation == 0.0
     assert found.verdict.startswith("D scores generated images above real ones (a real image scores above a raw one in 0%")
-    assert "fastrefine.shape_discriminator" in found.next() and "`fastrefine shape --pair p --outdir" in found.next("--pair p")
+    assert "fastrefine.shape_discriminator" in found.next() and "first (`fastrefine shape X`)" in found.next(
+        {"fastrefine shape": "fastrefine shape X"}
+    )
     assert {one.code for one in found.findings} >= {"inverted", "unrefined", "above_real"}
     assert found.run["mean_steps"] == 0 and found.scores["raw"].reached == found.scores["refined"].reached == 1.0
     assert str(found).splitlines()[-1] == f"next            {found.next()}"
