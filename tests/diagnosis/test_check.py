@@ -88,7 +88,8 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize(("network", "says"), [(Batched(), "coupling='freeze'"), (Noisy(), "on_noise='freeze'")])
 def test_networks_that_do_not_fit_are_the_verdict(network, says):
     one = refiner((pair()[0], network), stop=None, real=torch.randn(20, 6))
-    assert one.check(16).findings[0].code == "unfit" and says in one.check(16).verdict
+    unfit = one.check(16)
+    assert unfit.findings[0].code == "unfit" and says in unfit.verdict
     name, value = says.replace("'", "").split("=")
     found = one.replaced(**{name: value}).check(16, refined=8)
     word = {"coupling": "statistics of the batch are held", "on_noise": "held for each sample"}[name]
@@ -142,5 +143,5 @@ def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path):
     given_pairs, typed = (set(zip(words[1::2], words[2::2], strict=True)) for words in (list(map(str, given)), command))
     assert typed == {*given_pairs, ("--stop", "median"), ("--outdir", "shaped")}
     told(fastrefine(*command[:-1], tmp_path / "shaped", "--iterations", 1))
-    found = json.loads(told(fastrefine(*given, "--json", "--samples", 20)))
+    found = json.loads(fastrefine(*given, "--json", "--samples", 20).stdout)
     assert found["findings"][0]["code"] == "inverted" and not found["usable"] and found["scores"]["raw"]["count"] == 20

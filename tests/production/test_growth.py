@@ -42,8 +42,8 @@ def manifest(path):
 
 
 @pytest.mark.parametrize("change", [
-    {"format": "npz"}, {"format": "png"}, {"format": "wds"}, {"format": "safetensors"}, {"image_range": (-1.5, 1.5)},
-    {"select": "mh", "chain_length": 3}, {"select": "drs", "chain_length": 3, "calibrate": "isotonic"},
+    {"format": "npz"}, {"format": "png", "image_range": (-1.5, 1.5)}, {"format": "safetensors"},
+    {"format": "wds", "select": "mh", "chain_length": 3}, {"select": "drs", "chain_length": 3, "calibrate": "isotonic"},
 ], ids=lambda change: "-".join(map(str, change.values())))  # fmt: skip
 def test_a_grown_run_has_the_bytes_of_one_go(base, tmp_path, monkeypatch, change):
     monkeypatch.setattr(per_image_selection, "PILOT", 64)
@@ -58,7 +58,7 @@ def test_a_grown_run_has_the_bytes_of_one_go(base, tmp_path, monkeypatch, change
     )
     outcome = one.run(tmp_path / "grown")
     assert made == [(30, 25), (70, 1)] and (outcome.found, outcome.made, outcome.images, outcome.refined) == (1, 3, 56, 26)
-    worker(then).run(tmp_path / "whole")
+    one.run(tmp_path / "whole")
     grown, whole = shards(tmp_path / "grown"), shards(tmp_path / "whole")
     assert grown == whole and all(grown[name] == old[name] for name in old if "000000" in name.partition("/")[0])
     after, direct = manifest(tmp_path / "grown"), manifest(tmp_path / "whole")
@@ -78,7 +78,7 @@ def test_several_workers_grow_a_run_and_the_summary_is_that_of_the_whole(base, t
     more = worker(replace(base, ids="0-79"))
     for number in (1, 0, 2):
         more.run(tmp_path / "run", worker=number, workers=3)
-    worker(replace(base, ids="0-79")).run(tmp_path / "whole")
+    more.run(tmp_path / "whole")
     assert shards(tmp_path / "run") == shards(tmp_path / "whole")
     columns = [columns for _, columns in run_folder.Folder.open(tmp_path / "run").parts()]
     summary = manifest(tmp_path / "run")["summary"]
@@ -97,7 +97,7 @@ def test_a_run_that_is_cut_while_it_grows_goes_on(base, tmp_path, monkeypatch):
     found = run_folder.verify(tmp_path / "run")
     assert found.images == 20 and [name for name, _ in found.damaged] == ["shard-000001.npz"] and len(found.missing) == 1
     more.run(tmp_path / "run")
-    worker(replace(base, ids="0-54")).run(tmp_path / "whole")
+    more.run(tmp_path / "whole")
     assert shards(tmp_path / "run") == shards(tmp_path / "whole")
 
 
