@@ -94,7 +94,8 @@ class Refiner:
     seconds and images_per_second of the run so far without captures, backend, driver, precision, threads, num_slots,
     route (how the step is computed: "flat" | "autograd"), ladder (the faster forms that were tried: rung, kept, why not),
     repeatable ("bitwise" | "to rounding": a sample's bits in different slots), fold (how BatchNorms went into their
-    neighbours: "graph" | "neighbours" | "none"), channels_last (of the networks).
+    neighbours: "graph" | "neighbours" | "none"), channels_last (of the networks), findings (what is wrong with the run, each
+    {"code", "text", "advice"}; in the last part of a stream).
     """
 
     def __init__(

@@ -117,7 +117,7 @@ class Check:
             rows["faster forms"] = ", ".join(dict.fromkeys(tried))
         lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
         told = [*(finding.text for finding in self.findings[1:]), *self.notes]
-        lines += ["", *(f"also            {text}" for text in told)] if told else [""]
+        lines += ["", *(f"also            {text}" for text in told)] * bool(told) + [""]
         verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
         return "\n".join([*lines, *verdict, f"next            {self.next(commands)}"])
 
