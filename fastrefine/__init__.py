@@ -16,6 +16,7 @@ _HOMES = {
         "BackendError", "CouplingError", "FastrefineError", "FastrefineWarning", "GradientError", "InputError",
         "NonFiniteError", "SplitError",
     ),
+    "diagnosis.check": ("Check",),
     "diagnosis.calibration": ("Calibration", "Diagnosis", "calibrate", "diagnose"),
     "training.composed": ("NoisyOutput", "SumDiscriminator"),
     "training.corrector": ("fit_corrector",),
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastrefine.diagnosis.calibration import Diagnosis as Diagnosis
     from fastrefine.diagnosis.calibration import calibrate as calibrate
     from fastrefine.diagnosis.calibration import diagnose as diagnose
+    from fastrefine.diagnosis.check import Check as Check
     from fastrefine.diagnosis.reliability import reliability_plot as reliability_plot
     from fastrefine.diagnosis.step_size import StepDiagnosis as StepDiagnosis
     from fastrefine.diagnosis.step_size import diagnose_steps as diagnose_steps

@@ -1,7 +1,34 @@
 """Exceptions and warnings of fastrefine; every message says what was given, what was wanted and what to do."""
 
+import re
 
-class FastrefineError(Exception):
+# Options that Python and the command line share under other names: coupling='freeze' is --coupling freeze.
+_FLAGS = {"num_slots": "--slots", **{
+    name: f"--{name.replace('_', '-')}" for name in (
+        "at", "coupling", "device", "discriminator_output", "group_size", "keep", "max_steps", "on_noise", "output_key", "pack",
+        "precision", "real", "select", "step_size", "stop", "trust_code",
+    )
+}}  # fmt: skip
+_OPTION = re.compile(rf"\b({'|'.join(_FLAGS)})=(?:'([\w.-]+)'|([\d.]+\b|mh|drs|obrs|None|True)|(?=[,;. )]|$))")
+
+
+class _Told(Exception):
+    """A message in the words of Python. command: the same for users of the command line; None: with flags for arguments."""
+
+    def __init__(self, text: str = "", command: str | None = None):
+        super().__init__(text)
+        self.command = _with_flags(str(text)) if command is None else command
+
+
+def _with_flags(text: str) -> str:
+    def flag(found: re.Match[str]) -> str:
+        value = found[2] or found[3] or ""
+        return " ".join(filter(None, (_FLAGS[found[1]], {"None": "none", "True": ""}.get(value, value))))
+
+    return _OPTION.sub(flag, text)
+
+
+class FastrefineError(_Told):
     """Base of all exceptions raised on purpose by fastrefine."""
 
 
@@ -29,5 +56,5 @@ class BackendError(FastrefineError, RuntimeError):
     """A backend that was asked for by name is absent, or its extension fails to load."""
 
 
-class FastrefineWarning(UserWarning):
+class FastrefineWarning(_Told, UserWarning):
     """Category of all warnings issued by fastrefine."""

@@ -62,7 +62,7 @@ class Options:
     max_grad_norm: float | None = None
     output_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     deterministic: bool = False
-    progress: bool = False
+    progress: bool | None = False
     callback: Callback | None = None
 
     def __post_init__(self) -> None:

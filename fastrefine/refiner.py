@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastrefine import checks
+from fastrefine import checks, noise
+from fastrefine.diagnosis.check import Check, checked
+from fastrefine.diagnosis.findings import Finding
+from fastrefine.diagnosis.tally import Tally, summary
 from fastrefine.engine.idle import IdleMachines
 from fastrefine.engine.proposals import Source
 from fastrefine.engine.stream import SampleStream
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.engine.watch import findings_of
+from fastrefine.errors import FastrefineError, FastrefineWarning, InputError
+from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import device_of
 from fastrefine.networks.prepared import Networks, refines_latents
 from fastrefine.networks.split import Split
+from fastrefine.networks.statistics import StatisticsWarning
 from fastrefine.options import Callback, Options, OutputKey
 from fastrefine.priors import Prior
 from fastrefine.result import Result
@@ -74,8 +81,8 @@ class Refiner:
     on_nonfinite: "contain" (status NONFINITE) | "error". max_grad_norm: per-sample clip of the gradient.
     output_device: where results go. deterministic: torch's deterministic algorithms, no retry with fewer slots, and
         on a CPU a refusal of networks whose bits depend on the slot.
-    progress: a tqdm bar on stderr. callback: called whenever the counters were read (the host driver: after every step)
-        with {"step", "finished", "total"}.
+    progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds. callback: called whenever
+        the counters were read (the host driver: after every step) with {"step", "finished", "total"}.
 
     A Refiner never changes: ``replaced`` and ``with_discriminator`` give another one. Its options are readable as attributes.
 
@@ -87,7 +94,8 @@ class Refiner:
     seconds and images_per_second of the run so far without captures, backend, driver, precision, threads, num_slots,
     route (how the step is computed: "flat" | "autograd"), ladder (the faster forms that were tried: rung, kept, why not),
     repeatable ("bitwise" | "to rounding": a sample's bits in different slots), folded (how many BatchNorms went into the
-    layers before them), channels_last (of the networks).
+    layers before them), channels_last (of the networks), findings (what is wrong with the run, each
+    {"code", "text", "advice"}; in the last part of a stream).
     """
 
     def __init__(
@@ -122,7 +130,7 @@ class Refiner:
         max_grad_norm: float | None = None,
         output_device: torch.device | str = "cpu",
         deterministic: bool = False,
-        progress: bool = False,
+        progress: bool | None = False,
         callback: Callback | None = None,
     ):
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
@@ -235,6 +243,82 @@ class Refiner:
         """Logits (N,) of images (N, ...) under the current discriminator, on output_device; in blocks of num_slots."""
         x = checks.tensor("images", images, self.options.dtype)
         return self._networks.score(x, self.options.own_inputs(labels, conditions, len(x))).to(self.options.output_device)
+
+    def check(
+        self, n: int = 500, *, refined: int = 64, seed: int = 0, labels: Any = None,
+        conditions: Mapping[str, Tensor] | None = None, latents: Tensor | None = None,
+    ) -> Check:  # fmt: skip
+        """Before a run: may D be used here? Scores of real, raw and refined images, what the networks are like, a verdict.
+
+        n: raw proposals. refined: how many of them are refined, too. labels: (n,), or one for all. conditions: (n, ...) by
+        name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any.
+        latents: (n, ...), where there is no prior. Networks that do not fit give a check that says so; InputError is raised
+        for bad arguments only.
+
+        Example: ``print(refiner.check())``
+        """
+        options, n, refined = self.options, checks.count("n", n, 2), checks.count("refined", refined, 1)
+        if latents is None and options.prior is None:
+            raise InputError("no prior to draw latents from: pass latents=(n, ...), or prior= to the Refiner")
+        if latents is not None:
+            latents = checks.tensor("latents", latents, options.dtype)
+            n = len(latents)
+        inputs = self._inputs_of_check(n, labels, conditions)
+        y = inputs.pop("labels", None)
+        # prepared anew, for only then the networks' statistics are doubted
+        own = self._twin(replace(options, progress=False, callback=None), Networks(self.generator, self.discriminator, options))
+
+        def run(refiner: Refiner, count: int) -> Result:
+            given: dict[str, Any] = {"labels": None if y is None else y[:count], "seed": seed}
+            given["conditions"] = {name: value[:count] for name, value in inputs.items()} or None
+            return refiner.sample(count, **given) if latents is None else refiner.refine(latents[:count], **given)
+
+        setting = (
+            f"{'images' if self.generator is None else 'latents' if options.at == 'input' else f'at={options.at!r}'}, "
+            f"{type(options.sampler).__name__}, at most {options.max_steps} steps, stop {type(options.stop).__name__}"
+        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                _check_fit(own)
+                run(own, 0)
+                seen = [w.message for w in told if isinstance(w.message, FastrefineWarning)]
+                raw, out = run(own.replaced(max_steps=0), n), run(own, min(refined, n))
+            except FastrefineError as error:
+                advice = ("change that, and check again",) * 2
+                return Check(setting, (Finding("unfit", f"these networks cannot be refined so: {error}", *advice),))
+        bound = own._networks.bound
+        assert bound is not None
+        thresholds = None
+        if options.stop.has_threshold:
+            classes = y.argmax(1) if y is not None and y.dim() > 1 else y
+            thresholds = bound[1].draw(torch.arange(n), seed, options.max_steps, classes)[0]
+        doubts = [str(one) for one in seen if isinstance(one, StatisticsWarning)]
+        networks = {
+            "coupling": {
+                "refuse": "none: samples do not depend on their batch", "lockstep": "samples of a group go in lock step",
+                "freeze": "statistics of the batch are held",
+            }[options.coupling],
+            "noise": "none" if options.on_noise == "refuse" else "held for each sample",
+            "statistics": "see below" if doubts else "as training left them",
+            "step": f"{out.report['route']}, repeatable {out.report['repeatable']}",
+        }  # fmt: skip
+        tally = Tally()
+        tally.add(out, math.inf if out.real_logits is None else float(out.real_logits.max()))
+        found, notes = findings_of(tally.sums, options, latents is None), [str(one) for one in seen if str(one) not in doubts]
+        return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, summary(tally.sums))
+
+    def _inputs_of_check(self, n: int, labels: Any, conditions: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Labels and conditions of n samples: as given, or as the real images have them where the networks take any."""
+        options = self.options
+        if conditions is None and options.real_conditions:
+            conditions = {name: value[torch.arange(n) % len(value)] for name, value in options.real_conditions.items()}
+        if labels is None and options.real_labels is not None:
+            of_g = takes_labels(self.generator, options.generator_kwargs or {})[0]
+            of_d = takes_labels(self.discriminator, options.discriminator_kwargs or {})[0]
+            if options.generate or options.discriminate or of_g or of_d:
+                labels = options.real_labels[torch.arange(n) % len(options.real_labels)]
+        return {name: value for name, value in options.own_inputs(labels, conditions, n).items() if name != noise.KEY}
 
     def real_logits(self, why: str) -> Tensor:
         """Logits (N,) of ``real`` under the current discriminator; InputError naming ``why`` when there is none."""

@@ -56,7 +56,7 @@ def doctor() -> None:
 
 
 for command in (
-    production.refine, production.verify, production.merge, models.evaluate, models.shape,
+    production.refine, production.verify, production.merge, models.evaluate, models.check, models.shape,
     models.distil, models.layers, models.bench,
 ):  # fmt: skip
     cli.add_command(command)
@@ -73,7 +73,7 @@ def guarded(command: click.Command) -> None:
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if category.__name__ == "FastrefineWarning":
-            click.echo(f"warning: {message}", err=True)
+            click.echo(f"warning: {getattr(message, 'command', message)}", err=True)
         else:
             usual(message, category, *where, **more)
 
@@ -92,6 +92,6 @@ def guarded(command: click.Command) -> None:
 
         if not isinstance(error, FastrefineError | OSError | click.ClickException):
             raise
-        click.echo(f"fastrefine: {error}", err=True)
+        click.echo(f"fastrefine: {getattr(error, 'command', error)}", err=True)
         code = 1
     sys.exit(code)

@@ -1,14 +1,14 @@
-"""Commands that look at a pair or change it: layers, shape, distil, evaluate, bench. Torch is imported when a command runs."""
+"""Commands that look at a pair or change it: layers, check, shape, distil, evaluate, bench. Torch is imported late."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from fastrefine.cli.production import (
     CONDITIONS,
@@ -19,11 +19,11 @@ from fastrefine.cli.production import (
     configuration_of,
     options,
     trusted_by,
+    typed_flags,
     worker_of,
 )
 
 PATH = click.Path(exists=True, path_type=Path)
-TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
 @click.command()
@@ -69,6 +69,53 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
 
 
 @click.command()
+@options(GENERATOR, DISCRIMINATOR, CONDITIONS, REFINEMENT)
+@click.option("--samples", type=click.IntRange(min=2), default=500, show_default=True, help="Raw proposals to score.")
+@click.option("--refined", type=click.IntRange(min=1), default=64, show_default=True, help="Of these, how many to refine.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bool, **flags: Any) -> None:
+    """Before a run: does the discriminator judge well enough to refine with it? Ends in a verdict and the next command.
+
+    Shows the scores of real images (--real), of raw and of refined samples, the stop threshold, calibration, and what the
+    networks are like. With --real, --stop is median here unless it is given.
+
+    \b
+    fastrefine check --pair digits --real digits
+    """
+    typed = typed_flags(ctx, but=("samples", "refined", "seed", "as_json", "conditions"))
+    more = ["--conditions", flags["conditions"]] if flags["conditions"] else []  # for refine alone
+    if flags["real"] and ctx.get_parameter_source("stop") == ParameterSource.DEFAULT:
+        flags["stop"] = "median"
+        typed += ["--stop", "median"]
+    import warnings
+
+    import torch
+
+    from fastrefine.errors import FastrefineWarning, InputError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
+        worker = worker_of(ctx, flags, labels=True)
+    labels, classes = None, worker.configuration.num_classes
+    if worker.labelled:
+        classes = classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
+        if not classes:
+            raise InputError("the networks take labels: give --real images that have some")
+        labels = torch.arange(samples) % classes if worker.refiner.real_labels is None else None
+        more += ["--class", "random", "--num-classes", str(classes)]
+    found = worker.refiner.check(
+        samples, refined=refined, seed=seed, labels=labels, conditions=worker.conditions_of(samples)
+    )  # fmt: skip
+    commands = {
+        "fastrefine shape": f"fastrefine shape {shlex.join(typed)} --outdir shaped",
+        "fastrefine refine": f"fastrefine refine {shlex.join([*typed, *more])} --ids 0-999 --outdir run",
+    }
+    click.echo(json.dumps(found.entry(commands)) if as_json else found.table(commands))
+
+
+@click.command()
 @options(GENERATOR, DISCRIMINATOR, REFINEMENT)
 @click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
@@ -100,22 +147,14 @@ def shape(
     import fastrefine as fr
     from fastrefine.production import saved_pair
 
-    started, trusts = time.monotonic(), flags["trust_code"]
-    last_line = started
+    trusts = flags["trust_code"]
     worker = worker_of(ctx, flags, labels=True)
     refiner, c = worker.refiner, worker.configuration
     curve: list[dict[str, float]] = []
 
-    def note(facts: dict[str, float]) -> None:
-        nonlocal last_line
-        curve.append(facts)
-        if time.monotonic() - last_line >= TELL_EVERY and not sys.stderr.isatty():
-            last_line = time.monotonic()
-            click.echo(f"shaping: {len(curve)} of {iterations} iterations in {last_line - started:.0f} s", err=True)
-
     shaped = fr.shape_discriminator(
         refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
-        seed=seed, progress=None, callback=note,
+        seed=seed, progress=None, callback=curve.append,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     if c.pair:
@@ -240,9 +279,9 @@ def evaluate(
         if labels is None:
             raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
         evaluation.check(ours, examples)
-        network = evaluation.trained_features(examples, labels)
-    found = evaluation.measure(ours, truth, network)
-    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network)
+        network = evaluation.trained_features(examples, labels, progress=None)
+    found = evaluation.measure(ours, truth, network, progress=None)
+    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network, progress=None)
     warnings = evaluation.warnings_of(found, raw)
     if as_json:
         click.echo(json.dumps({**found, "baseline": raw, "warnings": warnings}))
@@ -278,11 +317,13 @@ def bench(
     names = names or flags["at"]
     worker = worker_of(ctx, flags, labels=True)
     from fastrefine.production.bench import Bench
+    from fastrefine.progress import over
 
     ours = Bench(worker.refiner, steps, seconds, labelled=worker.labelled, conditions=worker.conditions)
-    rows = ours.rows(names.split(",") if names else ours.candidates(), precisions.split(","))
+    places, kinds = names.split(",") if names else ours.candidates(), precisions.split(",")
+    rows = ours.rows(places, kinds)
     if as_json:
-        click.echo(json.dumps(list(rows)))
+        click.echo(json.dumps(list(over(rows, len(places) * len(kinds), "measuring", "figures", None))))
         return
     click.echo(f"{'at':<20}{'precision':<11}{'images/s':>12}{'B0':>12}{'ratio':>8}  backend, driver, threads, slots")
     for row in rows:

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ RESUMABLE = 3  # exit code
 SAMPLERS = ("collaborative", "ddls", "mala", "hmc", "dgflow", "dot")
 
 
-class Interrupted(Exception):
-    """SIGTERM arrived."""
+class Interrupted(BaseException):
+    """SIGTERM arrived. No Exception, for it may arrive within a network, whose exceptions become errors of ours."""
 
 
 class JsonObject(click.ParamType):
@@ -132,6 +132,10 @@ def options(*groups: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]],
 @click.option("--chain-length", type=click.IntRange(min=1), default=10, show_default=True, help="Proposals for each image.")
 @click.option("--budget", type=float, default=0.25, show_default=True, help="For obrs: accepted share.")
 @click.option("--percentile", type=float, default=95.0, show_default=True, help="For drs.")
+@click.option("--calibrate", type=click.Choice(CHOICES["calibrate"][1:]),
+              help="Of the logits that --select reads, on real images and a pilot pass.")  # fmt: skip
+@click.option("--held-out", type=click.Path(), help="Real images for --calibrate, best such that D was not trained on "
+              "(default: --real).")  # fmt: skip
 @click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True)
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a file.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -162,17 +166,11 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
         raise click.UsageError(f"--shard-id is {shard_id}; wanted it below --num-shards {num_shards}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     again = f"fastrefine {shlex.join(sys.argv[1:])}"
-    from tqdm import tqdm
-
     signal.signal(signal.SIGTERM, _terminated)
     try:
         worker = worker_of(ctx, flags)
         share = shard_id * world + rank, num_shards * world
-        total = sum(shard.count for shard in worker.folder(outdir).share(*share))
-        with tqdm(total=total, unit="image", desc=f"worker {rank}" if world > 1 else None, disable=None) as bar:
-            outcome = worker.run(
-                outdir, worker=share[0], workers=share[1], on_shard=lambda shard, _: bar.update(shard.count) and None
-            )
+        outcome = worker.run(outdir, worker=share[0], workers=share[1], progress=None)
     except (KeyboardInterrupt, Interrupted) as stop:
         click.echo(f"stopped; finished shards are kept. To go on:\n  {again}", err=True)
         ctx.exit(130 if isinstance(stop, KeyboardInterrupt) else RESUMABLE)
@@ -227,7 +225,7 @@ def merge(directory: Path, output: Path) -> None:
     """
     from fastrefine.production import run_folder
 
-    count = run_folder.merge(directory, output)
+    count = run_folder.merge(directory, output, progress=None)
     click.echo(f"wrote {output}: {count} images")
 
 
@@ -277,7 +275,7 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
     try:
         return Configuration.from_json(values)
     except InputError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(error.command) from error
 
 
 def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False) -> Worker:
@@ -294,6 +292,20 @@ def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False
     return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels, trust_code=Trust(**trusted))
 
 
+def typed_flags(ctx: click.Context, but: Sequence[str]) -> list[str]:
+    """The flags that were typed, and their values, as words; without those named ``but``."""
+    words: list[str] = []
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if param.name in but or ctx.get_parameter_source(param.name or "") != ParameterSource.COMMANDLINE:
+            continue
+        words.append(param.opts[0])
+        if not getattr(param, "is_flag", False):
+            parts = value if isinstance(value, tuple) else (json.dumps(value) if isinstance(value, dict) else value,)
+            words += map(str, parts)
+    return words
+
+
 def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``Trust``: what the user typed is trusted, what a file names is not, unless --trust-code is given."""
     names = ("generator", "discriminator", "generator_weights", "discriminator_weights", "generate", "discriminate")
@@ -306,15 +318,19 @@ def _terminated(*_: Any) -> None:
 
 
 def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:
-    speed = outcome.images / outcome.seconds if outcome.seconds and not outcome.found else None
+    speed = outcome.refined / outcome.seconds if outcome.refined else None
     if as_json:
         click.echo(json.dumps({**outcome.__dict__, "images_per_second": speed, "outdir": str(outdir)}))
     rate = f", {speed:.1f} images/s" if speed else ""
     click.echo(f"{outdir}: {outcome.made} shards made, {outcome.found} there already, {outcome.images} images{rate}", err=True)
-    if outcome.nonfinite:
-        click.echo(f"warning: {outcome.nonfinite} images met a non-finite logit or gradient (status NONFINITE)", err=True)
-    if outcome.unselected:
+    run = outcome.summary
+    if run["images"]:
+        before, after = ("none" if run[name] is None else f"{run[name]:.3f}" for name in ("logit_before", "logit_after"))
+        ended = ", ".join(f"{share:.1%} {name}" for name, share in run["status"].items() if share)
+        whole = "the run" if run["complete"] else f"{run['images']} of {run['of']} images of the run"
         click.echo(
-            f"warning: {outcome.unselected} of {outcome.images} images had no proposal accepted and hold their first one "
-            '("selected" is false); a longer --chain-length makes them fewer', err=True,
+            f"{whole}: mean logit {before} before, {after} after; {run['mean_steps']:.2f} steps on average; {ended}; "
+            f"{run['seconds']:.1f} s of work, {run['images_per_second']:.1f} images/s", err=True,
         )  # fmt: skip
+    for finding in run["findings"]:
+        click.echo(f"warning: {'; '.join(filter(None, (finding['text'], finding['advice'])))}", err=True)

@@ -13,7 +13,6 @@ from typing import Any
 import click
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import fastrefine as fr
 from fastrefine.datasets import Images
@@ -22,6 +21,7 @@ from fastrefine.demo.gan import build, train_gan
 from fastrefine.demo.judge import Judge, trained_classifier
 from fastrefine.demo.recipes import DIGITS, MNIST, Recipe, embedded
 from fastrefine.production.bench import Bench
+from fastrefine.progress import ProgressBar, over
 from fastrefine.result import Result
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
@@ -61,10 +61,10 @@ def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool
     if not retrain and steps == recipe.early_steps:
         return embedded(recipe)
     g, d = build(recipe.generator, seed), build(recipe.discriminator, seed + 100)
-    with tqdm(total=steps, desc=f"training the GAN, {steps} steps", disable=None) as bar:
+    with ProgressBar(steps, "training the GAN", "steps", None) as bar:
         train_gan(
             g, d, data.train, latent_dim=recipe.latent, steps=steps, learning_rate=recipe.learning_rate, r1=recipe.r1,
-            seed=seed, callback=lambda _: bar.update(),
+            seed=seed, callback=lambda _: bar.to(bar.done + 1),
         )  # fmt: skip
     return g, d
 
@@ -110,9 +110,8 @@ def _sample(refiner: fr.Refiner, n: int, seed: int) -> Result:
 def _metropolis_hastings(refiner: fr.Refiner, n: int, length: int, seed: int) -> Result:
     """n chains over n x length refined proposals, part by part, so that only the chosen images are kept."""
     parts, chains = [], 500
-    for part in tqdm(
-        refiner.stream(n * length, seed=seed, chunk=chains * length), total=-(-n // chains), desc="chains", disable=None
-    ):
+    stream = refiner.stream(n * length, seed=seed, chunk=chains * length)
+    for part in over(stream, n * length, "selecting", "proposals", None, len):
         # the row is [CS]'s scheme with D as it comes out of shaping, whether it may be trusted or not
         chain = fr.metropolis_hastings(part, length, seed=seed + int(part.ids[0]), untrusted="allow")
         parts.append(part.select(chain.indices))

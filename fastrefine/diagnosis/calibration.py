@@ -143,12 +143,13 @@ def check_trust(logits: Tensor | Result, what: str, untrusted: str) -> None:
     text = (
         f"{what}: D's logits are no density ratio of these samples: bias z = {found.z:.1f}, calibration error ece = "
         f"{found.ece:.3f} (mean over the bins) and {found.calibration_error:.3f} (root mean square, less what chance adds; "
-        f"trusted up to {TOLERANCE}); calibrate(...) them on held-out images and pass the calibrated tensor, "
-        "or pass untrusted='allow'"
+        f"trusted up to {TOLERANCE}); "
     )
+    python = f"{text}calibrate(...) them on held-out images and pass the calibrated tensor, or pass untrusted='allow'"
+    command = f"{text}give --calibrate isotonic, and as --held-out real images that D was not trained on"
     if untrusted == "refuse":
-        raise InputError(text)
-    warnings.warn(text, FastrefineWarning, stacklevel=3)
+        raise InputError(python, command)
+    warnings.warn(FastrefineWarning(python, command), stacklevel=3)
 
 
 def diagnosis_of(result: Result) -> Diagnosis | None:

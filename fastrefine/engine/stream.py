@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastrefine import noise, ops
 from fastrefine.engine.idle import IdleMachines
@@ -24,6 +24,7 @@ from fastrefine.networks.prepared import Networks
 from fastrefine.networks.target import Target
 from fastrefine.ops.slots import Rule
 from fastrefine.options import Options
+from fastrefine.progress import ProgressBar
 from fastrefine.result import Progress, Result, Snapshot
 from fastrefine.samplers.base import Sampler
 from fastrefine.stopping import StopRule
@@ -60,8 +61,8 @@ class SampleStream:
         """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
         options, source = self.options, self.source
         size = options.slots_for(source.count)
-        watch = Watch(options, source.latents is None)
-        with tqdm(total=source.count, unit="image", disable=not options.progress) as bar:
+        watch, found = Watch(options, source.latents is None), []
+        with ProgressBar(source.count, "refining", "images", options.progress) as bar:
             while True:
                 try:
                     with self._modes(None, size), told_when_slow():
@@ -84,14 +85,18 @@ class SampleStream:
                             break
                         source = source.after(source.first + len(part))
                         self._hand_over(part)
-                        yield replace(part, **real)
+                        if not source.count:
+                            found = watch.findings()
+                        told = {"findings": [one.entry() for one in found]}
+                        yield replace(part, **real, report=part.report | told)
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     self.idle.machine = None
                     size = self._fewer_slots(size, error)
-        watch.tell()
+        for one in found:
+            warnings.warn(one.warning(), stacklevel=2)
 
     def _fewer_slots(self, size: int, error: BaseException) -> int:
         """Half the slots after memory ran out; FastrefineError where their number may not change."""
@@ -121,7 +126,7 @@ class SampleStream:
                 flops = None if target.flops is None else target.flops * size
             yield stack.enter_context(torch_state.threads_for(flops))
 
-    def _run(self, target: Target, source: Source, bar: tqdm, bound: tuple[Sampler, StopRule] | None) -> Run:
+    def _run(self, target: Target, source: Source, bar: ProgressBar, bound: tuple[Sampler, StopRule] | None) -> Run:
         options, progress = self.options, self.progress
         assert bound is not None
         sampler, stop = bound
@@ -144,7 +149,7 @@ class SampleStream:
         progress.finished = progress.delivered
 
         def on_step(step: int, finished: int) -> None:
-            bar.update(min(finished, total) - bar.n)
+            bar.to(min(finished, total))
             if options.callback is not None:
                 options.callback({"step": step, "finished": min(finished, total), "total": total})
 
@@ -173,10 +178,10 @@ class SampleStream:
         latents = source.latents if source.latents is not None else none.view(0, *options.prior.shape)  # type: ignore[union-attr]
         images, activations = none.view(0, *g.image_shape), none.view(0, *g.shape)
         assert self.networks.bound is not None
-        reports = self.networks.bound[0].traits.reports
+        reports, report = self.networks.bound[0].traits.reports, self.progress.report() | {"findings": []}
         empty = Result(
             images, none, none, whole, whole.to(torch.int8), whole.long(), latents, activations, whole,
-            source.inputs.get("labels"), none if "accepted" in reports else None, options.scale, self.progress.report(),
+            source.inputs.get("labels"), none if "accepted" in reports else None, options.scale, report,
             step_sizes=none if "step_size" in reports else None,
             snapshots={step: Snapshot(images, none, activations) for step in self.snapshots},
             conditions={name: value for name, value in source.inputs.items() if name not in ("labels", noise.KEY)},

@@ -1,73 +1,46 @@
-"""What a run tells its caller: that preparation takes long, and at the end warnings about samples, images and steps."""
+"""What a run tells its caller: that preparation takes long, and at the end what is wrong with samples, images and steps."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-from fastrefine.diagnosis.step_size import Tally
-from fastrefine.errors import FastrefineWarning, NonFiniteError
+from fastrefine.diagnosis.findings import Finding, judge
+from fastrefine.diagnosis.step_size import judged
+from fastrefine.diagnosis.tally import Sums, Tally
+from fastrefine.errors import NonFiniteError
 from fastrefine.options import Options
 from fastrefine.result import Result, Status
 
 
 class Watch:
-    """What a run tells its caller at the end, and the error for non-finite samples where that was asked for."""
+    """Judges a run by its parts, and raises the error for non-finite samples where that was asked for."""
 
     def __init__(self, options: Options, drawn: bool):
         self.options, self.drawn = options, drawn  # drawn: latents are of the prior, which some judgements assume
         self.tally = Tally()
-        self.count = 0
-        self.sums: Tensor | None = None  # of the rows below, where the results are
 
     def see(self, part: Result, highest: float) -> None:
         """Take in a part, without waiting for a device unless errors were asked for; highest: the highest real logit."""
-        bad = part.status == Status.NONFINITE
-        if self.options.on_nonfinite == "error" and bool(bad.any()):
+        if self.options.on_nonfinite == "error" and bool((bad := part.status == Status.NONFINITE).any()):
             ids = part.ids[bad].tolist()
             raise NonFiniteError(f"logit or gradient not finite for {len(ids)} samples, first ids {ids[:5]}")
-        hidden = ~part.images.isfinite()
-        hidden = hidden.flatten(1).any(1) if hidden.dim() > 1 else hidden
-        stalled = part.status == Status.STALLED
-        unmoved = (part.status == Status.REACHED) & (part.steps == 0)
-        rows = torch.stack([bad, hidden, stalled, part.logits > highest, unmoved, part.status == Status.EXHAUSTED])
-        sums = rows.sum(1, dtype=torch.int64)
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.tally.add(part)
-        self.count += len(part)
+        self.tally.add(part, highest)
 
-    def tell(self) -> None:
-        if self.sums is None:
-            return
-        nonfinite, hidden, stalled, above, unmoved, exhausted = self.sums.tolist()
-        if nonfinite:
-            _warn(f"{nonfinite} of {self.count} samples met a non-finite logit or gradient (status NONFINITE)")
-        if hidden:
-            _warn(f"{hidden} of {self.count} images hold non-finite values")
-        if self.count and stalled == self.count:
-            _warn(f"0 of {self.count} samples moved: every gradient was exactly zero (status STALLED)")
-        if self.options.max_steps and unmoved > self.count / 2:
-            _warn(
-                f"{unmoved} of {self.count} proposals were at the stop threshold before their first step, so they were not "
-                "refined: D scores generated images as high as real ones. Shape it first (fastrefine.shape_discriminator, or "
-                "`fastrefine shape`), or pass a higher logit as stop"
-            )
-        if self.options.max_steps and self.options.stop.has_threshold and exhausted == self.count > 0:
-            _warn(
-                f"none of {self.count} samples reached the stop threshold within max_steps={self.options.max_steps}: take more "
-                "or larger steps, or shape D first; to refine by a fixed number of steps leave stop out"
-            )
-        if above > self.count / 2:
-            _warn(f"{above} of {self.count} logits passed the highest real logit: too many or too large steps?")
-        found = self.tally.diagnosis(self.options.sampler)
-        if not found.stable and (self.drawn or not self.options.sampler.traits.stochastic):
-            _warn(found.advice)
+    def findings(self) -> list[Finding]:
+        """What there is to say against the run so far."""
+        return findings_of(self.tally.sums, self.options, self.drawn)
+
+
+def findings_of(sums: Sums, options: Options, drawn: bool = True) -> list[Finding]:
+    """What there is to say against a run of these options with these sums."""
+    problem = judged(sums, options.sampler).problem
+    found = judge(sums, options.max_steps, options.stop)
+    if problem is None or not (drawn or not options.sampler.traits.stochastic):
+        return found
+    return [*(one for one in found if one.code != "unmoved"), problem]
 
 
 @contextlib.contextmanager
@@ -82,7 +55,3 @@ def told_when_slow(seconds: float = 5.0) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, FastrefineWarning, stacklevel=2)

@@ -17,10 +17,14 @@ from fastrefine.networks.copies import twin, unwrap
 _UNLIKE = 4.0  # factor between a carried variance and that of a probe batch from which it is doubted
 
 
+class StatisticsWarning(FastrefineWarning):
+    """A network carries statistics that are not what training left."""
+
+
 def check(what: str, given: nn.Module, own: nn.Module, run: Callable[[nn.Module], Any]) -> None:
     """Warn where a network's statistics are doubtful. given: the caller's; own: our copy, which ``run`` evaluates."""
     for doubt in (*_doubts_of_spectral_norm(unwrap(given)), *_doubts_of_batch_norm(own, run)):
-        warnings.warn(f"{what}: {doubt}", FastrefineWarning, stacklevel=3)
+        warnings.warn(f"{what}: {doubt}", StatisticsWarning, stacklevel=3)
 
 
 def _doubts_of_batch_norm(network: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:
@@ -35,8 +39,8 @@ def _doubts_of_batch_norm(network: nn.Module, run: Callable[[nn.Module], Any]) -
         return []
     return [
         f"{_some('BatchNorm', unlike)} carries statistics that were never updated (mean 0), and is given others: missing from "
-        "the checkpoint, or not copied to the averaged weights? fastrefine.recalibrate_batch_norm(network, batches) takes them "
-        "anew"
+        "the checkpoint, or not copied to the averaged weights? In Python fastrefine.recalibrate_batch_norm(network, batches) "
+        "takes them anew"
     ]
 
 

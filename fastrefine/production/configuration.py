@@ -25,6 +25,7 @@ CHOICES = {
     "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
     "discriminator_output": ("", "logit", "probability", "critic"),  # "": as the pair says
     "coupling": ("", *checks.COUPLINGS), "on_noise": ("", *checks.ON_NOISE),
+    "calibrate": ("", "isotonic", "platt", "beta", "temperature"),
 }  # fmt: skip
 COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
 USUAL_RANGE = (-1.0, 1.0)
@@ -33,7 +34,7 @@ CALLS = (
     "generate", "discriminate", "generator_kwargs", "discriminator_kwargs", "output_key", "coupling", "group_size", "pack",
     "on_noise",
 )  # fmt: skip
-PATHS = ("pair", "real", "conditions")
+PATHS = ("pair", "real", "held_out", "conditions")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ class Configuration:
     pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
     sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: real images, for stop, steps and select.
     ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
-    select: among chain_length proposals of each image; budget: of obrs. image_range: of the generator's images; None: the
-    pair's, or -1 to 1 (``saved_pair.configured``). conditions: a file with further inputs of the networks, of which image i
-    has row i. generate, discriminate: "package.module:function"; these and the rest of CALLS as for Refiner, or as the pair
-    says where they are empty. Raises InputError on values of the wrong kind or out of range.
+    select: among chain_length proposals of each image; budget: of obrs. calibrate: a method of ``fastrefine.calibrate`` for the
+    logits that select reads, fitted on real images, those of held_out if given, else of real. image_range: of the generator's
+    images; None: the pair's, or -1 to 1 (``saved_pair.configured``). conditions: a file with further inputs of the networks,
+    of which image i has row i. generate, discriminate: "package.module:function"; these and the rest of CALLS as for Refiner,
+    or as the pair says where they are empty. Raises InputError on values of the wrong kind or out of range.
     """
 
     pair: str = ""
@@ -88,6 +90,8 @@ class Configuration:
     chain_length: int = 10
     budget: float = 0.25
     percentile: float = 95.0
+    calibrate: str = ""
+    held_out: str = ""
     format: str = "npz"
     shard_size: int = 1000
     image_range: tuple[float, float] | None = None
@@ -126,6 +130,12 @@ class Configuration:
         checks.number("budget", self.budget, 0, 1, open_low=True)
         if not _is_number(self.percentile) or not 0 <= self.percentile <= 100:
             raise InputError(f"percentile is {self.percentile!r}; wanted 0 to 100")
+        if self.calibrate and self.select == "none":
+            raise InputError(f"calibrate={self.calibrate} is for the logits of a selection, and select is none")
+        if self.calibrate and not (self.real or self.held_out):
+            raise InputError(f"calibrate={self.calibrate} compares with real images: pass --real, or --held-out")
+        if self.held_out and not self.calibrate:
+            raise InputError("held_out images are for calibrate, which is not given")
         ranges(self.ids)
         if self.image_range is not None:
             ends: Any = self.image_range if isinstance(self.image_range, tuple | list) else ()
@@ -167,8 +177,12 @@ class Configuration:
             raise InputError(f"the configuration does not fit: {error}") from error
 
     def identity(self, facts: Mapping[str, Any]) -> str:
-        """sha256 of the configuration without paths, and of ``facts``: code and digests of the networks and images there."""
-        text = json.dumps({"configuration": without_paths(self.to_json()), **facts}, sort_keys=True)
+        """sha256 of the configuration without paths and ids, and of ``facts``: code and digests of networks and images there.
+
+        What it stands for decides what image i is, whichever images there are: a run may grow.
+        """
+        settings = {name: value for name, value in without_paths(self.to_json()).items() if name != "ids"}
+        text = json.dumps({"configuration": settings, **facts}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -209,6 +223,24 @@ def ranges(text: str) -> list[range]:
     if any(not len(r) for r in found) or any(a.stop > b.start for a, b in zip(found, found[1:], strict=False)):
         raise InputError(f"ids are {text!r}; wanted them ascending, each once")
     return found
+
+
+def contains(text: str, other: str) -> bool:
+    """Whether the sample ids of one text hold all those of another."""
+    joined: list[range] = []
+    for run in ranges(text):
+        if joined and joined[-1].stop == run.start:
+            run = range(joined.pop().start, run.stop)
+        joined.append(run)
+    return all(any(own.start <= run.start and run.stop <= own.stop for own in joined) for run in ranges(other))
+
+
+def in_ranges(ids: Iterable[int]) -> tuple[range, ...]:
+    """Ascending ids as ranges without gaps."""
+    found: list[range] = []
+    for one in ids:
+        found.append(range(found.pop().start if found and found[-1].stop == one else one, one + 1))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

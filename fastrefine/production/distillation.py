@@ -28,13 +28,13 @@ def quality(worker: Worker, g: DistilledGenerator, samples: int, features: str |
     if features:
         network = evaluation.given_features(features)
     elif worker.real_classes is not None:
-        network = evaluation.trained_features(real, worker.real_classes)
+        network = evaluation.trained_features(real, worker.real_classes, progress=None)
     truth = None if network is None else network(real)[0]
     rows, each = torch.arange(samples) % len(real), refiner.sampler.traits.transition_steps
     at_most = sorted({*(each * steps for steps in STEPS), refiner.max_steps})
     columns = []
     for own in (refiner, refiner_of(g, refiner)):
-        out = own.replaced(max_steps=at_most[-1]).sample(
+        out = own.replaced(max_steps=at_most[-1], progress=None).sample(
             samples,
             snapshots=at_most,
             labels=None if labels is None else labels[rows],

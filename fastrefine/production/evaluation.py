@@ -28,6 +28,7 @@ from fastrefine.production.images import FILES, load_images, some
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
 from fastrefine.production.saved_pair import build
+from fastrefine.progress import counted, over
 
 FEW = 10_000  # images: of fewer, the Frechet distance is biased
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
@@ -45,9 +46,10 @@ class Features:
     name: str
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(features (N, F), class probabilities (N, classes) or None), float32."""
-        parts = [attempt("network of the features", partial(self.network, part), part) for part in images.split(BLOCK)]
+    def __call__(self, images: Tensor, progress: bool | None = False) -> tuple[Tensor, Tensor | None]:
+        """(features (N, F), class probabilities (N, classes) or None), float32; progress: as for ``ProgressBar``."""
+        blocks = over(images.split(BLOCK), len(images), "features", "images", progress, len)
+        parts = [attempt("network of the features", partial(self.network, part), part) for part in blocks]
         if isinstance(parts[0], tuple):
             return torch.cat([f.flatten(1) for f, _ in parts]), torch.cat([logits for _, logits in parts]).softmax(1)
         return torch.cat([f.flatten(1) for f in parts]), None
@@ -73,7 +75,9 @@ def given_features(code: str) -> Features:
     return Features(made[0], code)
 
 
-def trained_features(images: Tensor, labels: Tensor, steps: int = 600, seed: int = 0) -> Features:
+def trained_features(
+    images: Tensor, labels: Tensor, steps: int = 600, seed: int = 0, *, progress: bool | None = False
+) -> Features:
     """A small convolutional classifier, trained here on labelled real images (N, C, H, W); bitwise the same for one seed."""
     layers: list[nn.Module] = []
     channels = images.shape[1]
@@ -84,7 +88,7 @@ def trained_features(images: Tensor, labels: Tensor, steps: int = 600, seed: int
             channels = width
         layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 64), nn.ReLU()]
         network = Classifier(nn.Sequential(*layers), 64, int(labels.max()) + 1)
-        train_classifier(network, images, labels, steps=steps, noise=0.1)
+        train_classifier(network, images, labels, steps=steps, noise=0.1, progress=progress)
 
     def features_and_logits(x: Tensor) -> tuple[Tensor, Tensor]:
         features = network.features(x)
@@ -96,7 +100,7 @@ def trained_features(images: Tensor, labels: Tensor, steps: int = 600, seed: int
 
 def train_classifier(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, steps: int, batch_size: int = 128, learning_rate: float = 2e-3,
-    noise: float = 0.15, random: torch.Generator | None = None,
+    noise: float = 0.15, random: torch.Generator | None = None, progress: bool | None = False,
 ) -> None:  # fmt: skip
     """Train ``classifier`` (images -> logits of classes) in place with cross entropy and leave it in eval mode.
 
@@ -106,7 +110,7 @@ def train_classifier(
     optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     classifier.train()
-    for _ in range(steps):
+    for _ in counted(steps, "training the classifier", progress):
         rows = torch.randint(len(images), (batch_size,), generator=random)
         batch = images[rows]
         batch = batch + noise * torch.randn(batch.shape, generator=random)
@@ -127,7 +131,9 @@ def check(images: Tensor, real: Tensor) -> None:
         raise InputError("evaluation needs torchmetrics: pip install 'fastrefine[metrics]'")
 
 
-def measure(images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000) -> dict[str, Any]:
+def measure(
+    images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000, progress: bool | None = False
+) -> dict[str, Any]:
     """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1], under torch-fidelity's names:
     inception_score_mean/_std, frechet_inception_distance, kernel_inception_distance_mean/_std, precision, recall, f_score.
 
@@ -136,8 +142,8 @@ def measure(images: Tensor, real: Tensor, features: Features, *, kid_subset: int
     different shape, or of fewer than two images.
     """
     check(images, real)
-    ours, probabilities = features(images)
-    theirs, _ = features(real)
+    ours, probabilities = features(images, progress)
+    theirs, _ = features(real, progress)
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
     found: dict[str, Any] = {"num_samples": len(images), "num_real": len(real), "features": features.name}

@@ -102,6 +102,26 @@ def read(kind: str, path: Path, image_range: tuple[float, float]) -> Part:
     return Batch(images, columns, image_range).pixels(), columns
 
 
+def stored(kind: str, path: Path, image_range: tuple[float, float]) -> Batch:
+    """A shard as a batch that gives the same file again; images that were stored as pixels are at the middle of a level."""
+    if kind == "safetensors":
+        columns = safetensors.load_file(path)
+        return Batch(torch.from_numpy(columns.pop("images")), columns, image_range)
+    pixels, columns = read(kind, path, image_range)
+    low, high = image_range
+    x = (torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32)) - 127.5) / 127.5
+    return Batch((x + 1) * ((high - low) / 2) + low, columns, image_range)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """The images of several batches in order of id, columns of the last one's types."""
+    last = batches[-1].columns
+    columns = {name: np.concatenate([b.columns[name] for b in batches]).astype(last[name].dtype) for name in last}
+    order = np.argsort(columns["ids"])
+    images = torch.cat([b.images for b in batches])[torch.from_numpy(order)]
+    return Batch(images, {name: values[order] for name, values in columns.items()}, batches[-1].image_range)
+
+
 def digest(path: Path) -> str:
     """sha256 of a shard's bytes; of a folder: over the names and bytes of its files, in order of names."""
     total = hashlib.sha256()

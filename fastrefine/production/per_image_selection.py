@@ -7,12 +7,13 @@ them, and every draw is by (seed, image or proposal id). So neither shard size n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrefine.diagnosis.calibration import Calibration, calibrate
 from fastrefine.errors import InputError
 from fastrefine.noise import Stream
 from fastrefine.production.configuration import Configuration
@@ -28,19 +29,33 @@ class Chooser:
 
     figures: of the pilot pass, by class (None without classes): log_m and gamma for "drs", log_scale for "obrs". real: logits
     that the chains of "mh" start from, of the image's class where they are labelled; None: from the first proposal.
+    calibration: of the logits before they are read; ``figures`` and ``real`` are of calibrated ones.
     """
 
     configuration: Configuration
     figures: Mapping[int | None, Mapping[str, float]]
     real: RealLogits | None = None
+    calibration: Calibration | None = None
 
     @classmethod
-    def piloted(cls, configuration: Configuration, pilot: Tensor, labels: Tensor | None = None) -> Chooser:
-        """With the figures of pilot logits (P,), which may hold non-finite ones, and their labels (P,)."""
-        if labels is None:
-            return cls(configuration, {None: _figures(configuration, pilot)})
-        classes = labels.unique().tolist()
-        return cls(configuration, {y: _figures(configuration, pilot[labels == y]) for y in classes})
+    def piloted(
+        cls, configuration: Configuration, pilot: Tensor, labels: Tensor | None = None, real: RealLogits | None = None,
+        held_out: Tensor | None = None,
+    ) -> Chooser:  # fmt: skip
+        """With what is learned from pilot logits (P,), which may hold non-finite ones, and their labels (P,).
+
+        held_out: logits (R,) of real images that calibrate the others; None: nothing is calibrated.
+        """
+        calibration = None
+        if held_out is not None:
+            calibration = calibrate(held_out, pilot[torch.isfinite(pilot)], configuration.calibrate)
+            pilot = calibration(pilot)
+            real = None if real is None else replace(real, logits=calibration(real.logits))
+        figures: dict[int | None, dict[str, float]] = {}
+        if configuration.select != "mh":
+            classes: list[int | None] = [None] if labels is None else labels.unique().tolist()
+            figures = {y: _figures(configuration, pilot if y is None else pilot[labels == y]) for y in classes}
+        return cls(configuration, figures, real, calibration)
 
     def choose(self, logits: Tensor, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(column (n,) int64 of the chosen proposal, whether it was selected (n,) bool).
@@ -48,6 +63,8 @@ class Chooser:
         logits: (n, L) of the proposals of the images with these ids and labels (n,). Where no proposal of an image was
         accepted, or its chain never moved, its first proposal is returned, not selected.
         """
+        if self.calibration is not None:
+            logits = self.calibration(logits.flatten()).view_as(logits)
         table, seed, length = finite(logits.double()), self.configuration.seed, logits.shape[1]
         if self.configuration.select == "mh":
             current, first = table[:, 0], 1

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastrefine.errors import InputError
 from fastrefine.production import formats
-from fastrefine.production.configuration import Configuration, Shard, shards, without_paths
+from fastrefine.production.configuration import Configuration, Shard, contains, renamed, shards, without_paths
+from fastrefine.progress import over
 
 MANIFEST = "manifest.json"
+_PLAIN = Configuration(pair="digits").to_json() | {"pair": ""}
 
 
 class Folder:
@@ -32,8 +35,8 @@ class Folder:
     def claim(cls, path: Path, configuration: Configuration, facts: dict[str, Any]) -> Folder:
         """The folder of this configuration, made if need be; facts: what else the identity depends on.
 
-        Raises InputError where the folder has a manifest of another configuration, or has none but holds files with names
-        that this run would use.
+        A run grows where the configuration has all of its ids and more, and is the same otherwise. Raises InputError where the
+        folder has a manifest of another configuration, or has none but holds files with names that this run would use.
         """
         path.mkdir(parents=True, exist_ok=True)
         identity = configuration.identity(facts)
@@ -51,7 +54,15 @@ class Folder:
                 formats.publish(target, text.encode(), new=True)
         there = _read_manifest(path)
         differing = _differences(there, json.loads(text))
-        if differing:
+        if differing == ["ids"]:
+            known = renamed(there["configuration"])["ids"]
+            if not contains(configuration.ids, known):
+                raise InputError(
+                    f"{path} holds the run of the images {known}, and {configuration.ids} leaves some of them out; wanted all "
+                    "of them and more, or another --outdir"
+                )
+            _write(path, there, configuration)
+        elif differing:
             raise InputError(
                 f"{path} belongs to a run of another configuration (differs in {', '.join(differing)}); wanted a new "
                 "--outdir, or the flags of that run"
@@ -92,6 +103,40 @@ class Folder:
         marker = {"identity": self.identity, "count": shard.count, "sha256": formats.digest(path), **facts}
         formats.publish(self.marker(shard), (json.dumps(marker) + "\n").encode())
         return time.perf_counter() - began
+
+    def record(self, summarised: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Write what the run did, "summary" of the manifest, and return it. The last of several workers sees every shard."""
+        while True:
+            seen, summary, there = self._markers(), summarised(), _read_manifest(self.path)
+            if not contains(self.configuration.ids, renamed(there["configuration"])["ids"]):  # it has grown meanwhile
+                return summary
+            _write(self.path, there, self.configuration, summary)
+            now = self._markers()
+            if now == seen or len(now) < len(self.shards()):  # who makes the missing ones writes it again
+                return summary
+
+    def _markers(self) -> dict[str, int]:
+        with os.scandir(self.path) as entries:
+            return {e.name: e.stat().st_mtime_ns for e in entries if e.name.endswith(".done.json")}
+
+    def done(self) -> Iterator[dict[str, Any]]:
+        """The markers of the shards that are done by their word; the shards themselves are not read."""
+        for shard in self.shards():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                facts = self.facts(shard)
+                if (facts["identity"], facts["count"]) == (self.identity, shard.count):
+                    yield facts
+
+    def kept(self, shard: Shard) -> tuple[formats.Batch, dict[str, Any]] | None:
+        """Images that are there of a shard to which a run that grows adds others, and the content of their marker."""
+        kind, path = self.configuration.format, self.file(shard)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            facts = self.facts(shard)
+            if facts["identity"] == self.identity and "tally" in facts and formats.digest(path) == facts["sha256"]:
+                batch = formats.stored(kind, path, self.configuration.value_range)
+                if set(batch.columns["ids"].tolist()) < set(shard.ids):
+                    return batch, facts
+        return None
 
     def problem(self, shard: Shard) -> str:
         """Why a shard does not count as done; empty if it does."""
@@ -166,10 +211,11 @@ def verify(path: Path) -> Verdict:
     )
 
 
-def merge(path: Path, output: Path) -> int:
+def merge(path: Path, output: Path, *, progress: bool | None = False) -> int:
     """Join the run's images in one .npz (ADM's), .tar (webdataset) or folder of PNG files; returns how many.
 
-    Reads shard by shard. Raises InputError where a shard is not done, before anything is written to ``output``.
+    progress: as for ``ProgressBar``. Reads shard by shard. Raises InputError where a shard is not done, before anything is
+    written to ``output``.
     """
     folder = Folder.open(path)
     if output.suffix not in (".npz", ".tar", ""):
@@ -180,7 +226,7 @@ def merge(path: Path, output: Path) -> int:
         folder.check(shard)
     count = sum(shard.count for shard in folder.shards())
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = folder.parts()
+    parts = over(folder.parts(), count, "merging", "images", progress, lambda part: len(part[0]))
     if output.suffix == ".npz":
         first = next(parts)
         formats.merge_npz(output, count, first[0].shape[1:], itertools.chain([first], parts))
@@ -203,7 +249,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{target} is no manifest of a run ({error}); remove it if it is yours to remove") from error
 
 
+def _write(path: Path, there: dict[str, Any], configuration: Configuration, summary: dict[str, Any] | None = None) -> None:
+    """Write the manifest anew, with the ids of ``configuration`` and a summary, if there is one; the rest of it stays."""
+    kept = {name: value for name, value in there.items() if name != "summary"}
+    kept["configuration"] = {**renamed(there["configuration"]), "ids": configuration.ids}
+    text = json.dumps(kept | ({} if summary is None else {"summary": summary}), indent=1) + "\n"
+    formats.publish(path / MANIFEST, text.encode())
+
+
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    mine, other = ({**m, "configuration": None, **without_paths(m["configuration"])} for m in (a, b))
+    settings = [_PLAIN | renamed(m["configuration"]) for m in (a, b)]  # older manifests lack what is new since
+    mine, other = ({**m, "configuration": None, **without_paths(own)} for m, own in zip((a, b), settings, strict=True))
     keys = dict.fromkeys([*mine, *other])
-    return [key for key in keys if mine.get(key) != other.get(key) and key != "identity"]
+    return [key for key in keys if mine.get(key) != other.get(key) and key not in ("identity", "summary")]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,20 @@ from torch import Tensor
 
 from fastrefine import stopping
 from fastrefine.diagnosis.calibration import check_trust
+from fastrefine.diagnosis.findings import Finding
+from fastrefine.diagnosis.tally import Tally, summary
+from fastrefine.engine.watch import findings_of
 from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
 from fastrefine.production.conditions import load_conditions
-from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard, ranges
+from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard, in_ranges, ranges
 from fastrefine.production.images import load_labelled, scaled
 from fastrefine.production.named_code import Trust
 from fastrefine.production.per_image_selection import Chooser
 from fastrefine.production.run_folder import Folder
 from fastrefine.production.weights_file import digest
+from fastrefine.progress import ProgressBar
 from fastrefine.refiner import Refiner
 from fastrefine.result import Result, Status
 
@@ -40,18 +45,22 @@ _RULES = {"median": stopping.MedianOfReal, "reference": stopping.ReferenceSample
 
 @dataclass
 class Outcome:
-    """What a worker did. made, found: shards it made, and that were done already; images: in both.
+    """What a worker did. made, found: shards it made, and that were done already; images: in both. refined: images that were
+    not there before.
 
-    seconds: of the whole; seconds_writing: of its writing thread. unselected, nonfinite: images with that fate.
+    seconds: of the whole; seconds_writing: of its writing thread. unselected, nonfinite: images with that fate. summary: of the
+    whole run as far as it is done, by all workers, as the manifest has it: ``Worker.summary``.
     """
 
     made: int = 0
     found: int = 0
     images: int = 0
+    refined: int = 0
     seconds: float = 0.0
     seconds_writing: float = 0.0
     unselected: int = 0
     nonfinite: int = 0
+    summary: dict[str, Any] = field(default_factory=dict)
 
 
 class Worker:
@@ -79,10 +88,7 @@ class Worker:
         if c.classes == "random" and c.num_classes < 1:
             raise InputError("random classes need num_classes, how many there are")
         self.labelled = c.classes is not None or required or (labels and c.num_classes > 0 and any(takes for takes, _ in taken))
-        usual = c.value_range == USUAL_RANGE
-        real, classes = load_labelled(c.real, signed=not usual) if c.real else (None, None)
-        if real is not None and not usual:
-            real = scaled(real, c.value_range)
+        real, classes = self._real(c.real) if c.real else (None, None)
         if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
             raise InputError(f"the networks take labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
         self.real_classes = classes
@@ -93,8 +99,10 @@ class Worker:
             pair.generator, pair.discriminator, saved_pair.make_sampler(c.sampler), at=c.at, max_steps=c.max_steps, stop=stop,
             prior=saved_pair.make_prior(c.prior), real=real, real_labels=classes if self.labelled else None,
             discriminator_output=c.discriminator_output, num_slots=c.num_slots, device=device, precision=c.precision,
-            keep=c.keep, **pair.calls,
+            keep=c.keep, callback=self._on_step, **pair.calls,
         )  # fmt: skip
+        self._bar: ProgressBar | None = None
+        self._before = 0  # images of this worker's earlier streams
         self.conditions = load_conditions(c.conditions) if c.conditions else {}
         self.group = (c.group_size or c.num_slots) if c.coupling == "lockstep" else 1
         self.facts: dict[str, Any] = {
@@ -118,7 +126,7 @@ class Worker:
             raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
         formats.check_channels(c.format, shape[0])
         self.chooser = self._chooser()
-        self.trust_checked = self.chooser is None
+        self.trust_checked = self.chooser is None or self.chooser.calibration is not None
         self.facts["selection"] = per_image_selection.described(self.chooser)
 
     def folder(self, outdir: Path) -> Folder:
@@ -137,13 +145,10 @@ class Worker:
             )
         return Folder.claim(outdir, self.configuration, self.facts)
 
-    def run(
-        self, outdir: Path, *, worker: int = 0, workers: int = 1, on_shard: Callable[[Shard, Outcome], None] | None = None
-    ) -> Outcome:
-        """Make this worker's share of the run (``Folder.share``), except for the shards that are done.
+    def run(self, outdir: Path, *, worker: int = 0, workers: int = 1, progress: bool | None = False) -> Outcome:
+        """Make this worker's share of the run (``Folder.share``), except for the images that are there.
 
-        on_shard: called for every shard that is done already, and when one has been written. A shard is written while the
-        next is made.
+        progress: as for ``ProgressBar``. A shard is written while the next is made.
         """
         folder, outcome, started = self.folder(outdir), Outcome(), time.perf_counter()
 
@@ -152,30 +157,75 @@ class Worker:
             outcome.unselected += facts.get("unselected", 0)
             outcome.nonfinite += facts.get("status", {}).get("NONFINITE", 0)
             outcome.seconds = time.perf_counter() - started
-            if on_shard is not None:
-                on_shard(shard, outcome)
 
-        todo = []
+        todo: list[Shard] = []
+        whole: dict[int, Shard] = {}
+        kept: dict[int, tuple[formats.Batch, dict[str, Any]]] = {}
         for shard in folder.share(worker, workers):
             problem = folder.problem(shard)
-            if problem:
-                if problem != "missing":
-                    log.warning("%s: %s; made anew", folder.file(shard).name, problem)
-                todo.append(shard)
-            else:
+            if not problem:
                 outcome.found += 1
                 count(shard, folder.facts(shard))
+                continue
+            whole[shard.index] = shard
+            if problem != "missing":
+                there = folder.kept(shard)
+                if there is None:
+                    log.warning("%s: %s; made anew", folder.file(shard).name, problem)
+                else:
+                    kept[shard.index] = there
+                    has = set(there[0].columns["ids"].tolist())
+                    shard = Shard(shard.index, in_ranges(one for one in shard.ids if one not in has))
+            todo.append(shard)
+        known = outcome.images + sum(facts["count"] for _, facts in kept.values())
+        total, self._before = known + sum(shard.count for shard in todo), known
         made = self.make(todo)
-        following = next(made, None)
-        with ThreadPoolExecutor(1, "fastrefine-writer") as writer:
-            while following is not None:
-                shard, batch, facts = following
-                written = writer.submit(folder.write, shard, batch, facts)
-                following = next(made, None)
-                outcome.seconds_writing += written.result()
-                outcome.made += 1
-                count(shard, facts)
+        name = "refining" if workers == 1 else f"worker {worker} refining"
+        with ProgressBar(total, name, "images", progress, done=known) as self._bar:
+            following = next(made, None)
+            with ThreadPoolExecutor(1, "fastrefine-writer") as writer:
+                while following is not None:
+                    shard, batch, facts = following
+                    outcome.refined += shard.count
+                    if shard.index in kept:
+                        there = kept.pop(shard.index)
+                        batch, facts = formats.joined([there[0], batch]), _added(there[1], facts)
+                    written = writer.submit(folder.write, whole[shard.index], batch, facts)
+                    following = next(made, None)
+                    outcome.seconds_writing += written.result()
+                    outcome.made += 1
+                    count(whole[shard.index], facts)
+        self._bar = None
+        outcome.summary = folder.record(lambda: self.summary(folder))
         return outcome
+
+    def summary(self, folder: Folder) -> dict[str, Any]:
+        """What the run did as far as it is done, from the markers of its shards: ``tally.summary``, and what is wrong with it.
+
+        of: images of the whole run. seconds: of work, those of all workers added up; images_per_second: of one worker.
+        findings: {"code", "text", "advice"}. Logits and steps are those of the images, under selection of the chosen ones.
+        """
+        sums: Counter[str] = Counter()
+        seconds, unselected = 0.0, 0
+        for facts in folder.done():
+            sums.update(facts.get("tally", {}))  # markers of before have none
+            seconds += facts.get("seconds", 0.0)
+            unselected += facts.get("unselected", 0)
+        found, images = findings_of(sums, self.refiner.options), int(sums["samples"])
+        if unselected:
+            found.append(Finding(
+                "unselected", f"{unselected} of {images} images had no proposal accepted and hold their first one "
+                '("selected" is false)', command="a longer --chain-length makes them fewer",
+            ))  # fmt: skip
+        total = sum(shard.count for shard in folder.shards())
+        return {
+            **summary(sums), "of": total, "complete": images == total, "seconds": seconds,
+            "images_per_second": images / seconds if seconds else 0.0, "findings": [one.entry(command=True) for one in found],
+        }  # fmt: skip
+
+    def _on_step(self, facts: dict[str, int]) -> None:
+        if self._bar is not None:
+            self._bar.to(self._before + facts["finished"] // self.configuration.proposals)
 
     def make(self, todo: list[Shard]) -> Iterator[tuple[Shard, formats.Batch, dict[str, Any]]]:
         """(shard, its images, further facts for its marker); each depends on the configuration only.
@@ -184,6 +234,7 @@ class Worker:
         """
         pieces = self._pieces([run for shard in todo for run in shard.runs])
         for shard in todo:
+            began, tally = time.perf_counter(), Tally()
             outs, selected = zip(*(next(pieces) for _ in shard.runs), strict=True)
             images = torch.cat([out.images for out in outs])
             names = ["logits", "steps", "status", *(["labels"] if outs[0].labels is not None else [])]
@@ -191,9 +242,13 @@ class Worker:
             columns = {"ids": np.array(shard.ids, np.int64), **columns}
             counts = Counter(Status(int(s)).name for s in columns["status"])
             facts: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
+            for out in outs:
+                tally.add(out, math.inf if out.real_logits is None else float(out.real_logits.max()))
+            facts |= {"tally": {name: value for name, value in tally.sums.items() if value}}
             if self.chooser is not None:
                 columns["selected"] = torch.cat(selected).numpy()
                 facts["unselected"] = int((~columns["selected"]).sum())
+            facts["seconds"] = time.perf_counter() - began
             yield shard, formats.Batch(images, columns, self.configuration.value_range), facts
 
     def _pieces(self, runs: list[range]) -> Iterator[tuple[Result, Tensor]]:
@@ -217,7 +272,9 @@ class Worker:
         c, length = self.configuration, self.configuration.proposals
         owners = torch.arange(ids.start, ids.stop).repeat_interleave(length)
         labels, conditions = self._labels(owners), self._conditions(owners)
-        per_part = max(HELD // length, 1) * length
+        per_part = max(min(HELD, c.num_slots) // length, 1) * length
+        first: list[Result] = []  # as long as whether D may be trusted is not checked
+        steps = done = 0
         stream = self.refiner.stream(
             len(ids) * length, first_id=ids.start * length, seed=c.seed, chunk=per_part, labels=labels,
             conditions=conditions,
@@ -228,9 +285,17 @@ class Worker:
                 part = next(stream, None)
             if part is None:
                 return
+            done += len(part)
+            if self._bar is not None:
+                steps += int(part.steps.sum())
+                self._bar.note = f"mean steps {steps / done:.1f}"
+            last = done == len(owners)
+            self._before += len(ids) * last
             if not self.trust_checked:
-                check_trust(part, f"select={c.select}", "warn")
-                self.trust_checked = True
+                first.append(part)
+                if last or done >= HELD:
+                    check_trust(Result.concatenate(first), f"select={c.select}", "warn")
+                    self.trust_checked, first = True, []
             selected = torch.ones(len(part) // length, dtype=torch.bool)
             if self.chooser is not None:
                 images = part.ids[::length] // length
@@ -261,10 +326,19 @@ class Worker:
         c = self.configuration
         if c.select == "none":
             return None
-        if c.select == "mh":  # needs no pilot pass
-            if self.refiner.real is None:
-                return Chooser(c, {})
-            return Chooser(c, {}, stopping.RealLogits(self.refiner.real_logits("select=mh"), self.refiner.real_labels))
+        real = held_out = None
+        if self.refiner.real is not None:
+            real = stopping.RealLogits(self.refiner.real_logits(f"select={c.select}"), self.refiner.real_labels)
+            held_out = real.logits if c.calibrate else None
+        if c.held_out:
+            images, classes = self._real(c.held_out)
+            reads = self.labelled and self.pair.takes_labels("discriminate")[0]
+            if reads and classes is None:
+                raise InputError(f"the discriminator takes labels, and {c.held_out} has none")
+            held_out = self.refiner.score(images, classes if reads else None).double().cpu()
+            self.facts["held_out_sha256"] = _sha256(images, classes)
+        if c.select == "mh" and held_out is None:  # needs no pilot pass
+            return Chooser(c, {}, real)
         n = per_image_selection.pilot_size(c)
         ids = torch.arange(n)
         labels = ids % c.num_classes if c.classes == "random" else self._labels(ids)
@@ -273,7 +347,30 @@ class Worker:
             pilot = self.refiner.sample(  # with ids that no image owns
                 n, first_id=2**32 - n, seed=c.seed, labels=labels, conditions=self._conditions(ids)
             )
-        return Chooser.piloted(c, pilot.logits.cpu(), labels)
+        chooser = Chooser.piloted(c, pilot.logits.cpu(), labels, real, held_out)
+        after = chooser.calibration and chooser.calibration.after
+        if after and not after.trusted:
+            text = (
+                f"after {c.calibrate} calibration D's logits are no density ratio yet: z = {after.z:.1f}, ece = {after.ece:.3f}"
+            )
+            more = "more --held-out images, or another --calibrate, may do better"
+            warnings.warn(Finding("uncalibrated", text, more, more).warning(), stacklevel=3)
+        return chooser
+
+    def _real(self, path: str) -> tuple[Tensor, Tensor | None]:
+        """Real images of a file in the generator's range, and their labels."""
+        usual = self.configuration.value_range == USUAL_RANGE
+        real, classes = load_labelled(path, signed=not usual)
+        return (real if usual else scaled(real, self.configuration.value_range)), classes
+
+
+def _added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The facts of two parts of a shard as those of the whole."""
+    facts: dict[str, Any] = {name: a[name] + b[name] for name in ("seconds", "unselected") if name in b}
+    for name in ("status", "tally"):
+        facts[name] = Counter(a[name])
+        facts[name].update(b[name])  # + would drop what is negative
+    return {**facts, "num_slots": min(a["num_slots"], b["num_slots"])}
 
 
 def _streams(runs: list[range], limit: int) -> list[list[range]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -20,11 +19,11 @@ from fastrefine.networks.cut import image_of
 from fastrefine.networks.split import Split
 from fastrefine.networks.torch_state import quiet_torch, seed_torch
 from fastrefine.noise import KEY, Stream, uniform
+from fastrefine.progress import counted, over
 from fastrefine.refiner import Refiner
 from fastrefine.result import Status
 from fastrefine.training.distilled import MAP, DistilledGenerator, DistilledMap
 from fastrefine.training.shape import shape_discriminator
-from fastrefine.training.trainer import progress_bar
 
 FIRST_ID = 2**30  # of the pairs: samples with ids from 0 are others
 FEWEST = 64  # pairs
@@ -64,7 +63,7 @@ def distil(
     rounds: in each further round the discriminator is shaped on what the map gives, refines that, and the map is trained on.
     seed: of the pairs, which have ids from 2**30, of the map's first weights and of the batches; equal seeds give equal
         weights.
-    progress: bars on stderr; None shows them on a terminal only.
+    progress: bars on stderr; None: on a terminal bars, elsewhere a line every ten seconds.
     labels, conditions: of the pairs, (pairs, ...), as for ``Refiner.sample``. None: those of the refiner's ``real`` images,
         drawn at random.
     real, real_labels, real_conditions: for further rounds, as ``shape_discriminator`` takes them; None: the refiner's.
@@ -171,7 +170,7 @@ class Pairs:
         stream = refiner.stream(pairs, first_id=FIRST_ID, seed=seed, chunk=chunk, snapshots=(0,) if at_input else (), **inputs)
         columns: list[tuple[Tensor, ...]] = []
         names: tuple[str, ...] = ()
-        for _, part in zip(progress_bar(math.ceil(pairs / chunk), "pairs", progress), stream, strict=True):
+        for part in over(stream, pairs, "refining", "pairs", progress, len):
             good = part.select(part.status != Status.NONFINITE)
             given = ({} if good.labels is None else {"labels": good.labels}) | good.conditions
             latents, names = good.snapshots[0].activations if at_input else good.latents, tuple(given)
@@ -281,7 +280,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     best, kept, kept_at = error(g), copy.deepcopy(learned.state_dict()), 0
     every = max(iterations // _CHECKS, 1)
-    for iteration in progress_bar(iterations, "distilling", progress):
+    for iteration in counted(iterations, "distilling", progress):
         one = torch.tensor([iteration])
         u = uniform(seed, one, torch.zeros_like(one), min(batch_size, rest), Stream.BATCH)[0]
         batch = pairs.rows((u * rest).long().clamp(max=rest - 1), device)

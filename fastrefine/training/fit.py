@@ -18,9 +18,10 @@ from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
 from fastrefine.networks.torch_state import quiet_torch, seed_torch
 from fastrefine.priors import Prior
+from fastrefine.progress import counted
 from fastrefine.refiner import Refiner
 from fastrefine.training.batches import RealBatches, as_given
-from fastrefine.training.trainer import RAW, Trainer, progress_bar, trainable
+from fastrefine.training.trainer import RAW, Trainer, trainable
 
 MIN_HELD_OUT, HELD_OUT = 16, 1000  # real and generated images that decide when to stop
 
@@ -55,7 +56,7 @@ def fit_discriminator(
     ``patience`` checks without a better one.
     discriminator: the backbone to train (a copy is), default models.default_discriminator of the image shape.
     discriminator_output: "logit" | "probability", of a discriminator that ends in a sigmoid (it keeps it).
-    progress: a tqdm bar on stderr; None shows it on a terminal only.
+    progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds.
 
     Returns a module in eval mode, D(x) -> logit (N,) unless another was given. Raises InputError on bad arguments.
     """
@@ -89,7 +90,7 @@ def fit_discriminator(
         examination = source.sample(len(held), first_id=2**31, seed=seed, **as_given(held_inputs)).images
         checks.real_images(held, tuple(examination.shape[1:]), examination)
         best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
-        for iteration in progress_bar(iterations, "fitting", progress):
+        for iteration in counted(iterations, "fitting", progress):
             x, inputs = trainer.checked(batches.batch(iteration))
             fakes = source.sample(len(x), first_id=first_id, seed=seed, **as_given(inputs)).images
             first_id += len(x)

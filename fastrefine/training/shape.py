@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastrefine import checks, stopping
-from fastrefine.errors import InputError
+from fastrefine.diagnosis.findings import SHAPE_FIRST
+from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.networks.torch_state import quiet_torch
 from fastrefine.options import MOST_SLOTS
+from fastrefine.progress import counted
 from fastrefine.refiner import Refiner
 from fastrefine.stopping import StopRule
 from fastrefine.training.batches import RealBatches, as_given
-from fastrefine.training.trainer import RAW, Trainer, progress_bar, trainable
+from fastrefine.training.trainer import RAW, Trainer, trainable
 
 Callback = Callable[[dict[str, float]], None]
 
@@ -52,7 +55,7 @@ def shape_discriminator(
     batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated; "train" updates its statistics
         and draws dropout by (seed, iteration). Spectral norms of torch follow their weights in both.
     Proposals have consecutive ids under ``seed``, from 0, as many in each iteration as there are real images.
-    progress: a tqdm bar on stderr; None shows it on a terminal only.
+    progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds.
     callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
 
     Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
@@ -60,7 +63,8 @@ def shape_discriminator(
     checks.count("iterations", iterations, 0)
     if not isinstance(refiner, Refiner):
         raise InputError(f"refiner is a {type(refiner).__name__}; wanted a fastrefine.Refiner")
-    with quiet_torch(refiner.device):
+    with quiet_torch(refiner.device), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{SHAPE_FIRST}", FastrefineWarning)  # that is what is being done
         student = trainable(refiner.discriminator, refiner.device)
         rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
         twin = refiner.with_discriminator(student).replaced(
@@ -76,7 +80,7 @@ def shape_discriminator(
         batches = RealBatches(real, batch_size, seed, real_labels, trainer.labelled, conditions)
         proposals = None if latents is None else RealBatches(checks.tensor("latents", latents), batch_size, seed + 1)
         first_id = 0
-        for iteration in progress_bar(iterations, "shaping", progress):
+        for iteration in counted(iterations, "shaping", progress):
             x, inputs = trainer.checked(batches.batch(iteration))
             z = None if proposals is None else proposals.batch(iteration)[0][: len(x)]
             if z is not None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from tqdm import tqdm
 
 from fastrefine import checks, noise
 from fastrefine.errors import InputError
@@ -24,11 +21,6 @@ from fastrefine.training.batches import Batch
 
 # With max_steps=0 it moves nothing: the engine is then the generator, by sample id.
 RAW = Collaborative(step_size=1.0, loss="wasserstein")
-
-
-def progress_bar(iterations: int, name: str, progress: bool | None) -> Iterable[int]:
-    """The iterations, with a tqdm bar on stderr; None shows it on a terminal only."""
-    return tqdm(range(iterations), desc=name, disable=None if progress is None else not progress)
 
 
 def trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:

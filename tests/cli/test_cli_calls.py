@@ -321,6 +321,7 @@ def test_ids_are_also_understood_as_seeds_which_help_does_not_show(folder, tmp_p
         (tmp_path / "c.json").write_text(json.dumps({"pair": str(folder / "coupled"), name: "3-9"}))
         told(fastrefine("refine", "--config", tmp_path / "c.json", *QUICK, "--outdir", tmp_path / f"{name}2"))
         manifests = [json.loads((tmp_path / run / "manifest.json").read_text()) for run in (name, f"{name}2")]
+        assert all(there.pop("summary")["images"] == 7 for there in manifests)  # it has the seconds
         assert manifests[0] == manifests[1] and manifests[0]["configuration"]["ids"] == "3-9"
 
 

@@ -132,7 +132,7 @@ def test_shaping_two_networks_tells_how_to_use_the_result(files, tmp_path, kind)
 
 def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeypatch):
     assert "shaping: " not in shape(files, tmp_path / "quick", "--pair", files / "pair")
-    monkeypatch.setattr("fastrefine.cli.models.TELL_EVERY", 0.0)
+    monkeypatch.setattr("fastrefine.progress.EVERY", 0.0)
     told = shape(files, tmp_path / "slow", "--pair", files / "pair", iterations=3)
     assert [f"shaping: {k} of 3 iterations" in told for k in range(5)] == [False, True, True, True, False]
 

@@ -1,6 +1,7 @@
 """Networks that take labels, on the command line: each command end to end, what is missing said before a folder is claimed."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -117,6 +118,34 @@ def test_shape_trains_on_the_labels_of_the_real_images(folder, tmp_path):
     assert (before != after).all()  # every class was seen
     done = fastrefine("shape", "--pair", folder / "pair", "--real", folder / "plain.npz", *given, "--outdir", tmp_path / "no")
     with pytest.raises(fr.InputError, match="plain.npz has none: wanted class folders"):
+        raise done.exception
+
+
+def test_check_and_the_command_that_it_ends_in_give_labels(folder, tmp_path):
+    given = ("--pair", folder / "pair", "--sampler-args", '{"loss": "wasserstein"}', "--slots", 16)
+    for real in (("--real", folder / "real.npz"), ()):
+        found = json.loads(
+            fastrefine("check", *given, *real, "--samples", 30, "--refined", 6, "--max-steps", 2, "--json").stdout
+        )
+        assert found["scores"]["raw"]["count"] == 30 and ("real" in found["scores"]) == bool(real)
+        assert "labels" not in found["verdict"]
+    liked = (fr.load_pair(folder / "pair").discriminator.out.weight.detach().view(1, 4, 4, 1) > 0).byte().numpy() * 255
+    np.savez(tmp_path / "liked.npz", arr_0=np.repeat(liked, 30, 0), arr_1=np.arange(30) % CLASSES)
+    fine = ("--real", tmp_path / "liked.npz", "--stop", -99, "--max-steps", 0)
+    last = told(fastrefine("check", *given, *fine, "--samples", 30)).splitlines()[-1]
+    (command,) = [part for part in last.split("`") if part.startswith("fastrefine refine ")]
+    words = shlex.split(command)[1:-1]
+    assert words[-7:-1] == ["--class", "random", "--num-classes", "3", "--ids", "0-999"]
+    told(fastrefine(*words, tmp_path / "run", "--ids", "0-29"))
+
+
+def test_a_calibration_reads_the_labels_of_the_held_out_images(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(per_image_selection, "PILOT", 64)
+    given = ("refine", "--pair", folder / "pair", "--real", folder / "real.npz", "--class", "random", "--select", "drs",
+             "--chain-length", 2, *QUICK, "--calibrate", "platt")  # fmt: skip
+    told(fastrefine(*given, "--held-out", folder / "real.npz", "--outdir", tmp_path / "run"))
+    done = fastrefine(*given, "--held-out", folder / "plain.npz", "--outdir", tmp_path / "no")
+    with pytest.raises(fr.InputError, match="plain.npz has none"):
         raise done.exception
 
 

@@ -1,0 +1,189 @@
+"""What ``Refiner.check`` found before a run: scores under D, what the networks are like, a verdict, and what to do next."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrefine.diagnosis.calibration import Diagnosis, diagnosis_of
+from fastrefine.diagnosis.findings import SHAPE, Finding
+from fastrefine.result import Result
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+ABOVE, BLIND = 0.45, 0.55  # of the separation: below the first D prefers generated images, up to the other it is blind
+GOOD = (
+    "nothing speaks against it: D scores real images above generated ones. Whether refined images are better, only an "
+    "evaluation shows; D has never seen refined ones unless it was shaped"
+)
+REFINE = (
+    "refine, and compare with max_steps=0 by features that D was not trained on; if they are no better, " + SHAPE[0],
+    "refine, and compare with --max-steps 0 by `fastrefine evaluate`: `fastrefine refine`; if they are no better, " + SHAPE[1],
+)
+UNKNOWN = Finding(
+    "no_real", "D cannot be judged without real images", "pass real= to the Refiner and check again", "give --real as well"
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Finite logits of one kind of images. count: how many. quantiles: at QUANTILES. reached: share at the stop threshold, or
+    None without one."""
+
+    count: int
+    quantiles: tuple[float, ...]
+    reached: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether D may be used here to refine G. ``str`` shows a table, which ends in a verdict and in what to do next.
+
+    setting: place, sampler, steps and stop rule in words. scores: by "real", "raw" and "refined". thresholds: lowest, median
+    and highest stop threshold, or None. separation: share of pairs, 0 ... 1, in which a real image scores above a raw one
+    (AUC), or None without real images. calibration: of D on real against raw images, None for a critic. run:
+    ``tally.summary`` of the refined samples. networks: {name: words} about coupling, noise and statistics. ranges: (low,
+    high) of "real" and "generated" images.
+    ladder: as in ``Result.report``. findings: what speaks against a run, the weightiest first; empty where nothing does.
+    notes: what was remarked while the networks were prepared.
+    """
+
+    setting: str
+    findings: tuple[Finding, ...]
+    scores: dict[str, Scores] = field(default_factory=dict)
+    thresholds: tuple[float, float, float] | None = None
+    separation: float | None = None
+    calibration: Diagnosis | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ladder: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether real images were there to judge by, and nothing was found."""
+        return not self.findings
+
+    @property
+    def verdict(self) -> str:
+        """The weightiest finding, or that there is none."""
+        return self.findings[0].text if self.findings else GOOD
+
+    def next(self, commands: Mapping[str, str] | None = None) -> str:
+        """What to do now; commands: for users of the command line, the whole of "fastrefine shape" and "fastrefine refine"."""
+        if commands is None:
+            return self.findings[0].python if self.findings else REFINE[0]
+        text = self.findings[0].command if self.findings else REFINE[1]
+        for short, whole in commands.items():
+            text = text.replace(f"`{short}`", f"`{whole}`")
+        return text
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, commands: Mapping[str, str] | None = None) -> str:
+        """The table; commands: in the words of the command line, see ``next``."""
+        lines = [f"check of {self.setting}"]
+        if self.scores:
+            heads = "".join(f"{f'{q:.0%}':>10}" for q in QUANTILES)
+            lines += ["", f"{'logit under D':<16}{'images':>8}{heads}{'at threshold':>15}"]
+        for name, one in self.scores.items():
+            reached = "-" if one.reached is None else f"{one.reached:.0%}"
+            lines.append(f"{name:<16}{one.count:>8}{''.join(f'{q:>10.3g}' for q in one.quantiles)}{reached:>15}")
+        rows = {}
+        if self.thresholds is not None:
+            low, middle, high = self.thresholds
+            rows["stop threshold"] = f"{middle:.3g}" if low == high else f"{low:.3g} to {high:.3g}, median {middle:.3g}"
+        if self.separation is not None:
+            rows["separation"] = f"a real image scores above a raw one in {self.separation:.0%} of pairs (50%: by chance)"
+        if (d := self.calibration) is not None:
+            may = "may be selected by" if d.trusted else "calibrate before selecting"
+            rows["calibration"] = f"ece {d.ece:.3f}, z {d.z:.1f}, brier {d.brier:.3f}: {may}"
+        if self.run:
+            ended = ", ".join(f"{share:.0%} {name}" for name, share in self.run["status"].items() if share)
+            before, after = (self.run[name] for name in ("logit_before", "logit_after"))
+            change = "" if before is None else f", mean logit {before:.3g} before, {after:.3g} after"
+            rows["refinement"] = f"{self.run['mean_steps']:.1f} steps on average{change}; {ended}"
+        rows |= self.networks
+        if self.ranges:
+            rows["range"] = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in self.ranges.items())
+        if self.ladder:
+            tried = [e["rung"] if e["kept"] else f"{e['rung']} not ({e['why']})" for e in self.ladder]
+            rows["faster forms"] = ", ".join(dict.fromkeys(tried))
+        lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
+        told = [*(finding.text for finding in self.findings[1:]), *self.notes]
+        lines += ["", *(f"also            {text}" for text in told)] * bool(told) + [""]
+        verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
+        return "\n".join([*lines, *verdict, f"next            {self.next(commands)}"])
+
+    def entry(self, commands: Mapping[str, str]) -> dict[str, Any]:
+        """As JSON values, in the words of the command line."""
+        d = self.calibration
+        return {
+            "setting": self.setting, "usable": self.usable, "verdict": self.verdict, "next": self.next(commands),
+            "findings": [finding.entry(command=True) for finding in self.findings],
+            "scores": {name: vars(one) for name, one in self.scores.items()}, "quantiles": QUANTILES,
+            "thresholds": self.thresholds, "separation": self.separation,
+            "calibration": d and {"brier": d.brier, "z": d.z, "ece": d.ece, "trusted": d.trusted}, "run": self.run,
+            "notes": self.notes, "networks": self.networks, "ranges": self.ranges, "ladder": self.ladder,
+        }  # fmt: skip
+
+
+def checked(
+    setting: str, raw: Result, refined: Result, thresholds: Tensor | None, real: Tensor | None, networks: dict[str, str],
+    doubts: Sequence[str], notes: Sequence[str], found: Sequence[Finding], run: dict[str, Any],
+) -> Check:  # fmt: skip
+    """The check from results of no step and of a run, thresholds (n,), and real images (N, ...).
+
+    doubts: of the networks' statistics. found, run: findings and summary of the refined samples.
+    """
+    of = {"raw": raw.logits, "refined": refined.logits}
+    separation = None
+    if raw.real_logits is not None:
+        of = {"real": raw.real_logits, **of}
+        separation = separation_of(raw.real_logits, raw.logits)
+    bounds = None
+    if thresholds is not None:
+        ordered = thresholds.double().sort().values
+        bounds = float(ordered[0]), float(ordered.median()), float(ordered[-1])
+    scores = {name: _scores(logits, None if bounds is None else bounds[1]) for name, logits in of.items()}
+    ranges = {"real": real} if real is not None else {}
+    mend = ("mend that first, then check again",) * 2
+    findings = [*(Finding("statistics", text, *mend) for text in doubts), *_of_separation(separation), *found]
+    return Check(
+        setting, tuple(findings or ([UNKNOWN] if separation is None else [])), scores, bounds, separation,
+        diagnosis_of(raw) if raw.scale == "logit" else None, run, networks,
+        {name: (float(x.min()), float(x.max())) for name, x in (ranges | {"generated": raw.images}).items()},
+        tuple(refined.report["ladder"]), tuple(notes),
+    )  # fmt: skip
+
+
+def separation_of(real: Tensor, raw: Tensor) -> float | None:
+    """Share of pairs in which a real image's logit is above a raw one's, ties half; None where no raw one is finite."""
+    x, y = real.double().cpu(), raw.double().cpu()
+    y = y[torch.isfinite(y)].sort().values
+    if not len(y):
+        return None
+    below = torch.searchsorted(y, x) + torch.searchsorted(y, x, right=True)
+    return float(below.double().mean()) / (2 * len(y))
+
+
+def _of_separation(share: float | None) -> list[Finding]:
+    if share is None or share >= BLIND:
+        return []
+    pairs = f"a real image scores above a raw one in {share:.0%} of pairs"
+    if share < ABOVE:
+        return [Finding("inverted", f"D scores generated images above real ones ({pairs})", *SHAPE)]
+    return [Finding("blind", f"D does not tell generated images from real ones ({pairs})", *SHAPE)]
+
+
+def _scores(logits: Tensor, threshold: float | None) -> Scores:
+    d = logits.double().cpu()
+    d = d[torch.isfinite(d)]
+    at = torch.quantile(d[:100_000], torch.tensor(QUANTILES, dtype=torch.float64)).tolist() if len(d) else [float("nan")] * 5
+    return Scores(len(d), tuple(at), None if threshold is None or not len(d) else float((d >= threshold).double().mean()))

@@ -1,0 +1,91 @@
+"""What is wrong with a run, found in its sums: each finding is a code, a sentence, and advice for each kind of caller.
+
+The same findings stand in Python's warnings, ``Result.report["findings"]``, what the commands print and a run's manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastrefine.errors import FastrefineWarning
+from fastrefine.stopping import MedianOfReal, ReferenceSample, StopRule
+
+if TYPE_CHECKING:
+    from fastrefine.diagnosis.tally import Sums
+
+SHAPE_FIRST = "shape D first"
+SHAPE = f"{SHAPE_FIRST} (fastrefine.shape_discriminator)", f"{SHAPE_FIRST} (`fastrefine shape`)"  # in Python, as a command
+
+
+@dataclass(frozen=True)
+class Finding:
+    """code: a name that does not change. text: what was found. python, command: what to do next, in either's words."""
+
+    code: str
+    text: str
+    python: str = ""
+    command: str = ""
+
+    def told(self, *, command: bool = False) -> str:
+        """The finding and the advice in one line."""
+        advice = self.command if command else self.python
+        return f"{self.text}; {advice}" if advice else self.text
+
+    def entry(self, *, command: bool = False) -> dict[str, str]:
+        """As JSON values: {"code", "text", "advice"}."""
+        return {"code": self.code, "text": self.text, "advice": self.command if command else self.python}
+
+    def warning(self) -> FastrefineWarning:
+        """The warning, which knows both forms."""
+        return FastrefineWarning(self.told(), self.told(command=True))
+
+
+def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
+    """What the sums of a finished run say against it, whatever the sampler."""
+    found: list[Finding] = []
+    n, nonfinite, hidden, above, before = (int(sums[k]) for k in ("samples", "NONFINITE", "hidden", "above", "above_before"))
+    unrefined, unchanged, reached, stalled = (int(sums[k]) for k in ("unrefined", "unchanged", "REACHED", "STALLED"))
+    if not n:
+        return found
+    if nonfinite:
+        found.append(Finding("nonfinite", f"{nonfinite} of {n} samples met a non-finite logit or gradient (status NONFINITE)"))
+    if hidden:
+        found.append(Finding("nonfinite_images", f"{hidden} of {n} images hold non-finite values"))
+    if stalled == n:
+        found.append(Finding(
+            "stalled", f"0 of {n} samples moved: every gradient was exactly zero (status STALLED)",
+            "refine at another place (at=), or take another discriminator",
+            "refine at another place (--at), or take another discriminator",
+        ))  # fmt: skip
+    elif max_steps and unchanged == n and unrefined < n and sums["updates"]:
+        found.append(Finding(
+            "unmoved", f"nothing moved: no logit of {n} samples changed in {sums['updates'] / n:.3g} steps on average",
+            "take a larger step_size, or leave it out and it is found", "give a larger --step-size",
+        ))  # fmt: skip
+    if max_steps and unrefined > n / 2:
+        real = isinstance(stop, MedianOfReal | ReferenceSample)
+        why = "D scores generated images as high as real ones" if real else "the threshold lies below most of them"
+        first = [f"{words}, or " for words in SHAPE] if real else ["", ""]
+        found.append(Finding(
+            "unrefined",
+            f"{unrefined} of {n} proposals were at the stop threshold before their first step, so they were not refined: {why}",
+            f"{first[0]}pass a higher logit as stop", f"{first[1]}give a higher logit as --stop",
+        ))  # fmt: skip
+    if max_steps and stop.has_threshold and not reached:
+        found.append(Finding(
+            "exhausted", f"none of {n} samples reached the stop threshold within {max_steps} steps",
+            "pass more max_steps or a larger step_size, or " + SHAPE[0] + "; for a fixed number of steps leave stop out",
+            "give more --max-steps or a larger --step-size, or " + SHAPE[1] + "; for a fixed number of steps --stop none",
+        ))  # fmt: skip
+    if before > n / 2:
+        found.append(Finding(
+            "above_real", f"{before} of {n} proposals passed the highest real logit before their first step: D prefers "
+            "generated images to real ones", *SHAPE,
+        ))  # fmt: skip
+    elif above > n / 2:
+        found.append(Finding(
+            "over_refined", f"{above} of {n} logits passed the highest real logit: too many or too large steps?",
+            'pass stop=fastrefine.stopping.MedianOfReal(), or fewer max_steps', "give --stop median, or fewer --max-steps",
+        ))  # fmt: skip
+    return found

@@ -1,0 +1,147 @@
+"""Refiner.check and fastrefine check: the table's numbers, the verdict, and the next command."""
+
+import json
+import shlex
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastrefine as fr
+from fastrefine.diagnosis.check import separation_of
+from tests.support import flat_pairs
+from tests.support.commands import fastrefine, told
+from tests.support.refiners import pair, refiner
+from tests.support.selection_laws import conditional, real_images
+
+FAR = {"stop": -2.0, "max_steps": 30}  # the proposals begin at about -3, and reach it
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """A check warns of nothing: what it found stands in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fr.FastrefineWarning)
+        yield
+
+
+def test_a_discriminator_that_prefers_generated_images_is_to_be_shaped():
+    found = flat_pairs.refiner(liked=0.0).check()
+    assert not found.usable and found.separation == 0.0
+    assert found.verdict.startswith("D scores generated images above real ones (a real image scores above a raw one in 0%")
+    assert "fastrefine.shape_discriminator" in found.next() and "first (`fastrefine shape X`)" in found.next(
+        {"fastrefine shape": "fastrefine shape X"}
+    )
+    assert {one.code for one in found.findings} >= {"inverted", "unrefined", "above_real"}
+    assert found.run["mean_steps"] == 0 and found.scores["raw"].reached == found.scores["refined"].reached == 1.0
+    assert str(found).splitlines()[-1] == f"next            {found.next()}"
+
+
+def test_the_numbers_are_those_of_the_refiner():
+    one = flat_pairs.refiner(**FAR)
+    found = one.check(100, refined=20, seed=3)
+    raw, out = one.replaced(max_steps=0).sample(100, seed=3), one.sample(20, seed=3)
+    real = one.score(one.real)
+    for name, logits in (("real", real), ("raw", raw.logits), ("refined", out.logits)):
+        scores, at = found.scores[name], torch.tensor((0.05, 0.25, 0.5, 0.75, 0.95)).double()
+        assert scores.count == len(logits) and scores.quantiles == pytest.approx(logits.double().quantile(at).tolist())
+        assert scores.reached == pytest.approx(float((logits >= -2).double().mean()))
+    assert found.usable and found.separation == 1.0 and found.thresholds == (-2.0, -2.0, -2.0)
+    assert found.calibration.ece == fr.diagnose(real.double(), raw.logits.double()).ece
+    assert found.run["mean_steps"] == float(out.steps.double().mean()) and found.run["images"] == 20
+    assert found.ranges["generated"] == (float(raw.images.min()), float(raw.images.max()))
+    assert found.ranges["real"] == pytest.approx((-0.95, 0.95)) and list(found.ladder) == out.report["ladder"]
+    assert found.verdict.startswith("nothing speaks against it") and "max_steps=0" in found.next()
+    text = str(found)
+    for words in ("-2", "100%", "20", "do not depend on their batch", "as training left them", "bitwise", "step recorded"):
+        assert words in text
+
+
+def test_steps_that_never_reach_the_threshold_are_told():
+    found = flat_pairs.refiner().check()
+    assert found.verdict == "none of 64 samples reached the stop threshold within 4 steps" and "max_steps" in found.next()
+
+
+def test_without_real_images_there_is_no_verdict_on_d():
+    found = flat_pairs.refiner(real=None, **FAR).check(20)
+    assert not found.usable and found.findings[0].code == "no_real" and "real=" in found.next()
+    assert set(found.scores) == {"raw", "refined"} and found.separation is None and found.calibration is None
+
+
+def test_a_discriminator_that_does_not_know():
+    one = flat_pairs.refiner(stop=None, real=flat_pairs.refiner().replaced(max_steps=0).sample(300, first_id=1000).images)
+    found = one.check()
+    assert found.findings[0].code == "blind" and 0.45 < found.separation < 0.55
+
+
+class Batched(nn.Module):
+    def forward(self, x):
+        return x.sum(1) - x.mean()
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x.sum(1) + torch.randn(len(x))
+
+
+@pytest.mark.parametrize(("network", "says"), [(Batched(), "coupling='freeze'"), (Noisy(), "on_noise='freeze'")])
+def test_networks_that_do_not_fit_are_the_verdict(network, says):
+    one = refiner((pair()[0], network), stop=None, real=torch.randn(20, 6))
+    unfit = one.check(16)
+    assert unfit.findings[0].code == "unfit" and says in unfit.verdict
+    name, value = says.replace("'", "").split("=")
+    found = one.replaced(**{name: value}).check(16, refined=8)
+    word = {"coupling": "statistics of the batch are held", "on_noise": "held for each sample"}[name]
+    assert found.networks[name.removeprefix("on_")] == word
+
+
+def test_statistics_that_were_never_updated_come_first_at_every_check():
+    g = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+    with torch.no_grad():
+        g[0].bias.fill_(9)
+    one = fr.Refiner(g, pair()[1], fr.Collaborative(0.1), prior=fr.Normal(4), real=torch.randn(30, 6), max_steps=2)
+    for _ in range(2):
+        found = one.check(30)
+        assert found.findings[0].code == "statistics" and "'1' carries statistics that were never updated" in found.verdict
+        assert "mend that first" in found.next() and found.networks["statistics"] == "see below"
+
+
+def test_labels_are_those_of_the_real_images_and_latents_may_be_given():
+    y = torch.arange(30) % 3
+    one = conditional(real=real_images(y), real_labels=y, stop=fr.stopping.MedianOfReal())
+    found = one.check(30, refined=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a network that was never trained
+        raw = one.replaced(max_steps=0).sample(30, labels=y)
+    assert found.scores["raw"].quantiles[2] == pytest.approx(float(raw.logits.double().quantile(0.5)))
+    assert found.thresholds[0] < found.thresholds[2], "per class"
+    given = refiner(prior=None, real=torch.randn(20, 6), stop=None)
+    assert given.check(latents=torch.randn(10, 4), refined=3).scores["raw"].count == 10
+    with pytest.raises(fr.InputError, match="pass latents"):
+        given.check()
+    with pytest.raises(fr.InputError, match="n is 1"):
+        one.check(1)
+
+
+def test_separation_is_the_share_of_pairs():
+    x, y = torch.randint(5, (30,)).double(), torch.randint(5, (40,)).double()
+    pairs = (x[:, None] > y).double() + (x[:, None] == y).double() / 2
+    assert separation_of(x, y) == pytest.approx(float(pairs.mean()))
+    assert separation_of(x, torch.tensor([torch.nan])) is None
+    assert separation_of(x, torch.cat([y, torch.tensor([torch.nan]).double()])) == pytest.approx(float(pairs.mean()))
+
+
+def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path):
+    folder, real = flat_pairs.saved(tmp_path, liked=0.0)
+    given = ("check", "--pair", folder, "--real", real, "--slots", 8, "--sampler-args", '{"loss": "minimax"}')
+    last = told(fastrefine(*given)).splitlines()[-1]
+    command = shlex.split(last.partition("`fastrefine ")[2].partition("`")[0])
+    assert (
+        "fastrefine.shape" not in last and command[0] == "shape" and command[-4:] == ["--stop", "median", "--outdir", "shaped"]
+    )
+    given_pairs, typed = (set(zip(words[1::2], words[2::2], strict=True)) for words in (list(map(str, given)), command))
+    assert typed == {*given_pairs, ("--stop", "median"), ("--outdir", "shaped")}
+    told(fastrefine(*command[:-1], tmp_path / "shaped", "--iterations", 1))
+    found = json.loads(fastrefine(*given, "--json", "--samples", 20).stdout)
+    assert found["findings"][0]["code"] == "inverted" and not found["usable"] and found["scores"]["raw"]["count"] == 20
