@@ -17,6 +17,7 @@ from PIL import Image
 from fastrefine import __version__, pictures
 from fastrefine.diagnosis.reliability import reliability_plot
 from fastrefine.errors import InputError
+from fastrefine.production.configuration import Configuration
 from fastrefine.production.report import Report
 from fastrefine.production.run_folder import MANIFEST
 
@@ -38,6 +39,7 @@ METRICS = {  # the beginning of a name: what it means
     "recall": "share of real images that look like some generated one; higher is better",
     "f_score": "precision and recall in one number; higher is better",
 }
+MAIN = ("pair", "prior", "at", "sampler", "max_steps", "stop", "ids", "seed")
 SETTINGS = {
     "pair": "the two networks", "generator": "the generator", "discriminator": "the discriminator",
     "at": "the layer whose output was refined",
@@ -98,7 +100,8 @@ class _Page:
         return {
             "name": pairs.folder.path.name, "version": __version__, "numbers": numbers, "shown": SHOWN,
             "findings": [_words(finding) for finding in pairs.manifest.get("findings") or []],
-            "baseline_steps": pairs.baseline_steps, "unpaired": pairs.unpaired,
+            "critic": pairs.folder.configuration.discriminator_output == "critic", "baseline_steps": pairs.baseline_steps,
+            "unpaired": pairs.unpaired,
             "first": self.part("images before", lambda: self.cards(range(min(SHOWN, len(pairs.ids))))) or self.cards_after(),
             "largest": self.part("largest changes", self.largest),
             "nearest": self.part("nearest real images", self.nearest), "features": metrics and report.features.name,
@@ -171,9 +174,10 @@ class _Page:
         ]  # fmt: skip
 
     def settings(self) -> list[tuple[str, str, str]]:
-        """(name, value, meaning) of the settings that say something."""
-        given = {name: value for name, value in self.pairs.manifest["configuration"].items() if value not in ("", None, {}, [])}
-        return [(name, _plain(value), SETTINGS.get(name, "")) for name, value in given.items()]
+        """(name, value, meaning) of the main settings, and of others that were not left as they are."""
+        usual = Configuration(pair="digits").to_json()
+        given = self.pairs.manifest["configuration"].items()
+        return [(name, _plain(x), SETTINGS.get(name, "")) for name, x in given if name in MAIN or x != usual.get(name)]
 
 
 def _verdict(distance: Mapping[str, Any] | None) -> str:
@@ -209,10 +213,12 @@ def _rounded(value: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Four digits, without an exponent where it can be."""
+    """A count, or about three digits."""
     if value is None or not math.isfinite(value):
         return "unknown" if value is None else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def _share(value: float) -> str:
@@ -269,8 +275,10 @@ def _svg(figure: Any, name: str) -> str:
     from markupsafe import Markup
     from matplotlib import rc_context
 
-    content = io.StringIO()
+    content, unnamed = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            content, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     text = content.getvalue()
     return Markup(text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1))
