@@ -33,7 +33,8 @@ class Report:
 
     def __init__(self, pairs: BeforeAfter, real: str | None = None, *, features: str | None = None, train: str | None = None):
         self.pairs, self.real, self.code, self.train = pairs, real, features, train or real
-        self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}
+        self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}  # what the run told of itself at its end
+        self.findings: list[Any] = self.summary.get("findings") or pairs.manifest.get("findings") or []
 
     @cached_property
     def truth(self) -> tuple[Tensor, Tensor | None]:
@@ -102,15 +103,15 @@ class Report:
         return found.indices.numpy(), found.values.numpy()
 
     def numbers(self) -> dict[str, Any]:
-        """What the run did, from its files: images, mean steps, mean logits (of finite ones), counts of each status."""
+        """What the run did, from its files: images, mean steps, counts of each status; of those compared the mean logits."""
         columns = self.pairs.every
         status = {s.name: int((columns["status"] == s).sum()) for s in Status}
         found: dict[str, Any] = {
             "images": len(columns["ids"]), "compared": len(self.pairs.ids), "mean_steps": float(columns["steps"].mean()),
-            "logit_after": float(_finite(torch.from_numpy(columns["logits"])).double().mean()), "status": status,
+            "logit_after": _mean(self.pairs.after.columns["logits"]), "status": status,
         }  # fmt: skip
         try:
-            found["logit_before"] = float(_finite(torch.from_numpy(self.pairs.logits_before)).double().mean())
+            found["logit_before"] = _mean(self.pairs.logits_before)
         except InputError:
             found["logit_before"] = None
         return found
@@ -138,6 +139,10 @@ def _figures(measured: Mapping[str, Any]) -> Figures:
     """Of what ``evaluation.measure`` returns: numbers, or (value, low, high)."""
     known = {name: found if isinstance(found, tuple) else (found, None, None) for name, found in measured.items()}
     return {name: (found[0], found[1], found[2]) for name, found in known.items() if isinstance(found[0], float)}
+
+
+def _mean(logits: np.ndarray) -> float:
+    return float(_finite(torch.from_numpy(logits)).double().mean())
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class _Page:
         shown = {"before": (before, GREY), "after": (logits, BLUE), "real": (None if real is None else real.numpy(), ORANGE)}
         return {
             "name": pairs.folder.path.name, "version": __version__, "numbers": numbers, "shown": SHOWN,
-            "findings": [_words(finding) for finding in pairs.manifest.get("findings") or []],
+            "findings": [_words(finding) for finding in report.findings],
             "critic": pairs.folder.configuration.discriminator_output == "critic", "baseline_steps": pairs.baseline_steps,
             "unpaired": pairs.unpaired,
             "first": self.part("images before", lambda: self.cards(range(min(SHOWN, len(pairs.ids))))) or self.cards_after(),
@@ -277,8 +277,6 @@ def _svg(figure: Any, name: str) -> str:
 
     content, unnamed = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(
-            content, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        figure.savefig(content, format="svg", bbox_inches="tight", metadata=unnamed)
     text = content.getvalue()
     return Markup(text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1))
