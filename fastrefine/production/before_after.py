@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from fastrefine.errors import InputError
 from fastrefine.production import formats
-from fastrefine.production.configuration import Shard
+from fastrefine.production.configuration import CALLS, Configuration, Shard
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
 from fastrefine.production.worker import Worker
@@ -22,6 +21,10 @@ from fastrefine.production.worker import Worker
 # What decides which latent an id has: of a manifest, and of its configuration.
 _FACTS = ("generator_sha256", "conditions_sha256")
 _SETTINGS = ("seed", "prior", "classes", "num_classes", "generate", "generator_kwargs")
+
+# Of a configuration, what makes the samples of no steps.
+_NETWORKS = ("pair", "generator", "discriminator", "prior", "at", "discriminator_output", "image_range", "conditions", *CALLS)
+_DRAWN = ("num_slots", "precision", "seed", "ids", "classes", "num_classes")
 
 
 class Samples(NamedTuple):
@@ -80,10 +83,10 @@ class BeforeAfter:
         """The networks of the run, which refine no more. Raises InputError where they cannot be had or are others by now."""
         c = self.folder.configuration
         loss = "wasserstein" if c.discriminator_output == "critic" else "nonsaturating"
-        plain = replace(
-            c, max_steps=0, stop="none", select="none", real=c.real if c.coupling == "freeze" else "",
-            sampler={"name": "collaborative", "step_size": 0.1, "loss": loss},
-        )  # fmt: skip
+        kept = {name: getattr(c, name) for name in (*_NETWORKS, *_DRAWN)}
+        real = c.real if c.coupling == "freeze" else ""  # whose statistics are then the networks'
+        sampler = {"name": "collaborative", "step_size": 0.1, "loss": loss}  # any one serves
+        plain = Configuration(**kept, real=real, sampler=sampler, max_steps=0)
         made = Worker(plain, **self._loading)
         for name in ("generator_sha256", "discriminator_sha256"):
             if made.facts[name] != self.manifest.get(name):
