@@ -73,7 +73,7 @@ def in_groups():
 def distilled():
     g, d = pair()
     made = refiner((g, d), at="1", stop=None, max_steps=3)
-    return refiner((fr.distil(made, pairs=64, rounds=1, seed=0), d), stop=None, max_steps=3), {}
+    return refiner((fr.distil(made, pairs=64, iterations=20), d), stop=None, max_steps=3), {}
 
 
 def of_a_split():
