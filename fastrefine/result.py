@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrefine import checks, pictures
 from fastrefine.errors import InputError
 from fastrefine.ops import slots
 
@@ -97,6 +100,7 @@ class Result:
     snapshots: {number of steps: Snapshot}, where they were asked for.
     real_logits: (R,) float64 on the CPU, of the refiner's ``real`` under the discriminator of this run, else None.
     real_labels: (R,) their classes, or None. select and concatenate leave both as they are.
+    initial: ids (n,) -> the images of these samples before refinement; see ``initial_images``.
     """
 
     images: Tensor
@@ -117,6 +121,48 @@ class Result:
     conditions: dict[str, Tensor] = field(default_factory=dict)
     real_logits: Tensor | None = None
     real_labels: Tensor | None = None
+    initial: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def initial_images(self) -> Tensor:
+        """The images before refinement, (N, ...) in the order of ``images`` and of their dtype: a run with max_steps=0.
+
+        They are rendered at the first access, by one pass of the generator for each block of samples, and then kept. For a few
+        of many samples, select first. They are rendered with the generator as it was in the run, also if yours was updated.
+        Raises InputError where the result does not know its run any more: it was read from a file, or joined from several runs;
+        and where latents that you gave, or a module that ``generate`` reads, were changed since.
+
+        Example: ``(out.images - out.initial_images).flatten(1).norm(dim=1)``  # how far each sample moved
+        """
+        if self.initial is None:
+            raise InputError(
+                "this result does not know its run, as it was read from a file or joined from several runs; read "
+                "initial_images before that, or sample the same ids and seed with refiner.replaced(max_steps=0)"
+            )
+        return self.initial(self.ids) if len(self) else self.images.clone()
+
+    def save_grid(
+        self, path: str | Path, rows: Sequence[str] = ("initial", "refined", "difference"), *, count: int = 16,
+        image_range: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a picture of the first ``count`` samples, e.g. as .png, with a row for each of ``rows``.
+
+        rows: some of "initial", "refined" and "difference" (red where refinement made the image brighter, blue where darker).
+        image_range: (low, high) of the images. None: the first of (0, 1) and (-1, 1) that holds them, else their own lowest and
+        highest value. Images are (N, 1 or 3, H, W); small ones are enlarged. Under them is the logit before and after.
+        Raises InputError on other images, on unknown rows, and as ``initial_images`` does.
+
+        Example: ``out.save_grid("grid.png")``; ``out.select(torch.randperm(len(out))[:16]).save_grid("random.png")``
+        """
+        few = self.select(slice(0, checks.count("count", count, 1)))
+        if few.images.dim() != 4 or few.images.shape[1] not in (1, 3) or not len(few):
+            raise InputError(f"images are {tuple(self.images.shape)}; a picture needs some (N, 1 or 3, H, W)")
+        after = few.images.detach().float().cpu()
+        before = few.initial_images.detach().float().cpu() if {"initial", "difference"} & {*rows} else after
+        limits = image_range or pictures.likely_range(torch.stack([before, after]))
+        logits = list(zip(few.initial_logits.tolist(), few.logits.tolist(), strict=True))
+        title = f"The first {len(few)} of {len(self)} samples"
+        pictures.grid(path, pictures.levels(before, limits), pictures.levels(after, limits), logits, title, rows)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -141,12 +187,16 @@ class Result:
             raise InputError("the parts have snapshots after different numbers of steps")
         columns = zip(*(part.tensors() for part in parts), strict=True)
         joined = parts[0].moved([torch.cat(column) for column in columns])
-        return replace(joined, report=parts[-1].report)
+        of_one_run = all(part.initial is parts[0].initial for part in parts)
+        return replace(joined, report=parts[-1].report, initial=joined.initial if of_one_run else None)
 
     def tensors(self) -> list[Tensor]:
         """All tensors of samples, those of the snapshots too."""
-        own = [t for k, t in vars(self).items() if isinstance(t, Tensor) and k not in _WHOLE]
-        return [*own, *self.conditions.values(), *(t for snap in self.snapshots.values() for t in vars(snap).values())]
+        return [
+            *self._columns().values(),
+            *self.conditions.values(),
+            *(t for snap in self.snapshots.values() for t in vars(snap).values()),
+        ]
 
     def moved(self, tensors: list[Tensor]) -> Result:
         """The same result with these in place of ``tensors()``, in that order."""
@@ -155,7 +205,12 @@ class Result:
 
     def _mapped(self, change: Callable[[Tensor], Tensor], report: dict[str, Any]) -> Result:
         """The result with ``change`` applied to every one of ``tensors()``, in that order."""
-        own: dict[str, Any] = {k: change(t) for k, t in vars(self).items() if isinstance(t, Tensor) and k not in _WHOLE}
+        own: dict[str, Any] = {name: change(value) for name, value in self._columns().items()}
         conditions = {name: change(value) for name, value in self.conditions.items()}
         snapshots = {step: snapshot._mapped(change) for step, snapshot in self.snapshots.items()}
         return replace(self, **own, conditions=conditions, snapshots=snapshots, report=report)
+
+    def _columns(self) -> dict[str, Tensor]:
+        """The fields that are tensors with a row for each sample."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _WHOLE}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

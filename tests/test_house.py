@@ -18,7 +18,7 @@ ROOMS = (
     ("priors", "stopping"),
     ("options",),
     ("networks",),
-    ("result", "diagnosis", "selection"),
+    ("pictures", "result", "diagnosis", "selection"),
     ("engine",),
     ("refiner",),
     ("training",),

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import fastrefine as fr
@@ -25,8 +24,9 @@ from benchmarks.papers.image_rows import ImageTable, Way
 from benchmarks.papers.pictures import load_cifar10
 from benchmarks.papers.result_file import Row, against, claim
 from benchmarks.papers.run import Recipe, Run
+from fastrefine import pictures
 from fastrefine.datasets import Images, load_digits
-from fastrefine.demo import gan, picture
+from fastrefine.demo import gan
 
 ROWS = (  # by discriminator
     ("own", ("standard", "DRS", "MH", "DDLS", "DGflow", "refine, fixed steps", "refine")),
@@ -125,10 +125,10 @@ def export(run: Run, row: str, discriminator: str, n: int) -> Path:
         raise fr.InputError(f"{row} selects: export refined samples, and choose among them with fr.metropolis_hastings")
     table, folder = Discriminators(run, seed), run.outdir / f"{row}-{discriminator}-{seed}"
     for part in table.refiner(way, table.generator, table.by_name[discriminator]).stream(n, seed=seed):
-        for number, image in zip(part.ids.tolist(), picture.pixels(part.images), strict=True):
+        for number, image in zip(part.ids.tolist(), pictures.levels(part.images), strict=True):
             path = folder / f"{number - number % 1000:06d}" / f"{number:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+            path.write_bytes(pictures.png(image))
     return folder
 
 

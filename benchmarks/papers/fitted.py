@@ -17,6 +17,7 @@ from benchmarks.papers import plots
 from benchmarks.papers.cells import Cells, trained_judge
 from benchmarks.papers.result_file import Row, against, claim, pick
 from benchmarks.papers.run import Made, Recipe, Run, Table, moved
+from fastrefine import pictures
 from fastrefine.demo import recipes
 from fastrefine.demo.gan import build
 from fastrefine.demo.judge import Judge
@@ -116,6 +117,6 @@ def draw(run: Run, rows: Sequence[Row]) -> None:
     data = run.extra["data"]
     table = Table(run.cells(run.recipe.but(name=data)), run.recipe, run.seeds[0])
     raw, refined = table.shown(data, "raw"), table.shown(data, "fitted, shaped")
-    notes = [f"{a:.1f} > {b:.1f}" for a, b in torch.stack([refined["before"], refined["after"]], 1).tolist()]
+    notes = [pictures.from_to(a, b) for a, b in torch.stack([refined["before"], refined["after"]], 1).tolist()]
     title = f"{data}: the first samples, refined by a discriminator fitted to the generator alone, then shaped"
     plots.tiles(run.outdir / "picture.png", {"generator": raw["images"], "refined": refined["images"]}, notes, title)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastrefine.demo import picture
+from fastrefine import pictures
 
 BINS, SMOOTH = 160, 1.2  # of a density panel; standard deviation of its kernel in bins
 
@@ -18,7 +18,7 @@ BINS, SMOOTH = 160, 1.2  # of a density panel; standard deviation of its kernel 
 def tiles(path: Path, rows: Mapping[str, Tensor], notes: Sequence[str] | Tensor, title: str) -> None:
     """A small PNG of images (N, 1 or 3, H, W), a row for each label; notes, e.g. logits, stand under the columns."""
     notes = [f"{float(v):.1f}" for v in notes] if isinstance(notes, Tensor) else notes
-    picture.comparison(path, [(label, picture.pixels(x)) for label, x in rows.items()], notes, title, side=48)
+    pictures.comparison(path, [(label, pictures.levels(x)) for label, x in rows.items()], notes, title, side=48)
     drawn, grey = Image.open(path), all(x.shape[1] == 1 for x in rows.values())
     (drawn.convert("L") if grey else _palette(drawn, 128)).save(path, optimize=True)
 

@@ -180,8 +180,8 @@ def shape(
             use += " and no --discriminator-key"
     first, last = curve[0], curve[-1]
     click.echo(
-        f"wrote {outdir}: mean logit of refined images {first['fake_logit']:.3f} > {last['fake_logit']:.3f}, of real ones "
-        f"{first['real_logit']:.3f} > {last['real_logit']:.3f} over {iterations} iterations\n"
+        f"wrote {outdir}: mean logit of refined images from {first['fake_logit']:.3f} to {last['fake_logit']:.3f}, of real "
+        f"ones from {first['real_logit']:.3f} to {last['real_logit']:.3f} over {iterations} iterations\n"
         f"to refine with it: {use}"
     )
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import fastrefine as fr
+from fastrefine import pictures
 from fastrefine.datasets import Images
-from fastrefine.demo import picture
 from fastrefine.demo.gan import build, train_gan
 from fastrefine.demo.judge import Judge, trained_classifier
 from fastrefine.demo.recipes import DIGITS, MNIST, Recipe, embedded
@@ -131,15 +131,10 @@ def _row(name: str, out: Result, judge: Judge, b0: float) -> Row:
 
 
 def _draw(path: Path, recipe: Recipe, base: Result, out: Result) -> None:
-    before, after = base.images[:SHOWN], out.images[:SHOWN]
-    notes = [f"{a:.1f} > {b:.1f}" for a, b in zip(out.initial_logits[:SHOWN], out.logits[:SHOWN], strict=True)]
-    rows = [
-        ("generator", picture.pixels(before)),
-        ("refined (shaped)", picture.pixels(after)),
-        ("difference", picture.signed(after - before, 1.0)),
-    ]
+    before, after = (pictures.levels(images[:SHOWN]) for images in (base.images, out.images))
+    logits = list(zip(out.initial_logits[:SHOWN].tolist(), out.logits[:SHOWN].tolist(), strict=True))
     title = f"{recipe.name}: the first {len(before)} samples, before and after refinement by a shaped discriminator"
-    picture.comparison(path, rows, notes, title)
+    pictures.grid(path, before, after, logits, title)
 
 
 def table(metrics: dict[str, Any], recipe: Recipe) -> str:
@@ -158,10 +153,10 @@ def table(metrics: dict[str, Any], recipe: Recipe) -> str:
         lines += [
             "",
             title,
-            f"{'':<11}{'FD':>8}{'CS':>7}{'steps':>7}{'logit before > after':>22}{'images/s':>11}{'B0':>9}{'ratio':>8}",
+            f"{'':<11}{'FD':>8}{'CS':>7}{'steps':>7}{'logit from ... to':>22}{'images/s':>11}{'B0':>9}{'ratio':>8}",
         ]
         for r in metrics[key]:
-            logits = f"{r['logit_before']:.2f} > {r['logit_after']:.2f}"
+            logits = f"{r['logit_before']:.2f} to {r['logit_after']:.2f}"
             lines.append(
                 f"{r['name']:<11}{r['frechet_distance']:>8.2f}{r['classifier_score']:>7.2f}{r['mean_steps']:>7.1f}{logits:>22}"
                 f"{r['images_per_second']:>11.1f}{r['images_per_second_b0']:>9.1f}{r['ratio_b0']:>7.1f}x"

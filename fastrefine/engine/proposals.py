@@ -66,6 +66,23 @@ class Source:
         inputs = {name: value[skip:] for name, value in self.inputs.items()}
         return Source(first, self.count - skip, self.seed, self.prior, latents, inputs)
 
+    def given(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (n, ...) and inputs of ids (n,). Ids outside the source repeat the nearest one's, but for drawn latents."""
+        if self.latents is not None:
+            latents = self.latents[send(self._rows(ids), self.latents.device)].to(dtype)
+        else:
+            assert self.prior is not None
+            latents = self.prior.sample(ids, self.seed, dtype)
+        return latents, self.inputs_of(ids)
+
+    def inputs_of(self, ids: Tensor) -> dict[str, Tensor]:
+        """Labels and conditions of ids; outside the source those of the nearest id."""
+        rows = self._rows(ids)
+        return {name: value[rows] for name, value in self.inputs.items()}
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return (ids - self.first).clamp(0, self.count - 1)
+
 
 class Proposals:
     """Blocks of a source. A sample has place id % size in its block, so that the prefix gives it equal bits in any run."""
@@ -82,17 +99,12 @@ class Proposals:
         self._drawn_from = -1  # first block of the group below
         self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """Labels and conditions of ids; outside the source those of the nearest id."""
-        rows = (ids - self.source.first).clamp(0, self.source.count - 1)
-        return {name: value[rows] for name, value in self.source.inputs.items()}
-
     def _draws(self, index: int) -> tuple[Tensor, ...]:
         """(threshold, last step, reference logit) of a block. Many blocks are drawn at once: a draw is many small ops."""
         group = index - (index - self.indices.start) % DRAWN_TOGETHER
         if group != self._drawn_from or self._drawn is None:
             ids = torch.arange(group * self.size, min(group + DRAWN_TOGETHER, self.indices.stop) * self.size)
-            labels, seed = self._inputs(ids).get("labels"), self.source.seed
+            labels, seed = self.source.inputs_of(ids).get("labels"), self.source.seed
             classes = labels.argmax(1) if labels is not None and labels.dim() > 1 else labels
             threshold, last_step = self.stop.draw(ids, seed, self.max_steps, classes)
             unknown = torch.full((len(ids),), torch.nan)
@@ -105,13 +117,7 @@ class Proposals:
         """Run the prefix for one block. Rows outside the source are padding: they repeat the nearest sample."""
         source, base = self.source, index * self.size
         ids = torch.arange(base, base + self.size)
-        inputs = self._inputs(ids)
-        if source.latents is None:
-            assert source.prior is not None
-            latents = source.prior.sample(ids, source.seed, self.dtype)
-        else:
-            rows = (ids - source.first).clamp(0, source.count - 1)
-            latents = source.latents[send(rows, source.latents.device)].to(self.dtype)
+        latents, inputs = source.given(ids, self.dtype)
         threshold, last_step, reference = self._draws(index)
         latents = send(latents, self.device)
         inputs = {name: send(value, self.device) for name, value in inputs.items()}

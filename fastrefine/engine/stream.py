@@ -14,6 +14,7 @@ import torch
 
 from fastrefine import noise, ops
 from fastrefine.engine.idle import IdleMachines
+from fastrefine.engine.initial import InitialImages
 from fastrefine.engine.proposals import Proposals, Source
 from fastrefine.engine.run import Run, drivers
 from fastrefine.engine.watch import Watch, told_when_slow
@@ -62,16 +63,19 @@ class SampleStream:
         options, source = self.options, self.source
         size = options.slots_for(source.count)
         watch, found = Watch(options, source.latents is None), []
+        initial = InitialImages(options, source)
         with ProgressBar(source.count, "refining", "images", options.progress) as bar:
             while True:
                 try:
                     with self._modes(None, size), told_when_slow():
                         target = self.networks.prepare(source.latents, source.inputs, source.seed, size)
                         bound, known = self.networks.bound, copy.deepcopy(self.networks.real)  # the caller's own
-                    real: dict[str, Any] = {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
+                    initial.use(target)
+                    kept: dict[str, Any] = {"initial": initial}
+                    kept |= {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
                     highest = torch.inf if known is None else float(known.logits.max())
                     if source.count == 0:
-                        yield replace(self._empty(target), **real)
+                        yield replace(self._empty(target), **kept)
                         return
                     with self._modes(target, size), told_when_slow():
                         blocks = self._run(target, source, bar, bound).parts()
@@ -88,7 +92,7 @@ class SampleStream:
                         if not source.count:
                             found = watch.findings()
                         told = {"findings": [one.entry() for one in found]}
-                        yield replace(part, **real, report=part.report | told)
+                        yield replace(part, **kept, report=part.report | told)
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):

@@ -34,7 +34,7 @@ class PreparedGenerator:
         self.num_classes, self.call, self._group = None, NetworkCall(), options.lockstep_group
         self.tail: nn.Module = nn.Identity()
         self._prefix: Any = lambda z: (z, ())
-        self._borrowed: list[nn.Module] = []
+        self.borrowed: list[nn.Module] = []  # that plain functions read: the caller's own
         self._given = isinstance(generator, Split)
         if isinstance(generator, Split):
             self._prefix, self.tail = (self._own_part(part, latents) for part in (generator.prefix, generator.tail))
@@ -43,7 +43,7 @@ class PreparedGenerator:
                 with self.evaluation_mode():
                     self.num_classes = label_classes([self._prefix], self._prefix, latents, self.call, inputs)
         elif generator is not None:
-            self._borrowed += _closed_over(options.generate) + _closed_over(options.discriminate)
+            self.borrowed += _closed_over(options.generate) + _closed_over(options.discriminate)
             self._caller = generator
             with self.evaluation_mode():
                 self._prepare(generator, options, latents, inputs)
@@ -96,7 +96,7 @@ class PreparedGenerator:
         if isinstance(owner, nn.Module) and isinstance(part, types.MethodType):
             own = own_copy(owner, like)
             return _Function(types.MethodType(part.__func__, own), own)
-        self._borrowed += _closed_over(part)
+        self.borrowed += _closed_over(part)
         return _Function(part)
 
     def _probe(self, latents: Tensor, inputs: Mapping[str, Tensor], coupling: str) -> None:
@@ -127,7 +127,7 @@ class PreparedGenerator:
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
         """Borrowed modules in eval mode, put back afterwards, also after an exception."""
-        modes = [(m, m.training) for root in self._borrowed for m in root.modules()]
+        modes = [(m, m.training) for root in self.borrowed for m in root.modules()]
         for module, _ in modes:
             module.training = False
         try:

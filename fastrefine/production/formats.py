@@ -27,6 +27,7 @@ from safetensors import numpy as safetensors
 from torch import Tensor
 
 from fastrefine.errors import InputError
+from fastrefine.pictures import levels, png
 
 PER_FOLDER = 1000  # PNG files
 COLUMNS = ("ids", "labels", "logits", "steps", "status", "selected")
@@ -47,10 +48,7 @@ class Batch:
 
     def pixels(self) -> np.ndarray:
         """(N, H, W, C) uint8."""
-        low, high = self.image_range
-        x = self.images.numpy() if (low, high) == (-1, 1) else ((self.images - low) * (2 / (high - low)) - 1).numpy()
-        levels = np.clip(np.floor(127.5 * x + 128), 0, 255).astype(np.uint8)
-        return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+        return levels(self.images, self.image_range)
 
 
 def name_of(kind: str, index: int) -> str:
@@ -207,9 +205,9 @@ def merge_tar(output: Path, parts: Iterator[Part]) -> None:
 
 
 def _fill(archive: tarfile.TarFile, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-    for row, png in enumerate(_pngs(pixels)):
+    for row, picture in enumerate(_pngs(pixels)):
         facts = {name: values[row].item() for name, values in columns.items()}
-        members = {"png": png, "json": json.dumps(facts).encode()}
+        members = {"png": picture, "json": json.dumps(facts).encode()}
         if "labels" in facts:
             members["cls"] = str(facts["labels"]).encode()
         for suffix, content in members.items():
@@ -234,10 +232,7 @@ def _untar(path: Path) -> Part:
 
 def _pngs(pixels: np.ndarray) -> Iterator[bytes]:
     check_channels("png", pixels.shape[-1])
-    for image in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
-        yield buffer.getvalue()
+    return map(png, pixels)
 
 
 def _decoded(png: bytes) -> np.ndarray:

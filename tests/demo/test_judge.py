@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fastrefine.datasets import Images
-from fastrefine.demo import picture
 from fastrefine.demo.gan import build
 from fastrefine.demo.judge import Judge
 from fastrefine.metrics import frechet_distance
@@ -48,9 +47,3 @@ def test_a_selection_that_leaves_nothing_has_the_worst_figures():
     for images in (DATA.train[:0], DATA.train[:1]):
         found = judge(images, 30)
         assert [found["frechet_distance"], found["frechet_distance_30"]] == [math.inf] * 2 and found["classifier_score"] == 1
-
-
-def test_colours_keep_their_channels_and_are_rounded_like_everywhere():
-    x = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)
-    assert picture.pixels(x).tolist() == [[[[0, 128, 255]]]]
-    assert picture.pixels(torch.ones(2, 1, 4, 4)).shape == (2, 4, 4, 3)

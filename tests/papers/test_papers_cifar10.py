@@ -11,7 +11,8 @@ import fastrefine as fr
 from benchmarks.papers import cifar10, image_networks
 from benchmarks.papers.image_networks import PictureClassifier
 from benchmarks.papers.run import Run
-from fastrefine.demo import gan, picture
+from fastrefine import pictures
+from fastrefine.demo import gan
 from fastrefine.demo.gan import build
 from fastrefine.demo.judge import train_classifier
 
@@ -58,7 +59,7 @@ def test_samples_of_a_row_are_exported_as_png_of_the_same_pixels(quick):
     folder = cifar10.export(run, "refine", "own", 5)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert files == [f"000000/00000{i}.png" for i in range(5)]
-    kept = picture.pixels(cifar10.Discriminators(run, 0).images({"discriminator": "own"}, "refine")[:5])
+    kept = pictures.levels(cifar10.Discriminators(run, 0).images({"discriminator": "own"}, "refine")[:5])
     assert np.array_equal(np.stack([np.asarray(Image.open(folder / file)) for file in files]), kept)
     with pytest.raises(fr.InputError, match="selects"):
         cifar10.export(run, "MH", "own", 5)
