@@ -23,12 +23,14 @@ HOW = "If you trust it, pass trust_code=True, or --trust-code to a command"
 class Trust:
     """Which texts may name any code: all of them (``trust_code=True``), or those that the user typed.
 
-    file: where the other texts come from; None where they were given from Python.
+    file: where the other texts come from; None where they were given from Python. checkout: the folder in which the modules lie
+    by what the file says; imported from only where everything is trusted.
     """
 
     everything: bool = False
     typed: frozenset[str] = frozenset()
     file: Path | None = None
+    checkout: str = ""
 
     def __str__(self) -> str:
         return "the configuration" if self.file is None else str(self.file)
@@ -65,15 +67,30 @@ def imported(code: str, what: str, trust: Trust) -> Any:
     try:
         if not trusted:
             _import_carefully(names, code, trust)
+        elif trust.checkout and trust.checkout not in sys.path:
+            sys.path.insert(0, trust.checkout)
         target: Any = importlib.import_module(module_name)
         for part in attributes:
             target = getattr(target, part) if trusted else _entry(target, part)
     except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"the {what}'s code {code!r} cannot be imported ({error}); is its folder on PYTHONPATH? In that folder: "
-            "PYTHONPATH=. fastrefine ..."
-        ) from error
+        hint = "is its folder on PYTHONPATH? In that folder: PYTHONPATH=. fastrefine ..."
+        if trust.checkout and not trusted:
+            hint = f"it was saved with modules in {trust.checkout}: PYTHONPATH={trust.checkout} fastrefine ... . {HOW}"
+        raise InputError(f"the {what}'s code {code!r} cannot be imported ({error}); {hint}") from error
+    if trusted and trust.checkout:
+        _check_checkout(sys.modules[module_name], trust.checkout)
     return target
+
+
+def _check_checkout(module: ModuleType, checkout: str) -> None:
+    """InputError where a module was imported from elsewhere before, and the checkout has one of that name."""
+    top = module.__name__.partition(".")[0]
+    there = [Path(checkout) / name for name in (top, f"{top}.py")]
+    file = getattr(module, "__file__", None) or ""
+    if any(place.exists() for place in there) and not Path(file).resolve().is_relative_to(Path(checkout).resolve()):
+        raise InputError(
+            f"module {module.__name__!r} of {checkout} is wanted, but {file} was imported as that before; use another process"
+        )
 
 
 def function(code: str, what: str, trust: Trust) -> Any:
