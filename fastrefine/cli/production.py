@@ -66,11 +66,14 @@ def network_options(name: str, call: str) -> list[Callable[..., Any]]:
     ]
 
 
-GENERATOR = [
-    click.option("--pair", help="digits | mnist (embedded), or a folder of fastrefine.save_pair."),
+ORIGIN = [
     *network_options("generator", "generate"),
     click.option("--prior", type=JsonObject('\'{"name": "normal", "shape": [128]}\''),
                  help='e.g. {"name": "normal", "shape": [128]} (default: the pair\'s).'),
+]  # fmt: skip
+GENERATOR = [
+    click.option("--pair", help="digits | mnist (embedded), a folder of fastrefine.save_pair, or USER/NAME of the Hub."),
+    *ORIGIN,
     click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
     click.option("--trust-code", is_flag=True, help="Run whatever code the pair or --config names, not only classes of "
                  "networks."),
@@ -79,7 +82,7 @@ CONDITIONS = [
     click.option("--conditions", metavar="FILE", type=click.Path(), help=".npz or .safetensors of arrays (N, ...) by name: "
                  "further inputs of --generate and --discriminate, row i for sample i."),
 ]  # fmt: skip
-DISCRIMINATOR = [
+JUDGEMENT = [
     *network_options("discriminator", "discriminate"),
     click.option("--output-key", help="Key or index of the logit in what D returns."),
     click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
@@ -90,6 +93,9 @@ DISCRIMINATOR = [
     click.option("--on-noise", type=click.Choice(ON_NOISE), help="Of networks that draw random numbers (default: the "
                  "pair's, or refuse)."),
     click.option("--at", help="input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
+]  # fmt: skip
+DISCRIMINATOR = [
+    *JUDGEMENT,
     click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
     click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
 ]  # fmt: skip

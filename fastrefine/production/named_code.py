@@ -15,7 +15,7 @@ from torch import nn
 
 from fastrefine.errors import InputError
 
-OWN = "fastrefine.models."  # whose functions make networks and do nothing else
+OWN = "fastrefine.models."  # whose functions make networks or call them, and do nothing else
 HOW = "If you trust it, pass trust_code=True, or --trust-code to a command"
 
 
@@ -95,12 +95,12 @@ def _check_checkout(module: ModuleType, checkout: str) -> None:
 
 def function(code: str, what: str, trust: Trust) -> Any:
     """The function "module:function" of the caller that is named for ``what``; InputError where the text is not trusted."""
-    if not trust.covers(code):
+    found = imported(code, what, trust) if trust.covers(code) or code.startswith(OWN) else None
+    if not trust.covers(code) and not _is_own(found):
         raise InputError(
             f"{trust} names {code!r} as {what}, and a file may name no function: it was not imported; wanted it typed, as "
             f"--{what} {code}. {HOW}"
         )
-    found = imported(code, what, trust)
     if not callable(found):
         raise InputError(f"{what} is {code!r}, a {type(found).__name__}; wanted module:function")
     return found
@@ -129,13 +129,16 @@ def network_code(code: str, what: str, trust: Trust) -> Any:
     """What makes a network: a class that is a torch.nn.Module, or where the text is trusted any callable or a module."""
     target = imported(code, what, trust)
     is_class = issubclass(type(target), type) and issubclass(target, nn.Module)
-    is_own = type(target) is FunctionType and target.__module__.startswith(OWN)
-    if not trust.covers(code) and not is_class and not is_own:
+    if not trust.covers(code) and not is_class and not _is_own(target):
         raise InputError(
             f"{trust} names {code!r} as the {what}, a {type(target).__name__}, which was not called; wanted a torch.nn.Module "
             f"class: a file may name no other code. {HOW}"
         )
     return target
+
+
+def _is_own(target: Any) -> bool:
+    return type(target) is FunctionType and target.__module__.startswith(OWN)
 
 
 def _import_carefully(names: list[str], code: str, trust: Trust) -> None:

@@ -28,6 +28,7 @@ from fastrefine.errors import InputError
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
 from fastrefine.priors import Prior, as_prior
+from fastrefine.production import hub
 from fastrefine.production.configuration import CALLS, RUN, USUAL_RANGE, Configuration, Network
 from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, function, network_code, text_of
 from fastrefine.production.weights_file import load_weights, read_weights
@@ -238,7 +239,10 @@ def save_pair(
 
 
 def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: bool = False) -> Pair:
-    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong.
+    """The pair of a folder, an embedded one ("digits", "mnist"), or one of the Hub. Raises InputError that names what is wrong.
+
+    folder: also "user/name" or "user/name@revision", a repository of the Hugging Face Hub (needs huggingface_hub), where no
+    folder is called that; or the folder of a snapshot of one.
 
     Of the code that config.json names, only classes that are torch.nn.Modules are used, and no module in the folder itself is
     imported. trust_code: any code may be named, as by whoever wrote the file; also functions that make networks.
@@ -247,6 +251,8 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
     """
     if str(folder) in EMBEDDED and not Path(folder).exists():
         return embedded_pair(str(folder))
+    if not Path(folder).exists() and hub.NAME.fullmatch(str(folder)):
+        folder = hub.snapshot(str(folder))
     folder = Path(folder)
     file = folder / CONFIG
     if not file.is_file():
@@ -257,12 +263,14 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
         given, checkout = dict(config["prior"]), str(config.get("checkout", ""))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is no configuration of a pair ({type(error).__name__}: {error})") from error
-    here = []
+    here, places = [], [folder]
+    if folder.parent.name == "snapshots":  # whose files are links into the repository's own blobs
+        places.append(folder.parent.parent / "blobs")
     for spec in (g, d):
-        check_inside(spec.weights, file, folder)
+        check_inside(spec.weights, file, *places)
         here.append(replace(spec, weights=str(folder / spec.weights)))
         if spec.code.endswith(".pt2"):
-            check_inside(spec.code, file, folder)
+            check_inside(spec.code, file, *places)
             here[-1] = replace(here[-1], code=str(folder / spec.code))
     trust = Trust(trust_code, file=file, checkout=checkout)
     said = {name: config[name] for name in (*DEFAULTS, *RUN) if name in config}
@@ -299,7 +307,8 @@ def load_network(network: Network, name: str, *, trust: Trust = UNTRUSTED, allow
     module = build(network, name, trust)
     if not network.weights:
         raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
-    load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
+    weights = read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle, role=name)
+    load_weights(module, weights, network.weights, name)
     return module.eval()
 
 

@@ -200,5 +200,5 @@ def test_public_things_print_short():
     for thing in things:
         text = repr(thing)
         assert type(thing).__name__ in text and len(text) < 800 and text.count("\n") < 3, text
-    assert "90,688 parameters" in repr(refiner) and "1438 real images" in repr(refiner)
+    assert "90,688 parameters" in repr(refiner) and "1400 real images" in repr(refiner)
     assert "distilled at 'act2'" in repr(distilled) and "more FLOPs" in repr(distilled)
