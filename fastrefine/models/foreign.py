@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 
@@ -24,4 +24,5 @@ def biggan_generate(generator: Any, z: Tensor, labels: Tensor) -> Tensor:
 
 
 def _one_hot(network: Any, labels: Tensor, like: Tensor) -> Tensor:
-    return (F.one_hot(labels, network.c_dim) if labels.dim() == 1 else labels).to(like)
+    """Labels (n,) as rows of a unit matrix; F.one_hot reads their values, and a trace has none."""
+    return torch.eye(network.c_dim, dtype=like.dtype, device=like.device)[labels] if labels.dim() == 1 else labels.to(like)

@@ -158,17 +158,16 @@ def _unpickled(file: Path, checkout: Path | None) -> tuple[Any, dict[str, dict[s
 
 
 def _codes(facts: Mapping[str, Any], checkout: Path | None) -> list[str]:
-    """Which classes may be that of an unpickled network; one that holds its source text is searched for in the checkout."""
+    """Which classes of the checkout may be that of an unpickled network, first those whose file is the text in the pickle.
+
+    Only persistent classes are searched for: no module is imported because a pickle names it.
+    """
     name, source = str(facts.get("class", "")), str(facts.get("source", ""))
-    if not name:
+    if not source or checkout is None:
         return []
-    if not source:
-        return [f"{facts.get('module')}:{name}"]
-    if checkout is None:
-        return []
-    files = {file: file.read_text(errors="replace") for file in sorted(checkout.rglob("*.py"))}
     wanted = re.compile(PERSISTENT.format(re.escape(name)), re.MULTILINE)
-    fits = [file for file, text in files.items() if text == source] or [f for f, text in files.items() if wanted.search(text)]
+    texts = {file: file.read_text(errors="replace") for file in sorted(checkout.rglob("*.py"))}
+    fits = sorted((file for file, text in texts.items() if wanted.search(text)), key=lambda file: texts[file] != source)
     return [f"{'.'.join(file.relative_to(checkout).with_suffix('').parts)}:{name}" for file in fits]
 
 
@@ -183,7 +182,8 @@ def _made(part: Found, role: str, code: str, arguments: Mapping[str, Any], trust
     problems = []
     for where in codes:
         try:
-            known = _known(part.arguments, imported(where, role, trust)) if part.whole else part.arguments
+            target = imported(where, role, trust) if code else _of_checkout(where, role, trust)
+            known = _known(part.arguments, target) if part.whole else part.arguments
             spec = Network(where, _json({**known, **arguments}, role))
             module = build(spec, role, trust)
             load_weights(module, part.state, part.source, role)
@@ -191,6 +191,22 @@ def _made(part: Found, role: str, code: str, arguments: Mapping[str, Any], trust
         except InputError as error:
             problems.append(str(error))
     raise InputError("; ".join([*problems, *filter(None, [part.hint])]))
+
+
+def _of_checkout(code: str, role: str, trust: Trust) -> Any:
+    """A class that the checkpoint names, or a function of ours; InputError unless it is a network of the user's checkout."""
+    module = code.partition(":")[0]
+    if module == studiogan.__name__:
+        return imported(code, role, trust)
+    if not trust.checkout or not Path(trust.checkout, *module.split(".")).with_suffix(".py").is_file():
+        raise InputError(
+            f"the checkpoint names {code!r} as its {role}, and it was not imported: wanted --code PATH, the checkout that has "
+            f"{module}, or the class itself as --{role} {code}"
+        )
+    target = imported(code, role, trust)
+    if not (isinstance(target, type) and issubclass(target, nn.Module)):
+        raise InputError(f"the checkpoint names {code!r} as its {role}, which is no torch.nn.Module class and was not called")
+    return target
 
 
 def _known(configuration: Mapping[str, Any], kind: Any) -> dict[str, Any]:
