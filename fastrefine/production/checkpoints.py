@@ -23,7 +23,7 @@ from fastrefine.models import foreign
 from fastrefine.priors import Normal, Prior, Uniform
 from fastrefine.production import studiogan, unpickle
 from fastrefine.production.configuration import Network
-from fastrefine.production.named_code import Trust, imported
+from fastrefine.production.named_code import Trust, imported, text_of
 from fastrefine.production.saved_pair import CONFIG, ROLES, build, load_pair, save_pair
 from fastrefine.production.weights_file import chosen, load_weights, read_content
 from fastrefine.refiner import Refiner
@@ -100,7 +100,7 @@ def import_pair(
             _try(part)
         os.replace(part, outdir)
     for name, value in facts.items():
-        tell(f"{name}: {getattr(value, '__name__', value)}")
+        tell(f"{name}: {text_of(value, name) if callable(value) else value}")
     return outdir
 
 

@@ -39,6 +39,7 @@ def _networks(configuration: Mapping[str, Any]) -> tuple[nn.Module, ...]:
         file = Path(folder) / "configuration.yaml"
         file.write_text(json.dumps(configuration))  # JSON is YAML
         c = config.Configurations(str(file))
+    c.RUN.mixed_precision = False  # which its command line sets; the weights are the same
     return model.load_generator_discriminator(
         c.DATA, c.OPTIMIZATION, c.MODEL, c.STYLEGAN, c.MODULES, c.RUN, device="cpu", logger=None
     )

@@ -137,6 +137,7 @@ class Discriminator(nn.Module):
         return {"adv_output": (self.layer(x.flatten(1)) + self.embedding(label)).squeeze(1), "label": label}
 
 def load_generator_discriminator(DATA, OPTIMIZATION, MODEL, STYLEGAN, MODULES, RUN, device, logger):
+    assert device == "cpu" and not RUN.mixed_precision
     g = Generator(MODEL.z_dim, DATA.num_classes)
     return g, None, None, Discriminator(DATA.num_classes), g, None, None, None
 """
