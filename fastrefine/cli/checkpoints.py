@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fastrefine.cli.production import FOLDER, JUDGEMENT, ORIGIN, options
+from fastrefine.errors import InputError
 
 ANY = click.Path(exists=True, path_type=Path)
 
@@ -44,5 +45,16 @@ def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:
         flags["output_key"] = int(flags["output_key"])
     given = {name: value for name, value in flags.items() if value is not None}
     import_pair(source, outdir, check=not no_check, tell=lambda line: click.echo(line, err=True), **both, **given)
-    use = f"--pair {outdir}{' --trust-code' * ('code' in given)}"
+    use = f"--pair {outdir}{' --trust-code' * ('code' in given or _needs_trust(outdir))}"
     click.echo(f"wrote {outdir}. To go on: fastrefine layers {use}, then fastrefine refine {use} ...")
+
+
+def _needs_trust(folder: Path) -> bool:
+    """Whether a pair names code that a file may not name, such as a function that makes networks."""
+    from fastrefine.production.saved_pair import load_pair
+
+    try:
+        load_pair(folder)
+    except InputError:
+        return True
+    return False

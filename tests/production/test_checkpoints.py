@@ -138,6 +138,19 @@ def test_an_earlier_pair_is_not_written_over(tmp_path):
             fr.import_pair(source, tmp_path / ("p" if source.suffix else "q"), **ARGS)
 
 
+def factory():
+    return Generator()
+
+
+def test_the_command_says_what_a_pair_of_a_function_needs(tmp_path):
+    torch.save({"g": G, "d": D}, tmp_path / "c.pt")
+    done = fastrefine(
+        "import", tmp_path / "c.pt", "--outdir", tmp_path / "p", "--generator", f"{HERE}:factory", "--discriminator",
+        ARGS["discriminator"], "--prior", '{"name": "normal", "shape": [4]}', "--no-check",
+    )  # fmt: skip
+    assert f"refine --pair {tmp_path / 'p'} --trust-code" in told(done)
+
+
 def test_refine_chooses_a_network_of_a_checkpoint_by_its_role(tmp_path):
     torch.save({"g": G, "g_ema": EMA, "d": D}, tmp_path / "c.pt")
     load_weights(one := Generator(), read_weights(tmp_path / "c.pt", role="generator"), "c.pt", "generator")
