@@ -25,6 +25,8 @@ _HOMES = {
     "training.distilled": ("DistilledGenerator",),
     "training.fit": ("fit_discriminator",),
     "ops": ("use_backend",),
+    "production.checkpoints": ("import_pair",),
+    "production.hub": ("push_pair",),
     "production.saved_pair": ("Pair", "load_pair", "save_pair"),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "diagnosis.reliability": ("reliability_plot",),
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from fastrefine.priors import Product as Product
     from fastrefine.priors import TruncatedNormal as TruncatedNormal
     from fastrefine.priors import Uniform as Uniform
+    from fastrefine.production.checkpoints import import_pair as import_pair
+    from fastrefine.production.hub import push_pair as push_pair
     from fastrefine.production.saved_pair import Pair as Pair
     from fastrefine.production.saved_pair import load_pair as load_pair
     from fastrefine.production.saved_pair import save_pair as save_pair

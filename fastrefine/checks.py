@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,14 @@ if TYPE_CHECKING:
 
 # Of Refiner; here, so that the command line reads them without torch.
 COUPLINGS, ON_NOISE = ("refuse", "lockstep", "freeze"), ("refuse", "freeze")
+
+# What the command line, files and Python call samplers, stop rules and priors -> their classes. Here, as above.
+SAMPLERS = {
+    "collaborative": "Collaborative", "ddls": "DDLS", "mala": "MALA", "hmc": "HMC", "dgflow": "DGflow", "dot": "DOT",
+}  # fmt: skip
+STOPS = {"none": "FixedSteps", "median": "MedianOfReal", "reference": "ReferenceSample", "uniform": "UniformStep"}
+PRIORS = {"normal": "Normal", "uniform": "Uniform", "truncated_normal": "TruncatedNormal"}
+STEP_SIZE = 0.1  # of a sampler that is given by its name alone
 
 
 def count(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
@@ -33,6 +43,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def network(module: Any) -> str:
+    """A network in a word or two: its class and how many parameters it has."""
+    if module is None:
+        return "no generator"
+    return f"{type(module).__name__} of {sum(p.numel() for p in module.parameters()):,} parameters"
+
+
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> None:
@@ -50,7 +67,13 @@ def number(
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise InputError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise InputError(f"{name} is {shown(value)}; wanted one of {', '.join(map(repr, choices))}")
+        raise InputError(f"{name} is {shown(value)}; wanted one of {', '.join(map(repr, choices))}{closest(value, choices)}")
+
+
+def closest(value: Any, names: Iterable[str]) -> str:
+    """The end of an error: the names that a text is close to, if any."""
+    close = difflib.get_close_matches(value.lower(), list(names), n=3) if isinstance(value, str) else []
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def clamp(value: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrefine import checks, noise, stopping
 from fastrefine.errors import InputError
 from fastrefine.priors import Prior
-from fastrefine.samplers.base import Sampler
+from fastrefine.samplers import Sampler, as_sampler
 from fastrefine.stopping import StopRule
 
 Callback = Callable[[dict[str, int]], None]
@@ -31,7 +31,7 @@ DTYPES = {
 class Options:
     """The arguments of ``Refiner``, where each is described. Raises InputError for a value that is out of range.
 
-    ``stop`` becomes a rule, ``real`` a tensor, ``real_labels`` labels on the CPU, devices torch.device objects.
+    Names become a sampler and a stop rule, ``real`` a tensor, ``real_labels`` labels on the CPU, devices torch.device objects.
     """
 
     sampler: Sampler
@@ -39,9 +39,9 @@ class Options:
     max_steps: int = 50
     stop: StopRule = field(default_factory=stopping.FixedSteps)
     prior: Prior | None = None
-    real: Tensor | None = None
-    real_labels: Tensor | None = None
-    real_conditions: dict[str, Tensor] | None = None
+    real: Tensor | None = field(default=None, repr=False)
+    real_labels: Tensor | None = field(default=None, repr=False)
+    real_conditions: dict[str, Tensor] | None = field(default=None, repr=False)
     discriminator_output: str = "logit"
     num_slots: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -66,8 +66,7 @@ class Options:
     callback: Callback | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sampler, Sampler):
-            raise InputError(f"sampler is {self.sampler!r}; wanted a sampler such as fastrefine.Collaborative(step_size=0.1)")
+        self._become(sampler=as_sampler(self.sampler))
         if not isinstance(self.at, str):
             raise InputError(f"at is {self.at!r}; wanted 'input', 'output' or the name of a module")
         if self.prior is not None and not isinstance(self.prior, Prior):

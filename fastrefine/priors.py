@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,3 +137,29 @@ class Product(Prior):
 
     def table(self) -> Tensor:
         return torch.cat([self.first.table(), self.second.table()], 1)
+
+
+def as_prior(given: Prior | Mapping[str, Any]) -> Prior:
+    """A prior as it is, or {"name": "normal" | "uniform" | "truncated_normal", "shape": [...], ...}. Raises InputError."""
+    if isinstance(given, Prior):
+        return given
+    arguments: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+    kind, shape = checks.PRIORS.get(str(arguments.pop("name", ""))), arguments.pop("shape", None)
+    if kind is None or not isinstance(shape, list | tuple):
+        raise InputError(
+            f'prior is {given!r}; wanted e.g. {{"name": "normal", "shape": [64]}} of {", ".join(checks.PRIORS)}, or in Python '
+            "fastrefine.Normal(64)"
+        )
+    try:
+        return globals()[kind](*shape, **arguments)
+    except TypeError as error:
+        raise InputError(f"prior is {given!r}: {error}") from error
+
+
+def described(prior: Prior) -> dict[str, Any]:
+    """The JSON values from which ``as_prior`` makes this prior; InputError for one that has no name there."""
+    for name, kind in checks.PRIORS.items():
+        if type(prior) is globals()[kind]:
+            extra = {key: value for key, value in vars(prior).items() if key != "shape"}
+            return {"name": name, "shape": list(prior.shape), **extra}
+    raise InputError(f"{prior!r} cannot be written down; wanted one of {', '.join(checks.PRIORS.values())}")

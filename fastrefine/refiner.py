@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastrefine import checks, noise
+from fastrefine import checks, noise, stopping
 from fastrefine.diagnosis.check import Check, checked
 from fastrefine.diagnosis.findings import Finding
 from fastrefine.diagnosis.tally import Tally, summary
@@ -29,12 +29,23 @@ from fastrefine.networks.statistics import StatisticsWarning
 from fastrefine.options import Callback, Options, OutputKey
 from fastrefine.priors import Prior
 from fastrefine.result import Result
-from fastrefine.samplers.base import Sampler
+from fastrefine.samplers import Sampler
 from fastrefine.stopping import FixedSteps, StopRule
 
 _OPTIONS = {field.name for field in fields(Options)}
 # Options that the preparation of the networks does not read.
 _OF_THE_RUN = {"max_steps", "keep", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback"}
+
+
+class PairOfNetworks(Protocol):
+    """What ``Refiner.from_pair`` reads: two networks, and arguments of Refiner by name."""
+
+    @property
+    def generator(self) -> nn.Module: ...
+    @property
+    def discriminator(self) -> nn.Module: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
 
 
 class Refiner:
@@ -44,9 +55,11 @@ class Refiner:
 
     generator: called G(z) or G(z, labels), a ``Split`` of your own, or None to refine given images (at="output").
     discriminator: called D(x) or D(x, labels); one value per sample, or a map (N, 1, h, w) whose mean is the logit.
-    sampler: the update rule, e.g. Collaborative(step_size=0.1).
+    sampler: the update rule, e.g. Collaborative(step_size=0.1); or its name on the command line, "ddls" (with step_size 0.1),
+        with arguments {"name": "ddls", "step_size": 0.05}.
     at: "input" (the latent) | dotted module name, whose output is refined ("name#k": its k-th call) | "output" (images).
-    max_steps: updates per sample at most, 0 allowed. stop: None | logit | object of ``fastrefine.stopping``.
+    max_steps: updates per sample at most, 0 allowed. stop: None | logit | object of ``fastrefine.stopping``, or its name on the
+        command line: "median" | "reference" | "uniform".
     prior: where ``sample`` and ``stream`` draw latents. real, real_labels, real_conditions: real images (N, ...) in the
         generator's range, their labels, and their conditions by name; scored under the current discriminator. Stop rules,
         adaptive and ladam read these logits, per class if labelled.
@@ -102,10 +115,10 @@ class Refiner:
         self,
         generator: nn.Module | Split | None,
         discriminator: nn.Module,
-        sampler: Sampler,
+        sampler: Sampler | str | Mapping[str, Any],
         at: str = "input",
         max_steps: int = 50,
-        stop: StopRule | float | None = None,
+        stop: StopRule | float | str | None = None,
         prior: Prior | None = None,
         real: Tensor | None = None,
         real_labels: Tensor | None = None,
@@ -141,6 +154,29 @@ class Refiner:
         self._networks, self._idle = Networks(generator, discriminator, self.options), IdleMachines()
         _check_fit(self)
 
+    @classmethod
+    def from_pair(cls, pair: PairOfNetworks, **changes: Any) -> Refiner:
+        """The refiner of a pair: its networks, how they are called, prior, place, sampler, stop rule and steps.
+
+        pair: of ``fastrefine.load_pair``. changes: arguments of Refiner that win over the pair's, and those that a pair
+        does not hold, such as ``real``. Raises InputError for a name that is no argument, and as Refiner does.
+
+        Example: ``fr.Refiner.from_pair(fr.load_pair("digits"), max_steps=5, stop=None).sample(8, seed=0)``
+        """
+        if not isinstance(getattr(pair, "options", None), dict):
+            raise InputError(f"pair is a {type(pair).__name__}; wanted what fastrefine.load_pair(folder or name) gives")
+        _check_names(changes, {"generator", "discriminator"})
+        return cls(**{"generator": pair.generator, "discriminator": pair.discriminator, **pair.options, **changes})
+
+    def __repr__(self) -> str:
+        o = self.options
+        stop = "" if isinstance(o.stop, stopping.FixedSteps) else f", stop={o.stop!r}"
+        real = "" if o.real is None else f", {len(o.real)} real images"
+        return (
+            f"Refiner({checks.network(self.generator)}, {checks.network(self.discriminator)}, {o.sampler!r} at {o.at!r}, "
+            f"max_steps={o.max_steps}{stop}, prior={o.prior!r}{real}, {o.precision} on {o.device})"
+        )
+
     @property
     def generator(self) -> nn.Module | Split | None:
         return self._networks.generator
@@ -165,9 +201,7 @@ class Refiner:
 
         Raises InputError for a name that is no option, and for values out of range.
         """
-        unknown = sorted(changes.keys() - _OPTIONS)
-        if unknown:
-            raise InputError(f"{', '.join(unknown)}: a Refiner has no such option; it has {', '.join(sorted(_OPTIONS))}")
+        _check_names(changes)
         given = {name: getattr(self.options, name) for name in _OPTIONS} | changes
         if given["device"] is None:
             given["device"] = device_of(self.generator, self.discriminator)
@@ -354,6 +388,14 @@ class Refiner:
             )
 
 
+def _check_names(changes: Mapping[str, Any], further: Iterable[str] = ()) -> None:
+    """InputError for a name that is no option."""
+    known = _OPTIONS | {*further}
+    if unknown := sorted(changes.keys() - known):
+        close = checks.closest(unknown[0], known)
+        raise InputError(f"{', '.join(unknown)}: a Refiner has no such option; it has {', '.join(sorted(known))}{close}")
+
+
 def _check_networks(generator: Any, discriminator: Any, at: Any) -> None:
     """InputError unless these are networks that can be refined at ``at``."""
     if not isinstance(discriminator, nn.Module):
@@ -415,6 +457,9 @@ class RefinedDataset(IterableDataset):
 
     def __len__(self) -> int:
         return self.n
+
+    def __repr__(self) -> str:
+        return f"RefinedDataset({self.n} samples from id {self.first_id}, seed {self.seed}, {self.refiner!r})"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()

@@ -76,6 +76,10 @@ class Snapshot:
     logits: Tensor
     activations: Tensor
 
+    def __repr__(self) -> str:
+        of = "x".join(map(str, self.images.shape[1:]))
+        return f"Snapshot({len(self.images)} images of {of}; mean logit {self.logits.float().mean():.3g})"
+
     def select(self, indices: Tensor | slice) -> Snapshot:
         """The samples at ``indices``."""
         return self._mapped(lambda tensor: tensor[indices])

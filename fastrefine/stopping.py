@@ -105,7 +105,7 @@ class Threshold(StopRule):
         return torch.full((len(ids),), float(self.logit), dtype=torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _FromReal(StopRule):
     """A rule that reads logits of real images: given here, else those of the Refiner's ``real``."""
 
@@ -123,6 +123,10 @@ class _FromReal(StopRule):
         if len(logits) == 0 or not torch.isfinite(logits).all():
             raise InputError(f"{type(self).__name__}: wanted one or more finite real logits, got {len(logits)} values")
         object.__setattr__(self, "real", RealLogits(logits))
+
+    def __repr__(self) -> str:
+        given = "" if self.logits is None or self.real is None else f"{len(self.real.logits)} logits"
+        return f"{type(self).__name__}({given})"
 
     @property
     def needs_real(self) -> bool:  # type: ignore[override]
@@ -173,14 +177,31 @@ class UniformStep(StopRule):
         return torch.floor(_uniform(ids, seed, Stream.LAST_STEP) * (max_steps + 1)).clamp(max=max_steps).int()
 
 
-def as_rule(stop: StopRule | float | None) -> StopRule:
-    """None -> always max_steps, a number -> Threshold, a rule as it is; InputError on anything else."""
+def as_rule(stop: StopRule | float | str | None) -> StopRule:
+    """None -> always max_steps, a number -> Threshold, a rule as it is; or its name on the command line, e.g. "median".
+
+    Raises InputError on anything else.
+    """
     if stop is None:
         return FixedSteps()
     if isinstance(stop, StopRule):
         return stop
+    if isinstance(stop, str):
+        checks.choice("stop", stop, tuple(checks.STOPS))
+        return globals()[checks.STOPS[stop]]()
     if isinstance(stop, Tensor) and stop.numel() == 1:
         stop = stop.item()
     if isinstance(stop, Real) and not isinstance(stop, bool):
         return Threshold(float(stop))
-    raise InputError(f"stop is {stop!r}; wanted None, a logit, or an object of fastrefine.stopping")
+    names = ", ".join(map(repr, checks.STOPS))
+    raise InputError(f"stop is {checks.shown(stop)}; wanted None, a logit, an object of fastrefine.stopping, or one of {names}")
+
+
+def described(rule: StopRule) -> str | float:
+    """The JSON value from which ``as_rule`` makes this rule; InputError for one that has no name there."""
+    if isinstance(rule, Threshold):
+        return float(rule.logit)
+    for name, kind in checks.STOPS.items():
+        if type(rule) is globals()[kind] and getattr(rule, "logits", None) is None:
+            return name
+    raise InputError(f"stop is {rule!r}, which cannot be written down; wanted a logit or one of {', '.join(checks.STOPS)}")

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fastrefine import __version__
-from fastrefine.cli import models, production, reports
+from fastrefine.cli import checkpoints, models, production, reports
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -56,7 +56,7 @@ def doctor() -> None:
 
 
 for command in (
-    production.refine, production.verify, production.merge, models.evaluate, models.check, models.shape,
+    production.refine, production.verify, production.merge, checkpoints.import_, models.evaluate, models.check, models.shape,
     models.distil, models.layers, models.bench, reports.grid, reports.report,
 ):  # fmt: skip
     cli.add_command(command)

@@ -52,7 +52,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
         flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
     allow_pickle, trust = flags.pop("allow_pickle"), Trust(**trusted_by(flags))
     pair, configuration = saved_pair.configured(configuration_of(ctx, flags), trust=trust, allow_pickle=allow_pickle)
-    latents = saved_pair.make_prior(configuration.prior).sample(torch.arange(8), 0)
+    latents = pair.prior.sample(torch.arange(8), 0)
     labels = torch.zeros(len(latents), dtype=torch.int64) if pair.takes_labels("generate")[1] else None
     given = load_conditions(configuration.conditions) if configuration.conditions else {}
     given = {name: value[torch.arange(len(latents)) % len(value)] for name, value in given.items()}
@@ -145,7 +145,6 @@ def shape(
     from safetensors.torch import save_file
 
     import fastrefine as fr
-    from fastrefine.production import saved_pair
 
     trusts = flags["trust_code"]
     worker = worker_of(ctx, flags, labels=True)
@@ -158,11 +157,7 @@ def shape(
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     if c.pair:
-        pair, (g, d) = worker.pair, worker.pair.specs
-        saved_pair.save_pair(
-            outdir, pair.generator, shaped.cpu(), code=(g.code, d.code), arguments=(g.arguments, d.arguments),
-            prior=saved_pair.make_prior(pair.prior), **{name: getattr(c, name) for name in saved_pair.DEFAULTS},
-        )  # fmt: skip
+        worker.pair.saved(outdir, discriminator=shaped.cpu())
     else:
         part = outdir / "discriminator.part"
         save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
@@ -219,22 +214,17 @@ def distil(
     if (outdir / "config.json").exists():
         raise click.UsageError(f"{outdir} holds a pair already; wanted a new or empty --outdir")
     import fastrefine as fr
-    from fastrefine.production import saved_pair
     from fastrefine.production.distillation import quality
 
     worker = worker_of(ctx, flags, labels=True)
-    pair, c = worker.pair, worker.configuration
+    pair = worker.pair
     if any(spec.code.endswith(".pt2") for spec in pair.specs):
         raise click.UsageError("archives (.pt2) cannot be saved as a pair; wanted networks from code")
     g = fr.distil(
         worker.refiner, pairs, rounds, seed, conditions=worker.conditions_of(pairs), flops=flops, iterations=iterations,
         batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
-    specs, kept = pair.specs, {name: getattr(c, name) for name in saved_pair.DEFAULTS}
-    saved_pair.save_pair(
-        outdir, g.cpu(), pair.discriminator, code=(specs[0].code, specs[1].code),
-        arguments=(specs[0].arguments, specs[1].arguments), prior=saved_pair.make_prior(c.prior), **kept | {"at": g.refined_at},
-    )  # fmt: skip
+    pair.saved(outdir, generator=g.cpu(), at=g.refined_at)
     click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
                f"generator's FLOPs, and it leaves {g.report['held_out_error']:.0%} of the refinement undone")  # fmt: skip
     for line in quality(worker, g, samples, features):

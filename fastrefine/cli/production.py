@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from fastrefine.checks import COUPLINGS, ON_NOISE
+from fastrefine.checks import COUPLINGS, ON_NOISE, SAMPLERS, STEP_SIZE
 from fastrefine.errors import InputError
 from fastrefine.production.configuration import CHOICES, FORMATS, SELECTIONS, Configuration, renamed
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 RESUMABLE = 3  # exit code
-SAMPLERS = ("collaborative", "ddls", "mala", "hmc", "dgflow", "dot")
 
 
 class Interrupted(BaseException):
@@ -67,11 +66,14 @@ def network_options(name: str, call: str) -> list[Callable[..., Any]]:
     ]
 
 
-GENERATOR = [
-    click.option("--pair", help="digits | mnist (embedded), or a folder of fastrefine.save_pair."),
+ORIGIN = [
     *network_options("generator", "generate"),
     click.option("--prior", type=JsonObject('\'{"name": "normal", "shape": [128]}\''),
                  help='e.g. {"name": "normal", "shape": [128]} (default: the pair\'s).'),
+]  # fmt: skip
+GENERATOR = [
+    click.option("--pair", help="digits | mnist (embedded), a folder of fastrefine.save_pair, or USER/NAME of the Hub."),
+    *ORIGIN,
     click.option("--allow-pickle", is_flag=True, help="Unpickle checkpoints; this runs any code in them."),
     click.option("--trust-code", is_flag=True, help="Run whatever code the pair or --config names, not only classes of "
                  "networks."),
@@ -80,7 +82,7 @@ CONDITIONS = [
     click.option("--conditions", metavar="FILE", type=click.Path(), help=".npz or .safetensors of arrays (N, ...) by name: "
                  "further inputs of --generate and --discriminate, row i for sample i."),
 ]  # fmt: skip
-DISCRIMINATOR = [
+JUDGEMENT = [
     *network_options("discriminator", "discriminate"),
     click.option("--output-key", help="Key or index of the logit in what D returns."),
     click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
@@ -91,15 +93,18 @@ DISCRIMINATOR = [
     click.option("--on-noise", type=click.Choice(ON_NOISE), help="Of networks that draw random numbers (default: the "
                  "pair's, or refuse)."),
     click.option("--at", help="input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
+]  # fmt: skip
+DISCRIMINATOR = [
+    *JUDGEMENT,
     click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
     click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
 ]  # fmt: skip
 REFINEMENT = [
-    click.option("--sampler", type=click.Choice(SAMPLERS), default="collaborative", show_default=True),
-    click.option("--step-size", type=float, default=0.1, show_default=True),
+    click.option("--sampler", type=click.Choice(tuple(SAMPLERS)), help="Default: the pair's, or collaborative."),
+    click.option("--step-size", type=float, help=f"Default: the pair's, or {STEP_SIZE}."),
     click.option("--sampler-args", type=KEYWORDS, help="Further arguments of the sampler, as JSON."),
-    click.option("--max-steps", type=click.IntRange(min=0), default=50, show_default=True),
-    click.option("--stop", default="none", show_default=True, help="none | median | reference | uniform | a logit."),
+    click.option("--max-steps", type=click.IntRange(min=0), help="Default: the pair's, or 50."),
+    click.option("--stop", help="none | median | reference | uniform | a logit (default: the pair's, or none)."),
     click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
     click.option("--real", type=click.Path(), help="Real images, for --stop and --select: folder, .npz, digits..."),
     click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
@@ -260,10 +265,13 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
             if "code" not in values[role]:
                 raise click.UsageError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
     if "sampler" in flags:
-        sampler = {"name": flags.pop("sampler"), "step_size": flags.pop("step_size"), **(flags.pop("sampler_args") or {})}
-        if "sampler" not in base or any(given(name) for name in ("sampler", "step_size", "sampler_args")):
-            values["sampler"] = sampler
-    if "stop" in flags:
+        name, size, more = (flags.pop(key) for key in ("sampler", "step_size", "sampler_args"))
+        told = {} if size is None else {"step_size": size}
+        if name is not None:
+            values["sampler"] = {"name": name, "step_size": STEP_SIZE, **told, **(more or {})}
+        elif told or more:  # of the configuration's sampler, or the pair's
+            values["sampler"] = {**(base.get("sampler") or {}), **told, **(more or {})}
+    if flags.get("stop") is not None:
         with contextlib.suppress(ValueError):  # "median", ...
             flags["stop"] = float(flags["stop"])
     for name in ("classes", "output_key"):

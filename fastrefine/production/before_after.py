@@ -76,7 +76,7 @@ class BeforeAfter:
     @property
     def baseline_steps(self) -> int:
         """The most steps that the images "before" had: 0 where they are raw."""
-        return 0 if self.raw is None else self.raw.configuration.max_steps
+        return 0 if self.raw is None else self.raw.configuration.max_steps or 0
 
     @cached_property
     def worker(self) -> Worker:

@@ -19,7 +19,6 @@ from fastrefine.errors import InputError
 
 FORMATS = ("npz", "png", "wds", "safetensors")
 SELECTIONS = ("none", "mh", "drs", "obrs")
-STOPS = ("none", "median", "reference", "uniform")
 CHOICES = {
     "format": FORMATS, "select": SELECTIONS, "keep": ("last", "best"),
     "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
@@ -27,13 +26,17 @@ CHOICES = {
     "coupling": ("", *checks.COUPLINGS), "on_noise": ("", *checks.ON_NOISE),
     "calibrate": ("", "isotonic", "platt", "beta", "temperature"),
 }  # fmt: skip
-COUNTS = {"max_steps": 0, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
+COUNTS = {"num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
 USUAL_RANGE = (-1.0, 1.0)
 # How the networks are called: arguments of Refiner, which a pair keeps.
 CALLS = (
     "generate", "discriminate", "generator_kwargs", "discriminator_kwargs", "output_key", "coupling", "group_size", "pack",
     "on_noise",
 )  # fmt: skip
+# Of a run where neither the configuration nor the pair says.
+RUN: dict[str, Any] = {
+    "sampler": {"name": "collaborative", "step_size": checks.STEP_SIZE}, "max_steps": 50, "stop": "none",
+}  # fmt: skip
 PATHS = ("pair", "real", "held_out", "conditions")
 
 
@@ -60,7 +63,8 @@ class Configuration:
     """Everything that the bytes of a run's files depend on, except machine and versions.
 
     pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
-    sampler: {"name": ..., and its arguments}. stop: one of STOPS, or a logit. real: real images, for stop, steps and select.
+    sampler: {"name": ..., and its arguments}. stop: one of ``checks.STOPS``, or a logit. These and max_steps: where they
+    are not given as the pair says, or as RUN. real: real images, for stop, steps and select.
     ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
     select: among chain_length proposals of each image; budget: of obrs. calibrate: a method of ``fastrefine.calibrate`` for the
     logits that select reads, fitted on real images, those of held_out if given, else of real. image_range: of the generator's
@@ -74,9 +78,9 @@ class Configuration:
     discriminator: Network | None = None
     prior: dict[str, Any] = field(default_factory=dict)
     at: str = ""
-    sampler: dict[str, Any] = field(default_factory=lambda: {"name": "collaborative", "step_size": 0.1})
-    max_steps: int = 50
-    stop: str | float = "none"
+    sampler: dict[str, Any] = field(default_factory=dict)
+    max_steps: int | None = None
+    stop: str | float = ""
     keep: str = "last"
     real: str = ""
     discriminator_output: str = ""
@@ -117,8 +121,11 @@ class Configuration:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(filter(None, choices))}")
-        if self.stop not in STOPS and not _is_number(self.stop):
-            raise InputError(f"stop is {self.stop!r}; wanted a logit or one of {', '.join(STOPS)}")
+        if self.stop not in ("", *checks.STOPS) and not _is_number(self.stop):
+            close = checks.closest(self.stop, checks.STOPS)
+            raise InputError(f"stop is {self.stop!r}; wanted a logit or one of {', '.join(checks.STOPS)}{close}")
+        if self.max_steps is not None:
+            object.__setattr__(self, "max_steps", checks.count("max_steps", self.max_steps, 0))
         for name, least in COUNTS.items():
             object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
         if self.classes not in (None, "random") and (type(self.classes) is not int or self.classes < 0):

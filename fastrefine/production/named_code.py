@@ -15,7 +15,7 @@ from torch import nn
 
 from fastrefine.errors import InputError
 
-OWN = "fastrefine.models."  # whose functions make networks and do nothing else
+OWN = "fastrefine.models."  # whose functions make networks or call them, and do nothing else
 HOW = "If you trust it, pass trust_code=True, or --trust-code to a command"
 
 
@@ -23,12 +23,14 @@ HOW = "If you trust it, pass trust_code=True, or --trust-code to a command"
 class Trust:
     """Which texts may name any code: all of them (``trust_code=True``), or those that the user typed.
 
-    file: where the other texts come from; None where they were given from Python.
+    file: where the other texts come from; None where they were given from Python. checkout: the folder in which the modules lie
+    by what the file says; imported from only where everything is trusted.
     """
 
     everything: bool = False
     typed: frozenset[str] = frozenset()
     file: Path | None = None
+    checkout: str = ""
 
     def __str__(self) -> str:
         return "the configuration" if self.file is None else str(self.file)
@@ -65,25 +67,40 @@ def imported(code: str, what: str, trust: Trust) -> Any:
     try:
         if not trusted:
             _import_carefully(names, code, trust)
+        elif trust.checkout and trust.checkout not in sys.path:
+            sys.path.insert(0, trust.checkout)
         target: Any = importlib.import_module(module_name)
         for part in attributes:
             target = getattr(target, part) if trusted else _entry(target, part)
     except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"the {what}'s code {code!r} cannot be imported ({error}); is its folder on PYTHONPATH? In that folder: "
-            "PYTHONPATH=. fastrefine ..."
-        ) from error
+        hint = "is its folder on PYTHONPATH? In that folder: PYTHONPATH=. fastrefine ..."
+        if trust.checkout and not trusted:
+            hint = f"it was saved with modules in {trust.checkout}: PYTHONPATH={trust.checkout} fastrefine ... . {HOW}"
+        raise InputError(f"the {what}'s code {code!r} cannot be imported ({error}); {hint}") from error
+    if trusted and trust.checkout:
+        _check_checkout(sys.modules[module_name], trust.checkout)
     return target
+
+
+def _check_checkout(module: ModuleType, checkout: str) -> None:
+    """InputError where a module was imported from elsewhere before, and the checkout has one of that name."""
+    top = module.__name__.partition(".")[0]
+    there = [Path(checkout) / name for name in (top, f"{top}.py")]
+    file = getattr(module, "__file__", None) or ""
+    if any(place.exists() for place in there) and not Path(file).resolve().is_relative_to(Path(checkout).resolve()):
+        raise InputError(
+            f"module {module.__name__!r} of {checkout} is wanted, but {file} was imported as that before; use another process"
+        )
 
 
 def function(code: str, what: str, trust: Trust) -> Any:
     """The function "module:function" of the caller that is named for ``what``; InputError where the text is not trusted."""
-    if not trust.covers(code):
+    found = imported(code, what, trust) if trust.covers(code) or code.startswith(OWN) else None
+    if not trust.covers(code) and not _is_own(found):
         raise InputError(
             f"{trust} names {code!r} as {what}, and a file may name no function: it was not imported; wanted it typed, as "
             f"--{what} {code}. {HOW}"
         )
-    found = imported(code, what, trust)
     if not callable(found):
         raise InputError(f"{what} is {code!r}, a {type(found).__name__}; wanted module:function")
     return found
@@ -112,13 +129,16 @@ def network_code(code: str, what: str, trust: Trust) -> Any:
     """What makes a network: a class that is a torch.nn.Module, or where the text is trusted any callable or a module."""
     target = imported(code, what, trust)
     is_class = issubclass(type(target), type) and issubclass(target, nn.Module)
-    is_own = type(target) is FunctionType and target.__module__.startswith(OWN)
-    if not trust.covers(code) and not is_class and not is_own:
+    if not trust.covers(code) and not is_class and not _is_own(target):
         raise InputError(
             f"{trust} names {code!r} as the {what}, a {type(target).__name__}, which was not called; wanted a torch.nn.Module "
             f"class: a file may name no other code. {HOW}"
         )
     return target
+
+
+def _is_own(target: Any) -> bool:
+    return type(target) is FunctionType and target.__module__.startswith(OWN)
 
 
 def _import_carefully(names: list[str], code: str, trust: Trust) -> None:

@@ -105,7 +105,7 @@ class _Page:
             "first": self.part("images before", lambda: self.cards(range(min(SHOWN, len(pairs.ids))))) or self.cards_after(),
             "largest": self.part("largest changes", self.largest),
             "nearest": self.part("nearest real images", self.nearest), "features": metrics and report.features.name,
-            "scores": _histogram(shown, "score (logit)"), "steps": _bars(steps, self.pairs.folder.configuration.max_steps),
+            "scores": _histogram(shown, "score (logit)"), "steps": _bars(steps, self.pairs.folder.configuration.max_steps or 0),
             "status": [(name, count, count / numbers["images"], STATUS[name]) for name, count in numbers["status"].items()],
             "metrics": metrics, "distance": distance, "verdict": _verdict(distance),
             "num_real": metrics and len(report.truth[0]),

@@ -23,15 +23,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastrefine import priors, samplers
+from fastrefine import checks, priors, samplers, stopping
 from fastrefine.errors import InputError
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
-from fastrefine.priors import Prior
-from fastrefine.production.configuration import CALLS, USUAL_RANGE, Configuration, Network
+from fastrefine.priors import Prior, as_prior
+from fastrefine.production import hub
+from fastrefine.production.configuration import CALLS, RUN, USUAL_RANGE, Configuration, Network
 from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, function, network_code, text_of
 from fastrefine.production.weights_file import load_weights, read_weights
-from fastrefine.samplers.base import Sampler
+from fastrefine.samplers import Sampler, as_sampler
+from fastrefine.stopping import StopRule, as_rule
 from fastrefine.training.distilled import DistilledGenerator
 
 CONFIG = "config.json"
@@ -41,28 +43,97 @@ DISTILLED = f"{DistilledGenerator.__module__}:{DistilledGenerator.__qualname__}"
 DEFAULTS = ("at", "discriminator_output", "image_range", "num_classes", *CALLS)
 FUNCTIONS = {"generate": "generator", "discriminate": "discriminator"}  # -> whom they call
 PLAIN = Configuration(pair="digits")  # where nothing is given
-PRIORS = {"normal": priors.Normal, "uniform": priors.Uniform, "truncated_normal": priors.TruncatedNormal}
-SAMPLERS = {
-    "collaborative": samplers.Collaborative, "ddls": samplers.DDLS, "mala": samplers.MALA, "hmc": samplers.HMC,
-    "dgflow": samplers.DGflow, "dot": samplers.DOT,
-}  # fmt: skip
+USUAL = {
+    "at": "input",
+    "discriminator_output": "logit",
+    "image_range": USUAL_RANGE,
+    "num_classes": 0,
+    "coupling": "refuse",
+    **RUN,
+}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two networks in eval mode, their prior and the defaults of a run as they were saved, and where the networks come from.
+    """Two networks in eval mode, and what was saved with them: all that ``Refiner.from_pair`` needs.
 
-    calls: how the networks are called, as arguments of Refiner: those of ``configuration.CALLS`` that were saved.
+    prior: of the latents. defaults: JSON values by the names of DEFAULTS and RUN, as far as they were saved.
+    specs: where the networks come from.
+    calls: how they are called, as arguments of Refiner: those of ``configuration.CALLS`` that were saved.
+    checkout: the folder in which the modules of the networks lie, "" where they are installed.
 
-    Example: ``fr.Refiner(pair.generator, pair.discriminator, fr.Collaborative(0.1), prior=fr.Normal(32), **pair.calls)``
+    Example: ``fr.Refiner.from_pair(fr.load_pair("digits"), sampler=fr.Collaborative(0.3), max_steps=20)``
     """
 
     generator: nn.Module
     discriminator: nn.Module
-    prior: dict[str, Any]
+    prior: Prior
     defaults: dict[str, Any]
     specs: tuple[Network, Network]
     calls: dict[str, Any] = field(default_factory=dict)
+    checkout: str = ""
+
+    @property
+    def at(self) -> str:
+        """The place whose output is refined."""
+        return self._said("at")
+
+    @property
+    def sampler(self) -> Sampler:
+        return as_sampler(self._said("sampler"))
+
+    @property
+    def stop(self) -> StopRule:
+        return as_rule(self._said("stop"))
+
+    @property
+    def max_steps(self) -> int:
+        return self._said("max_steps")
+
+    @property
+    def discriminator_output(self) -> str:
+        """ "logit" | "probability" | "critic"."""
+        return self._said("discriminator_output")
+
+    @property
+    def image_range(self) -> tuple[float, float]:
+        """Of the generator's images."""
+        low, high = self._said("image_range")
+        return low, high
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes labels have, 0 where there are none or it was not saved."""
+        return self._said("num_classes")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of Refiner by name, without the networks."""
+        names = ("sampler", "at", "max_steps", "stop", "prior", "discriminator_output")
+        return {**{name: getattr(self, name) for name in names}, **self.calls}
+
+    def _said(self, name: str) -> Any:
+        return self.defaults.get(name, USUAL[name])
+
+    def __repr__(self) -> str:
+        labels = f", {self.num_classes} classes" if self.num_classes else ""
+        called = f", {', '.join(self.calls)} given" if self.calls else ""
+        low, high = self.image_range
+        return (
+            f"Pair({checks.network(self.generator)}, {checks.network(self.discriminator)}, prior={self.prior!r}, "
+            f"at={self.at!r}, sampler={self.sampler!r}, max_steps={self.max_steps}, stop={self.stop!r}, "
+            f"{self.discriminator_output}, images {low:g} to {high:g}{labels}{called})"
+        )
+
+    def saved(self, folder: Path, *, generator: nn.Module | None = None, discriminator: nn.Module | None = None,
+              at: str = "") -> Path:  # fmt: skip
+        """``save_pair`` this pair with other weights or networks, and refined at another place."""
+        g, d = self.specs
+        return save_pair(
+            folder, generator or self.generator, discriminator or self.discriminator, code=(g.code, d.code),
+            arguments=(g.arguments, d.arguments), prior=self.prior, checkout=self.checkout,
+            **self.defaults | ({"at": at} if at else {}),
+        )  # fmt: skip
 
     def takes_labels(self, caller: str) -> tuple[bool, bool]:
         """(whether labels are used, whether they are needed) by "generate", the call of G, or "discriminate", that of D."""
@@ -80,7 +151,8 @@ def save_pair(
     generate: Callable[..., Any] | str = "", discriminate: Callable[..., Any] | str = "",
     generator_kwargs: Mapping[str, Any] = MappingProxyType({}), discriminator_kwargs: Mapping[str, Any] = MappingProxyType({}),
     output_key: str | int | None = None, coupling: str = "refuse", group_size: int | None = None,
-    pack: int = 1, on_noise: str = "refuse",
+    pack: int = 1, on_noise: str = "refuse", sampler: Sampler | str | Mapping[str, Any] | None = None,
+    stop: StopRule | float | str | None = None, max_steps: int | None = None, checkout: str | Path = "",
 ) -> Path:  # fmt: skip
     """Write a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``; returns the folder.
 
@@ -89,10 +161,15 @@ def save_pair(
     at, discriminator_output, image_range, num_classes: defaults of a run with this pair.
     generate ... on_noise: how the networks are called, as for ``Refiner``. A function is kept by its name, so it stands at
     the top level of a module (no lambda), or is given as "package.module:function"; the keywords are JSON values.
+    sampler, stop, max_steps: what ``Refiner.from_pair`` and commands do with this pair unless they are told otherwise, as for
+    ``Refiner``. None: Collaborative(0.1), no rule, 50 steps.
+    checkout: the folder in which the modules of ``code`` lie, if they are not installed. Who loads the pair names it in
+    PYTHONPATH, or passes ``trust_code=True``.
 
     Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Of a distilled generator ``code`` and
     ``arguments`` make the generator that it was distilled from. Raises InputError where the weights do not
-    fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. An earlier pair
+    fit what ``code`` makes, so every saved pair can be loaded, and where the generator has no module ``at``. Classes of the
+    running program (``__main__``) are refused: no other process can import them. An earlier pair
     in the folder is replaced when all of the new one is written.
 
     Example: ``fr.save_pair("mypair", g, d, code=("mygan:Generator", "mygan:Discriminator"), prior=fr.Normal(16), at="1")``
@@ -100,6 +177,13 @@ def save_pair(
     folder = Path(folder)
     if not isinstance(code, tuple | list) or [type(part) for part in code] != [str, str]:
         raise InputError(f'code is {code!r}; wanted two texts, ("package.module:Generator", "package.module:Discriminator")')
+    for where in code:
+        if where.partition(":")[0] == "__main__":
+            name = where.partition(":")[2]
+            raise InputError(
+                f"code names {where!r}, a class of the running program, which no other program can import; put it in a file of "
+                f'its own, e.g. mynetworks.py, import it from there, and pass "mynetworks:{name}"'
+            )
     networks = [unwrap(network) for network in (generator, discriminator)]
     for network, name in zip(networks, ROLES, strict=True):
         if not isinstance(network, nn.Module):
@@ -119,7 +203,9 @@ def save_pair(
         pair=str(folder), at=at, discriminator_output=discriminator_output, image_range=image_range, num_classes=num_classes,
         generate=text_of(generate, "generate") if generate else "", generator_kwargs=g_kwargs, output_key=output_key,
         discriminate=text_of(discriminate, "discriminate") if discriminate else "", discriminator_kwargs=d_kwargs,
-        coupling=coupling, group_size=group_size, pack=pack, on_noise=on_noise,
+        coupling=coupling, group_size=group_size, pack=pack, on_noise=on_noise, max_steps=max_steps,
+        sampler={} if sampler is None else samplers.described(as_sampler(sampler)),
+        stop="" if stop is None else stopping.described(as_rule(stop)),
     )  # fmt: skip  # which checks them
     g = networks[0]
     if isinstance(g, DistilledGenerator) and code[0] != DISTILLED:
@@ -128,15 +214,17 @@ def save_pair(
         g_arguments = _json({**g.arguments, "generator": inner, "generate": caller, "report": g.report})
         code = DISTILLED, code[1]
     config: dict[str, Any] = {}
-    weights = {}
+    weights, trust = {}, Trust(everything=True, checkout=str(checkout and Path(checkout).resolve()))
     for name, network, where, given in zip(ROLES, networks, code, (g_arguments, d_arguments), strict=True):
         state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
-        load_weights(build(Network(where, given), name, Trust(everything=True)), state, f"the {name}")
+        load_weights(build(Network(where, given), name, trust), state, f"the {name}")
         weights[f"{name}.safetensors"] = state
         config[name] = {"code": where, "arguments": given, "weights": f"{name}.safetensors"}
     kept = {name: getattr(defaults, name) for name in DEFAULTS}
     kept |= {name: "" for name in ("coupling", "on_noise") if kept[name] == "refuse"}  # as a Refiner does by itself
-    config |= {"prior": describe_prior(prior)}
+    config |= {"prior": priors.described(as_prior(prior))}
+    config |= {name: getattr(defaults, name) for name in RUN if getattr(defaults, name) != getattr(PLAIN, name)}
+    config |= {"checkout": trust.checkout} if checkout else {}
     config |= {name: value for name, value in kept.items() if name not in CALLS or value != getattr(PLAIN, name)}
     text = json.dumps(config, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +239,10 @@ def save_pair(
 
 
 def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: bool = False) -> Pair:
-    """The pair of a folder, or an embedded one ("digits", "mnist"). Raises InputError that names what is wrong.
+    """The pair of a folder, an embedded one ("digits", "mnist"), or one of the Hub. Raises InputError that names what is wrong.
+
+    folder: also "user/name" or "user/name@revision", a repository of the Hugging Face Hub (needs huggingface_hub), where no
+    folder is called that; or the folder of a snapshot of one.
 
     Of the code that config.json names, only classes that are torch.nn.Modules are used, and no module in the folder itself is
     imported. trust_code: any code may be named, as by whoever wrote the file; also functions that make networks.
@@ -160,6 +251,8 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
     """
     if str(folder) in EMBEDDED and not Path(folder).exists():
         return embedded_pair(str(folder))
+    if not Path(folder).exists() and hub.NAME.fullmatch(str(folder)):
+        folder = hub.snapshot(str(folder))
     folder = Path(folder)
     file = folder / CONFIG
     if not file.is_file():
@@ -167,22 +260,28 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
     try:
         config = json.loads(file.read_text())
         g, d = (Network(**config[name]) for name in ROLES)
-        prior = dict(config["prior"])
+        given, checkout = dict(config["prior"]), str(config.get("checkout", ""))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is no configuration of a pair ({type(error).__name__}: {error})") from error
-    here = []
+    here, places = [], [folder]
+    if folder.parent.name == "snapshots":  # whose files are links into the repository's own blobs
+        places.append(folder.parent.parent / "blobs")
     for spec in (g, d):
-        check_inside(spec.weights, file, folder)
+        check_inside(spec.weights, file, *places)
         here.append(replace(spec, weights=str(folder / spec.weights)))
         if spec.code.endswith(".pt2"):
-            check_inside(spec.code, file, folder)
+            check_inside(spec.code, file, *places)
             here[-1] = replace(here[-1], code=str(folder / spec.code))
-    trust, defaults = Trust(trust_code, file=file), {name: config[name] for name in DEFAULTS if name in config}
+    trust = Trust(trust_code, file=file, checkout=checkout)
+    said = {name: config[name] for name in (*DEFAULTS, *RUN) if name in config}
     try:
-        checked = Configuration(pair=str(folder), **defaults)
+        checked, prior = Configuration(pair=str(folder), **said), as_prior(given)
+        if checked.sampler:
+            as_sampler(checked.sampler)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    return Pair(*_loaded(here, trust, allow_pickle), prior, defaults, (g, d), _calls(checked, trust))
+    defaults = {name: getattr(checked, name) for name in said if getattr(checked, name) != getattr(PLAIN, name)}
+    return Pair(*_loaded(here, trust, allow_pickle), prior, defaults, (g, d), _calls(checked, trust), checkout)
 
 
 def _calls(configuration: Configuration, trust: Trust) -> dict[str, Any]:
@@ -208,7 +307,8 @@ def load_network(network: Network, name: str, *, trust: Trust = UNTRUSTED, allow
     module = build(network, name, trust)
     if not network.weights:
         raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
-    load_weights(module, read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle), network.weights)
+    weights = read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle, role=name)
+    load_weights(module, weights, network.weights, name)
     return module.eval()
 
 
@@ -216,6 +316,7 @@ def configured(
     configuration: Configuration, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False
 ) -> tuple[Pair, Configuration]:
     """The networks of a configuration, and the configuration with the pair's values filled in where it has none."""
+    pair = None
     if configuration.pair:
         pair = load_pair(configuration.pair, allow_pickle=allow_pickle, trust_code=trust.everything)
     else:
@@ -225,55 +326,23 @@ def configured(
             if trust.file is not None and not trust.covers(spec.weights):
                 folders = Path.cwd(), trust.file.parent
                 check_inside(spec.weights, trust.file, *folders, otherwise=", or its path as a flag, or --trust-code")
-        pair = Pair(*_loaded(specs, trust, allow_pickle), {}, {}, specs)
     at, generator = configuration.at, configuration.generator
     if generator and generator.code.endswith(".pt2") and at not in ("", "input", "output"):
         raise InputError(f"at is {at!r}, but {generator.code} has no modules to cut between; wanted input or output")
-    pair = replace(pair, calls=pair.calls | _calls(configuration, trust))
-    usual = {
-        "at": "input", "discriminator_output": "logit", "image_range": USUAL_RANGE, "coupling": "refuse", **pair.defaults
-    }  # fmt: skip
+    usual = {**USUAL, **(pair.defaults if pair else {})}
     own = {name: value for name, value in usual.items() if getattr(configuration, name) == getattr(PLAIN, name)}
+    if configuration.sampler and "name" not in configuration.sampler:
+        own["sampler"] = {**usual["sampler"], **configuration.sampler}
     if not configuration.prior:
-        if not pair.prior:
+        if pair is None:
             raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')
-        own["prior"] = pair.prior
-    return pair, replace(configuration, **own)
-
-
-def make_prior(values: Mapping[str, Any]) -> Prior:
-    """{"name": "normal" | "uniform" | "truncated_normal", "shape": [...], ...} as a prior."""
-    given = dict(values)
-    kind, shape = PRIORS.get(str(given.pop("name", ""))), given.pop("shape", None)
-    if kind is None or not isinstance(shape, list | tuple):
-        raise InputError(f'prior is {dict(values)!r}; wanted e.g. {{"name": "normal", "shape": [64]}} of {", ".join(PRIORS)}')
-    try:
-        return kind(*shape, **given)
-    except TypeError as error:
-        raise InputError(f"prior is {dict(values)!r}: {error}") from error
-
-
-def describe_prior(prior: Prior) -> dict[str, Any]:
-    """The JSON values from which ``make_prior`` makes this prior."""
-    for name, kind in PRIORS.items():
-        if type(prior) is kind:
-            extra = {key: value for key, value in vars(prior).items() if key != "shape"}
-            return {"name": name, "shape": list(prior.shape), **extra}
-    raise InputError(f"{prior!r} cannot be written down; wanted one of {', '.join(k.__name__ for k in PRIORS.values())}")
-
-
-def make_sampler(values: Mapping[str, Any]) -> Sampler:
-    """{"name": "collaborative" | "ddls" | ..., and its arguments} as a sampler."""
-    given = dict(values)
-    name = str(given.pop("name", ""))
-    if name not in SAMPLERS:
-        raise InputError(f"sampler is {name!r}; wanted one of {', '.join(SAMPLERS)}")
-    if isinstance(given.get("clamp"), list):
-        given["clamp"] = tuple(given["clamp"])
-    try:
-        return SAMPLERS[name](**given)
-    except TypeError as error:
-        raise InputError(f"sampler {name}: {error}") from error
+        own["prior"] = priors.described(pair.prior)
+    prior, filled = as_prior(own.get("prior", configuration.prior)), replace(configuration, **own)
+    if pair is None:
+        pair = Pair(*_loaded(specs, trust, allow_pickle), prior, {}, specs)
+    said = pair.defaults | {name: getattr(filled, name) for name in DEFAULTS}
+    calls = pair.calls | _calls(configuration, trust)
+    return replace(pair, prior=prior, defaults=said, calls=calls), filled
 
 
 def build(network: Network, name: str, trust: Trust = UNTRUSTED) -> nn.Module:
@@ -338,4 +407,4 @@ def embedded_pair(name: str) -> Pair:
     networks = [build(spec, role) for spec, role in zip(specs, ROLES, strict=True)]
     for role, network in zip(ROLES, networks, strict=True):
         load_weights(network, {k: v for k, v in weights.items() if k.startswith(f"{role}.")}, str(path))
-    return Pair(networks[0], networks[1], {"name": "normal", "shape": [latent]}, {"at": at}, specs)
+    return Pair(networks[0], networks[1], priors.Normal(latent), {"at": at}, specs)

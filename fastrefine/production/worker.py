@@ -40,7 +40,6 @@ from fastrefine.result import Result, Status
 log = logging.getLogger("fastrefine")
 HELD = 4096  # proposals in memory at once, about
 STREAMED = 2**20  # proposals of one stream; their labels are in memory (with conditions: HELD)
-_RULES = {"median": stopping.MedianOfReal, "reference": stopping.ReferenceSample, "uniform": stopping.UniformStep}
 
 
 @dataclass
@@ -92,14 +91,10 @@ class Worker:
         if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
             raise InputError(f"the networks take labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
         self.real_classes = classes
-        stop: Any = None if c.stop == "none" else c.stop
-        if isinstance(stop, str):
-            stop = _RULES[stop]()
-        self.refiner = Refiner(
-            pair.generator, pair.discriminator, saved_pair.make_sampler(c.sampler), at=c.at, max_steps=c.max_steps, stop=stop,
-            prior=saved_pair.make_prior(c.prior), real=real, real_labels=classes if self.labelled else None,
-            discriminator_output=c.discriminator_output, num_slots=c.num_slots, device=device, precision=c.precision,
-            keep=c.keep, callback=self._on_step, **pair.calls,
+        self.refiner = Refiner.from_pair(
+            pair, sampler=c.sampler, max_steps=c.max_steps, stop=c.stop, real=real,
+            real_labels=classes if self.labelled else None, num_slots=c.num_slots, device=device, precision=c.precision,
+            keep=c.keep, callback=self._on_step,
         )  # fmt: skip
         self._bar: ProgressBar | None = None
         self._before = 0  # images of this worker's earlier streams

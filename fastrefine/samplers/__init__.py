@@ -7,8 +7,9 @@ from fastrefine.samplers.dgflow import DGflow
 from fastrefine.samplers.dot import DOT
 from fastrefine.samplers.hmc import HMC
 from fastrefine.samplers.mala import MALA
+from fastrefine.samplers.named import as_sampler, described
 
 __all__ = [
     "DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow", "Evaluation", "Kernel", "Latent", "Networks", "Sample", "Sampler",
-    "State", "Traits",
+    "State", "Traits", "as_sampler", "described",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.networks.calls import call_of
 from fastrefine.networks.copies import private_copy, unwrap
@@ -143,9 +144,10 @@ class DistilledGenerator(nn.Module):
         vars(self)["_own"].training = mode
         return self
 
-    def extra_repr(self) -> str:
-        share = self.report.get("flops_share")
-        return f"distilled at {self.arguments['at']!r}" + (f", {share:.1%} more FLOPs" if share is not None else "")
+    def __repr__(self) -> str:
+        share, own = self.report.get("flops_share"), checks.network(vars(self)["_own"])
+        cost = f", {share:.1%} more FLOPs" if share is not None else ""
+        return f"DistilledGenerator({own}, distilled at {self.arguments['at']!r}{cost})"
 
     def forward(self, z: Tensor, labels: Tensor | None = None, **further: Any) -> Any:
         """z: (N, ...) latents. labels, further: the inputs by name that it was distilled with, and keywords of G."""

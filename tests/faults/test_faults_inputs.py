@@ -57,7 +57,7 @@ REFINER = {
     "precision": ("fp32", torch.float32, None),
     "keep": ("first", None), "driver": ("cuda graph", None), "coupling": ("allow", None, True),
     "on_nonfinite": ("ignore", None), "max_grad_norm": [v for v in POSITIVE if v is not None],
-    "discriminator_output": ("prob", None, 0), "stop": (math.nan, math.inf, "median", True, stopping.MedianOfReal),
+    "discriminator_output": ("prob", None, 0), "stop": (math.nan, math.inf, "mean", True, stopping.MedianOfReal),
     "prior": (64, torch.randn, fr.Normal), "sampler": (0.1, "adam", fr.Collaborative), "at": (3, None, nn.ReLU()),
     "device": ("gpu", 3.5), "output_device": ("nowhere",), "generator_kwargs": ("truncation", [1]),
     "discriminator_kwargs": (3,), "output_key": (1.5, [0]), "callback": ("print", 3), "discriminator": (None, print),

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import fastrefine as fr
 from fastrefine.errors import InputError
 from fastrefine.models import digits as networks
+from fastrefine.priors import as_prior, described
 from fastrefine.production import saved_pair
 from fastrefine.production.configuration import Configuration, Network
 from fastrefine.production.named_code import Trust
@@ -143,7 +144,7 @@ def test_a_saved_pair_comes_back_with_its_prior_and_defaults(tmp_path):
     fr.save_pair(tmp_path / "p", pair.generator, pair.discriminator, code=CODE, prior=fr.Normal(32), at="act2")
     again = fr.load_pair(tmp_path / "p")
     assert digest(again.generator) == digest(pair.generator) and digest(again.discriminator) == digest(pair.discriminator)
-    assert repr(saved_pair.make_prior(again.prior)) == repr(fr.Normal(32)) and again.defaults["at"] == "act2"
+    assert repr(again.prior) == repr(fr.Normal(32)) and again.defaults["at"] == "act2"
     assert not again.generator.training
 
 
@@ -194,10 +195,10 @@ def test_an_exported_generator_is_loaded_and_refined_like_its_module(tmp_path):
 
 def test_priors_are_written_down_and_made_again():
     for prior in (fr.Normal(3), fr.Uniform(2, 1, low=0.0), fr.TruncatedNormal(4, bound=1.5)):
-        again = saved_pair.make_prior(json.loads(json.dumps(saved_pair.describe_prior(prior))))
+        again = as_prior(json.loads(json.dumps(described(prior))))
         assert (repr(again), type(again)) == (repr(prior), type(prior))
     with pytest.raises(InputError, match="wanted e.g."):
-        saved_pair.make_prior({"name": "gamma", "shape": [3]})
+        as_prior({"name": "gamma", "shape": [3]})
 
 
 def test_a_configuration_wants_a_pair_or_two_networks():
