@@ -40,7 +40,7 @@ def test_tf32_is_prepared_as_float32_is():
             one = refiner(workload.pair(), prior=fr.Normal(32), at=workload.cuts["first"], precision=precision, max_steps=1)
             one.sample(4)
             prepared[precision] = one._networks.target.folded, one._networks.target.route, one._networks.target.channels_last
-    assert prepared["float32"] == prepared["tf32"] == ("graph", "flat", True)
+    assert prepared["float32"] == prepared["tf32"] == (2, "flat", True)
 
 
 def test_deterministic_algorithms_are_left_alone_unless_asked_for(monkeypatch):
