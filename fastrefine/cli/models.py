@@ -23,6 +23,7 @@ from fastrefine.cli.production import (
 )
 
 PATH = click.Path(exists=True, path_type=Path)
+JUDGED = 4096  # real images at most whose logits give the stop rule of shaping
 TELL_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
@@ -101,7 +102,7 @@ def shape(
     import fastrefine as fr
     from fastrefine.production import saved_pair
     from fastrefine.production.evaluation import SHAPED_ON
-    from fastrefine.production.images import digests, unscaled
+    from fastrefine.production.images import digests, some, unscaled
 
     started, trusts = time.monotonic(), flags["trust_code"]
     last_line = started
@@ -116,8 +117,11 @@ def shape(
             last_line = time.monotonic()
             click.echo(f"shaping: {len(curve)} of {iterations} iterations in {last_line - started:.0f} s", err=True)
 
+    at = some(len(refiner.real), JUDGED)  # their logits are computed anew after every update
+    labels = refiner.real_labels
+    judged = refiner.replaced(real=refiner.real[at], real_labels=None if labels is None else labels[at])
     shaped = fr.shape_discriminator(
-        refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
+        judged, refiner.real, iterations, batch_size, learning_rate, real_labels=labels, stop=refiner.stop,
         seed=seed, progress=None, callback=note,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
