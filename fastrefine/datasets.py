@@ -56,24 +56,32 @@ def load_digits() -> Images:
 def load_mnist(path: str | os.PathLike[str]) -> Images:
     """MNIST from a folder that holds its four original files (``train-images-idx3-ubyte.gz``, ...): 60,000 and 10,000.
 
-    Raises InputError that names the file when one is absent, is not what its name says, or is cut short.
+    The files may also be unpacked ones (``train-images-idx3-ubyte``). Sets in the same format, such as Fashion-MNIST, are read
+    too. Raises InputError that names the file when one is absent, is not what its name says, or is cut short.
+
+    Example: ``load_mnist("data/MNIST/raw").test.shape  # (10000, 1, 28, 28)``
     """
     folder = Path(path)
-    missing = [name for name in MNIST_FILES.values() if not (folder / name).is_file()]
+    files = {part: _idx_file(folder, name) for part, name in MNIST_FILES.items()}
+    missing = [MNIST_FILES[part] for part, file in files.items() if file is None]
     if missing:
         raise InputError(f"MNIST: {folder} has no {', '.join(missing)}; wanted the four original .gz files")
-    arrays = {part: _read_idx(folder / name) for part, name in MNIST_FILES.items()}
+    arrays = {part: _read_idx(file) for part, file in files.items() if file is not None}
     for part in ("train", "test"):
         images, labels = arrays[part], arrays[f"{part}_labels"]
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise InputError(
-                f"MNIST: {folder / MNIST_FILES[part]} has shape {images.shape} and its labels {labels.shape}; "
-                "wanted (N, H, W) and (N,)"
+                f"MNIST: {files[part]} has shape {images.shape} and its labels {labels.shape}; wanted (N, H, W) and (N,)"
             )
     return Images(
         from_pixels(arrays["train"][..., None]), from_pixels(arrays["test"][..., None]),
         *(torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")),
     )  # fmt: skip
+
+
+def is_mnist(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds some file of MNIST's format, so that ``load_mnist`` is what reads it."""
+    return any(_idx_file(Path(path), name) is not None for name in MNIST_FILES.values())
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:
@@ -86,11 +94,15 @@ def shuffled(n: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(n)  # the legacy stream is frozen by numpy's policy
 
 
+def _idx_file(folder: Path, name: str) -> Path | None:
+    """The packed file, or the unpacked one; None where there is neither."""
+    return next((file for file in (folder / name, folder / name.removesuffix(".gz")) if file.is_file()), None)
+
+
 def _read_idx(path: Path) -> np.ndarray:
-    """A uint8 array from a gzipped idx file: two zero bytes, type 8, number of axes, big-endian lengths, data."""
+    """A uint8 array from an idx file: two zero bytes, type 8, number of axes, big-endian lengths, data."""
     try:
-        with gzip.open(path) as file:
-            content = file.read()
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"MNIST: {path} cannot be read as gzip ({error}); fetch the file again") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":

@@ -1,15 +1,21 @@
 """Quality of samples, measured on the features and class probabilities of a classifier.
 
-With the original Inception-v3 these are FID and IS. Values depend on the classifier: compare only figures of the same one.
+With the original Inception-v3 these are FID, IS and KID. Values depend on the classifier: compare only figures of the same one.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from fastrefine.checks import count
 from fastrefine.errors import InputError
+
+NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
+BLOCK = 500  # rows of a matrix of distances at once
 
 
 def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike | torch.Tensor) -> float:
@@ -22,18 +28,82 @@ def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike
 
     Raises InputError where a set is not a finite (N, F) array with N >= 2, or where the two F differ.
     """
-    a, b = _rows(features_a, "features_a"), _rows(features_b, "features_b")
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"features_a has {a.shape[1]} columns, features_b {b.shape[1]}: wanted equal")
-    if min(len(a), len(b)) < 2:
-        raise InputError(f"frechet_distance: got {len(a)} and {len(b)} rows; a covariance needs at least 2")
-    difference = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)
-    distance = difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross).sum()
-    return max(float(distance), 0.0)
+    a, b = _two_sets(2, features_a=features_a, features_b=features_b)
+    moments = _moments(a)
+    return _distance(moments, _root(moments[1]), _moments(b))
+
+
+def frechet_standard_error(
+    features: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, resamples: int = 50, seed: int = 0
+) -> float:
+    """Standard error of ``frechet_distance(features, reference)``: its deviation over bootstrap samples of ``features``.
+
+    features: (N, F), reference: (M, F), which is held as it is. So it tells how far the distance would be from this one for N
+    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2.
+
+    Example: ``frechet_standard_error(torch.randn(500, 8), torch.randn(500, 8))  # about 0.01``
+
+    Raises InputError as ``frechet_distance`` does.
+    """
+    x, fixed = _two_sets(2, features=features, reference=reference)
+    random, moments = np.random.RandomState(seed), _moments(fixed)
+    draws = (random.randint(len(x), size=len(x)) for _ in range(count("resamples", resamples, 2)))
+    root = _root(moments[1])
+    return float(np.std([_distance(moments, root, _moments(x[rows])) for rows in draws], ddof=1))
+
+
+class KernelDistance(NamedTuple):
+    """A kernel distance. value: (lower is better, 0 on average for one distribution); standard_error: of it."""
+
+    value: float
+    standard_error: float
+
+
+def kernel_distance(
+    features_a: ArrayLike | torch.Tensor, features_b: ArrayLike | torch.Tensor, subset_size: int = 1000, subsets: int = 100,
+    seed: int = 0,
+) -> KernelDistance:  # fmt: skip
+    """Squared maximum mean discrepancy under the kernel ``(x.y / F + 1)^3``, unbiased: KID [Binkowski et al. 2018].
+
+    features_a: (N, F), features_b: (M, F). The value is the mean over ``subsets`` random subsets of ``subset_size`` rows of
+    each set. A subset holds at most half of the smaller set: subsets that are the whole set would all be alike, and their
+    spread would say nothing. The standard error is that of the whole sets: the spread over the subsets, divided by
+    ``sqrt(n / subset_size - 1)`` with n the smaller of N and M (Politis and Romano 1994). Computed in float64.
+
+    Example: ``kernel_distance(torch.randn(500, 8), torch.randn(500, 8)).value  # about 0``
+
+    Raises InputError where a set is not a finite (N, F) array with N >= 4, or where the two F differ.
+    """
+    a, b = _two_sets(4, features_a=features_a, features_b=features_b)
+    n = min(len(a), len(b))
+    size, random = min(count("subset_size", subset_size, 2), n // 2), np.random.RandomState(seed)
+    found = []
+    for _ in range(count("subsets", subsets, 2)):
+        x, y = (set_[random.choice(len(set_), size, replace=False)] for set_ in (a, b))
+        within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (_kernel(x, x), _kernel(y, y)))
+        found.append(within - 2 * _kernel(x, y).mean())
+    return KernelDistance(float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(n / size - 1)))
+
+
+def covered(features: ArrayLike | torch.Tensor, manifold: ArrayLike | torch.Tensor, neighbours: int = NEIGHBOURS) -> np.ndarray:
+    """Which features lie nearer to some point of ``manifold`` than its ``neighbours``-th neighbour there: (N,) bool.
+
+    features: (N, F), manifold: (M, F) with M > neighbours. Of generated images against real ones the share is the precision;
+    of real ones against generated ones the recall [Kynkaanniemi et al. 2019].
+
+    Example: ``precision, recall = covered(fake, real).mean(), covered(real, fake).mean()``
+
+    Raises InputError where a set is not a finite (N, F) array, where the two F differ, or where M is too small.
+    """
+    x, y = _two_sets(1, features=features, manifold=manifold)
+    if len(y) <= neighbours:
+        raise InputError(f"manifold has {len(y)} rows; wanted more than neighbours={neighbours}")
+    offset = y.mean(0)  # without it a large common offset would cost cdist its precision
+    points, centres = (torch.from_numpy((part - offset).astype(np.float32)) for part in (x, y))
+    radius = torch.cat(
+        [torch.cdist(part, centres).kthvalue(neighbours + 1).values for part in centres.split(BLOCK)]
+    )  # the nearest is the point itself
+    return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in points.split(BLOCK)]).numpy()
 
 
 def classifier_score(probabilities: ArrayLike | torch.Tensor) -> float:
@@ -53,6 +123,38 @@ def classifier_score(probabilities: ArrayLike | torch.Tensor) -> float:
     log_p = np.log(p, out=np.zeros_like(p), where=p > 0)  # 0 log 0 = 0
     log_marginal = np.log(marginal, out=np.zeros_like(marginal), where=marginal > 0)
     return float(np.exp((p * (log_p - log_marginal)).sum(1).mean()))
+
+
+Moments = tuple[np.ndarray, np.ndarray]  # mean (F,), covariance (F, F)
+
+
+def _moments(x: np.ndarray) -> Moments:
+    return x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def _distance(a: Moments, root_a: np.ndarray, b: Moments) -> float:
+    difference = a[0] - b[0]
+    cross = np.linalg.eigvalsh(root_a @ b[1] @ root_a).clip(min=0)
+    distance = difference @ difference + np.trace(a[1]) + np.trace(b[1]) - 2 * np.sqrt(cross).sum()
+    return max(float(distance), 0.0)
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _two_sets(least: int, **sets: Any) -> tuple[np.ndarray, np.ndarray]:
+    (name_a, a), (name_b, b) = ((name, _rows(values, name)) for name, values in sets.items())
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"{name_a} has {a.shape[1]} columns, {name_b} {b.shape[1]}: wanted equal")
+    if min(len(a), len(b)) < least:
+        raise InputError(f"{name_a} has {len(a)} rows and {name_b} {len(b)}; wanted at least {least} of each")
+    return a, b
 
 
 def _rows(values: ArrayLike | torch.Tensor, name: str) -> np.ndarray:

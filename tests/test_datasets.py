@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastrefine.datasets import MNIST_FILES, load_digits, load_mnist
+from fastrefine.datasets import MNIST_FILES, is_mnist, load_digits, load_mnist
 from fastrefine.errors import InputError
+from tests.support.idx_files import write_idx
 
 DATA = Path(os.environ.get("FASTREFINE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
-def write_idx(path: Path, array: np.ndarray, cut: int = 0) -> None:
-    content = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content[: len(content) - cut]))
 
 
 @pytest.fixture
@@ -93,6 +89,16 @@ def test_mnist_wants_a_label_for_every_image(folder):
     write_idx(folder / MNIST_FILES["test_labels"], np.array([7]))
     with pytest.raises(InputError, match=r"t10k-images.* labels"):
         load_mnist(folder)
+
+
+def test_mnist_is_also_read_from_unpacked_files(folder):
+    packed = load_mnist(folder)
+    assert is_mnist(folder) and not is_mnist(folder.parent)
+    for name in MNIST_FILES.values():
+        (folder / name.removesuffix(".gz")).write_bytes(gzip.decompress((folder / name).read_bytes()))
+        (folder / name).unlink()
+    assert is_mnist(folder)
+    assert all(torch.equal(a, b) for a, b in zip(packed, load_mnist(folder), strict=True))
 
 
 @pytest.mark.skipif(not (DATA / "mnist").is_dir(), reason=f"no MNIST at {DATA}/mnist (set FASTREFINE_TEST_DATA)")

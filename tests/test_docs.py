@@ -15,7 +15,7 @@ from fastrefine.production import evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md", "docs/samplers.md", "docs/quickstart.md", "docs/production.md", "docs/evaluation.md", "docs/embedding.md",
+    "README.md", "docs/samplers.md", "docs/production.md", "docs/evaluation.md", "docs/embedding.md",
     "docs/choosing.md", "docs/reports.md", "docs/design.md", "docs/networks.md", "docs/distil.md",
     "docs/check.md", "docs/report.md", "docs/checkpoints.md",
 )  # fmt: skip
@@ -35,6 +35,7 @@ def test_the_snippets_of_a_page_run(page, capsys, tmp_path, monkeypatch):
     if page == "README.md":
         assert text.count("iterations=100") == 1  # of shaping: all that makes it last
         text = text.replace("iterations=100", "iterations=3")
+        text = text.replace("--outdir shaped", "--iterations 2 --outdir shaped").replace("--ids 0-49999", "--ids 0-99")
     blocks = BLOCK.findall(text)
     assert blocks
     namespace = {"__name__": page}

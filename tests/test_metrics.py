@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrefine.errors import InputError
-from fastrefine.metrics import classifier_score, frechet_distance
+from fastrefine.metrics import classifier_score, covered, frechet_distance, frechet_standard_error, kernel_distance
 
 
 def whitened(n: int, features: int, seed: int = 0) -> np.ndarray:
@@ -109,3 +109,46 @@ def test_classifier_score_is_the_written_formula():
 def test_classifier_score_refuses(values, words):
     with pytest.raises(InputError, match=words):
         classifier_score(values)
+
+
+def test_the_standard_error_of_the_distance_is_its_spread_over_samples():
+    random = np.random.RandomState(0)
+    y = 1.2 * random.standard_normal((400, 5)) + 0.3
+    samples = [random.standard_normal((200, 5)) for _ in range(60)]
+    spread = np.std([frechet_distance(x, y) for x in samples])
+    assert np.mean([frechet_standard_error(x, y, 20) for x in samples[:10]]) == pytest.approx(spread, rel=0.3)
+    assert frechet_standard_error(samples[0], y) == frechet_standard_error(samples[0], y)
+
+
+def test_kernel_distance_agrees_with_torchmetrics():
+    image = pytest.importorskip("torchmetrics.image.kid")
+    random = np.random.RandomState(0)
+    a, b = random.standard_normal((600, 6)), random.standard_normal((500, 6)) * 1.3 + 0.4
+    network = torch.nn.Identity()
+    network.num_features = 6
+    theirs = image.KernelInceptionDistance(feature=network, subsets=100, subset_size=200)
+    theirs.update(torch.from_numpy(a), real=True)
+    theirs.update(torch.from_numpy(b), real=False)
+    mean, _ = theirs.compute()
+    found = kernel_distance(a, b, subset_size=200)
+    assert found.value == pytest.approx(float(mean), rel=0.1)
+    assert abs(found.value - kernel_distance(b, a, subset_size=200, seed=1).value) < 3 * found.standard_error
+
+
+def test_kernel_distance_is_unbiased_and_its_standard_error_is_no_artefact_of_a_whole_set():
+    random = np.random.RandomState(0)
+    pairs = [(random.standard_normal((100, 4)), random.standard_normal((100, 4))) for _ in range(60)]
+    found = [kernel_distance(a, b, subsets=20) for a, b in pairs]  # 1000, the usual subset, would be the whole set
+    values = np.array([f.value for f in found])
+    assert abs(values.mean()) < 3 * values.std() / np.sqrt(60)
+    assert 0.7 * values.std() < np.mean([f.standard_error for f in found]) < 2 * values.std()
+
+
+def test_covered_counts_what_lies_within_the_reach_of_a_neighbour():
+    line = np.arange(10.0)[:, None]
+    assert covered([[4.0], [4.4], [12.0], [12.1]], line, neighbours=3).tolist() == [True, True, True, False]
+    x, y = (np.random.RandomState(seed).standard_normal((200, 3)) for seed in (0, 1))
+    plain, moved = (covered(x + offset, y + offset) for offset in (0.0, 500.0))
+    assert np.array_equal(plain, moved) and 0.5 < plain.mean() < 1
+    with pytest.raises(InputError, match="manifold has 3 rows; wanted more than neighbours=3"):
+        covered(x, y[:3])

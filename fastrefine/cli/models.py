@@ -24,6 +24,7 @@ from fastrefine.cli.production import (
 )
 
 PATH = click.Path(exists=True, path_type=Path)
+JUDGED = 4096  # real images at most whose logits give the stop rule of shaping
 
 
 @click.command()
@@ -142,17 +143,23 @@ def shape(
             raise click.UsageError(f"{outdir} holds a {what} already; wanted a new or empty --outdir")
     import csv
 
+    import numpy as np
     from safetensors.torch import save_file
 
     import fastrefine as fr
+    from fastrefine.production.evaluation import SHAPED_ON
+    from fastrefine.production.images import digests, some, unscaled
 
     trusts = flags["trust_code"]
     worker = worker_of(ctx, flags, labels=True)
     refiner, c = worker.refiner, worker.configuration
     curve: list[dict[str, float]] = []
 
+    at = some(len(refiner.real), JUDGED)  # their logits are computed anew after every update
+    labels = refiner.real_labels
+    judged = refiner.replaced(real=refiner.real[at], real_labels=None if labels is None else labels[at])
     shaped = fr.shape_discriminator(
-        refiner, refiner.real, iterations, batch_size, learning_rate, real_labels=refiner.real_labels, stop=refiner.stop,
+        judged, refiner.real, iterations, batch_size, learning_rate, real_labels=labels, stop=refiner.stop,
         seed=seed, progress=None, callback=curve.append,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
@@ -162,6 +169,7 @@ def shape(
         part = outdir / "discriminator.part"
         save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
         part.replace(outdir / "discriminator.safetensors")
+    np.save(outdir / SHAPED_ON, digests(unscaled(refiner.real, c.value_range)))
     with (outdir / "curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(curve[0]))
         writer.writeheader()
@@ -233,56 +241,42 @@ def distil(
 
 @click.command()
 @click.argument("images", metavar="DIR", type=PATH)
-@click.option("--real", required=True, help="Real images: a folder, .npz, .safetensors, or digits; held out is best.")
-@click.option("--features", metavar="CODE", help="package.module:callable that, called without arguments, returns a "
-              "torch.nn.Module with its weights loaded: images -> features, or (features, logits). Default: a classifier "
-              "trained here on --train.")  # fmt: skip
-@click.option("--train", help="Labelled real images for the default features (default: --real, if it is labelled).")
-@click.option("--baseline", type=PATH, help="Unrefined images: warns where refining raised both score and distance.")
-@click.option("--limit", type=click.IntRange(min=2), help="Images of each set at most, drawn from all of them.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with torch-fidelity's names.")
+@click.option("--real", required=True, help="Real images as for refine; held-out ones: a folder of them, MNIST_FOLDER:test, "
+              "digits:test.")  # fmt: skip
+@click.option("--features", metavar="NAME", help="efficientnet-lite0 (default for images in colour; extra `metrics`), "
+              "classifier (a small one, trained here on --train), inception=WEIGHTS.pth (FID, IS and KID; extra "
+              "`fidelity`), or package.module:callable that, called without arguments, returns a torch.nn.Module with its "
+              "weights loaded.")  # fmt: skip
+@click.option("--train", help="Labelled real images for the classifier (default: the training images of --real).")
+@click.option("--baseline", type=PATH, help="Unrefined images, for comparison.")
+@click.option("--limit", type=click.IntRange(min=4), help="Images of each set at most, drawn from all of them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
 ) -> None:
-    """Frechet distance, score, KID, precision and recall of DIR (a run, pictures or .npz) against real images.
+    """Frechet distance, KID, score, precision and recall of DIR (a run, pictures or .npz) against real images.
 
-    The figures depend on the network of the features, which is printed with them: compare only figures of one network.
+    Figures have a 95 % interval, and names that say on which features and on how many images they are: compare only figures
+    of one name.
 
     \b
-    fastrefine evaluate run --real held-out/ --features mymodule:network
-    fastrefine evaluate run --real held-out/ --train train/ --baseline unrefined
+    fastrefine evaluate run --real held-out/ --baseline unrefined
+    fastrefine evaluate run --real held-out/ --features inception=weights-inception-2015-12-05-6726825d.pth
     """
-    from fastrefine.errors import InputError
     from fastrefine.production import evaluation
-    from fastrefine.production.images import load_images, load_labelled
 
-    ours = evaluation.images_of(images, limit)
-    unrefined = None if baseline is None else evaluation.images_of(baseline, limit)
-    truth = load_images(real, limit, signed=True)
-    for given in (ours, unrefined):
-        if given is not None:
-            evaluation.check(given, truth)
-    if features:
-        network = evaluation.given_features(features)
-    else:
-        examples, labels = load_labelled(train or real, signed=True)
-        if labels is None:
-            raise InputError(f"{train or real} has no labels (class folders, arr_1): pass --features or a labelled --train")
-        evaluation.check(ours, examples)
-        network = evaluation.trained_features(examples, labels, progress=None)
-    found = evaluation.measure(ours, truth, network, progress=None)
-    raw = None if unrefined is None else evaluation.measure(unrefined, truth, network, progress=None)
-    warnings = evaluation.warnings_of(found, raw)
+    found = evaluation.evaluate(images, real, baseline=baseline, features=features, train=train, limit=limit, progress=None)
     if as_json:
-        click.echo(json.dumps({**found, "baseline": raw, "warnings": warnings}))
+        click.echo(json.dumps(found.to_json()))
     else:
-        n = found["num_samples"]
-        click.echo(f"{n} images against {found['num_real']} real ones, features {found['features']}")
-        for key, value in found.items():
-            if isinstance(value, float):
-                beside = f"   baseline {raw[key]:.4f}" if raw is not None and key in raw else ""
-                click.echo(f"  {f'{key}-{n}':<46}{value:.4f}{beside}")
-    for line in warnings:
+        click.echo(f"{found.num_samples} images against {found.num_real} real ones, 95 % intervals")
+        width = max(map(len, found.figures))
+        beside = "" if found.baseline is None else f"baseline, n={found.num_baseline}"
+        click.echo(f"{'':<{width}}  {'images':<28}{beside}".rstrip())
+        for name, figure, raw in found.pairs():
+            cells = [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in (figure, *([] if raw is None else [raw]))]
+            click.echo(f"{name:<{width}}  " + "".join(f"{cell:<28}" for cell in cells).rstrip())
+    for line in found.warnings:
         click.echo(f"warning: {line}", err=True)
 
 

@@ -106,7 +106,12 @@ REFINEMENT = [
     click.option("--max-steps", type=click.IntRange(min=0), help="Default: the pair's, or 50."),
     click.option("--stop", help="none | median | reference | uniform | a logit (default: the pair's, or none)."),
     click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
-    click.option("--real", type=click.Path(), help="Real images, for --stop and --select: folder, .npz, digits..."),
+    click.option(
+        "--real",
+        type=click.Path(),
+        help="Real images, for --stop and --select: a folder of pictures or of MNIST's "
+        "idx files, .npz, .npy, .safetensors, or digits; MNIST_FOLDER:test and digits:test are the held-out ones.",
+    ),
     click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
     click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
 ]
@@ -130,8 +135,8 @@ def options(*groups: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]],
 @click.option("--ids", metavar="RANGE", default="0-999", show_default=True,
               help="Which samples, one image each: 0-49999 or 3,7,10-12 (10 alone: one image).")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers of the run.")
-@click.option("--class", "classes", help="Label of every image, or random.")
-@click.option("--num-classes", type=click.IntRange(min=1), help="For --class random.")
+@click.option("--class", "classes", help="Label of every image, or random, or balanced (0, 1, 2, ... in turn).")
+@click.option("--num-classes", type=click.IntRange(min=1), help="For --class random or balanced.")
 @click.option("--select", type=click.Choice(SELECTIONS), default="none", show_default=True,
               help="Choose among the refined proposals of each image: Metropolis-Hastings or rejection.")  # fmt: skip
 @click.option("--chain-length", type=click.IntRange(min=1), default=10, show_default=True, help="Proposals for each image.")

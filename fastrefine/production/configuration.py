@@ -19,6 +19,7 @@ from fastrefine.errors import InputError
 
 FORMATS = ("npz", "png", "wds", "safetensors")
 SELECTIONS = ("none", "mh", "drs", "obrs")
+CLASSES = ("random", "balanced")  # one of many classes for each image
 CHOICES = {
     "format": FORMATS, "select": SELECTIONS, "keep": ("last", "best"),
     "precision": ("float64", "float32", "tf32", "bfloat16", "float16"),
@@ -65,7 +66,8 @@ class Configuration:
     pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
     sampler: {"name": ..., and its arguments}. stop: one of ``checks.STOPS``, or a logit. These and max_steps: where they
     are not given as the pair says, or as RUN. real: real images, for stop, steps and select.
-    ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, or "random" (drawn by seed).
+    ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, "random" (drawn by seed), or
+    "balanced" (image i is of class i modulo num_classes).
     select: among chain_length proposals of each image; budget: of obrs. calibrate: a method of ``fastrefine.calibrate`` for the
     logits that select reads, fitted on real images, those of held_out if given, else of real. image_range: of the generator's
     images; None: the pair's, or -1 to 1 (``saved_pair.configured``). conditions: a file with further inputs of the networks,
@@ -128,8 +130,9 @@ class Configuration:
             object.__setattr__(self, "max_steps", checks.count("max_steps", self.max_steps, 0))
         for name, least in COUNTS.items():
             object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
-        if self.classes not in (None, "random") and (type(self.classes) is not int or self.classes < 0):
-            raise InputError(f"classes is {self.classes!r}; wanted a class for all, a whole number of at least 0, or random")
+        if self.classes not in (None, *CLASSES) and (type(self.classes) is not int or self.classes < 0):
+            wanted = "a class for all, a whole number of at least 0, or random, or balanced"
+            raise InputError(f"classes is {self.classes!r}; wanted {wanted}")
         if self.group_size is not None:
             checks.count("group_size", self.group_size, 1)
         if not isinstance(self.output_key, str | int | None) or isinstance(self.output_key, bool):

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from fastrefine.metrics import frechet_distance
 from fastrefine.production import evaluation
+from fastrefine.production.images import unscaled
 from fastrefine.production.worker import Worker
 from fastrefine.training.distil import refiner_of
 from fastrefine.training.distilled import DistilledGenerator
@@ -24,7 +24,7 @@ def quality(worker: Worker, g: DistilledGenerator, samples: int, features: str |
     ``evaluation.given_features``, or labelled real images.
     """
     refiner, network = worker.refiner, None
-    real, labels = _signed(refiner.real, worker), refiner.real_labels
+    real, labels = unscaled(refiner.real, worker.configuration.value_range), refiner.real_labels
     if features:
         network = evaluation.given_features(features)
     elif worker.real_classes is not None:
@@ -44,7 +44,7 @@ def quality(worker: Worker, g: DistilledGenerator, samples: int, features: str |
         for steps in at_most:
             then, distance = out.snapshots[steps], math.nan
             if network is not None:
-                distance = frechet_distance(network(_signed(then.images, worker))[0], truth)  # type: ignore[arg-type]
+                distance = frechet_distance(network(unscaled(then.images, worker.configuration.value_range))[0], truth)  # type: ignore[arg-type]
             taken = out.steps.clamp(max=steps).double().mean()
             column.append(f"{distance:>10.2f}{float(then.logits.mean()):>9.3f}{float(taken):>8.2f}")
         columns.append(column)
@@ -54,9 +54,3 @@ def quality(worker: Worker, g: DistilledGenerator, samples: int, features: str |
     yield f"{'at most':<8}" + 2 * f"{'FD':>10}{'logit':>9}{'steps':>8}"
     for steps, *cells in zip(at_most, *columns, strict=True):
         yield f"{steps:<8}" + "".join(cells)
-
-
-def _signed(images: Tensor, worker: Worker) -> Tensor:
-    """Images in [-1, 1]."""
-    low, high = worker.configuration.value_range
-    return ((images - low) / (high - low) * 2 - 1).clamp(-1, 1).float().cpu()

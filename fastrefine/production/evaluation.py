@@ -1,38 +1,46 @@
 """Quality of images against real ones: Frechet distance, score, KID, precision and recall, on the features of any network.
 
-Compare only figures of one network. With the original Inception network they are FID, IS and KID: see docs/evaluation.md.
+Compare only figures of one network and one number of images: every name carries both. See docs/evaluation.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import warnings
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastrefine import metrics
 from fastrefine.datasets import from_pixels
 from fastrefine.errors import InputError
-from fastrefine.metrics import classifier_score
 from fastrefine.models.digits import Classifier
 from fastrefine.networks.calls import attempt
+from fastrefine.production import image_features
 from fastrefine.production.configuration import Network
-from fastrefine.production.images import FILES, load_images, some
+from fastrefine.production.images import FILES, digests, load_labelled, some, training_part
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
 from fastrefine.production.saved_pair import build
 from fastrefine.progress import counted, over
 
 FEW = 10_000  # images: of fewer, the Frechet distance is biased
-NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
-BLOCK = 500  # images, or rows of a matrix of distances, at once
+SCORED_IN = 10  # parts, for torch-fidelity's Inception score
+COVERED = 10_000  # images at most, for precision and recall
+BLOCK = 500  # images at once
+SURE = 1.96  # standard errors to each side hold 95 %
+SHAPED_ON = "shaped_on.npy"  # in a pair's folder: digests of the images that its discriminator was shaped on
+# Our names of figures, and torch-fidelity's, which are used where the features are those of its Inception.
+PUBLISHED = {
+    "frechet_distance": "frechet_inception_distance", "kernel_distance": "kernel_inception_distance_mean",
+    "classifier_score": "inception_score_mean", "precision": "precision", "recall": "recall", "f_score": "f_score",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,12 @@ class Features:
     """The network on whose features images are compared. name: is reported with every figure.
 
     network: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
+    published: whether these are the features of FID, IS and KID.
     """
 
     network: Callable[[Tensor], Any]
     name: str
+    published: bool = False
 
     @torch.no_grad()
     def __call__(self, images: Tensor, progress: bool | None = False) -> tuple[Tensor, Tensor | None]:
@@ -55,11 +65,21 @@ class Features:
         return torch.cat([f.flatten(1) for f in parts]), None
 
 
-def given_features(code: str) -> Features:
-    """Features by "package.module:callable": called without arguments, it returns a module with its trained weights.
+def given_features(given: str) -> Features:
+    """Features by name: "efficientnet-lite0", "inception=FILE" (see ``image_features``), or "package.module:callable".
 
-    Raises InputError where it does not, also where two calls give different weights: then they are random ones.
+    The callable is called without arguments, and returns a module with its trained weights. Raises InputError where it does
+    not, also where two calls give different weights: then they are random ones.
+
+    Example: ``given_features("efficientnet-lite0")(images)[0].shape  # (N, 1280)``
     """
+    if given == image_features.EFFICIENTNET:
+        return Features(image_features.EfficientNetLite0(), given)
+    if given.startswith(f"{image_features.INCEPTION}="):
+        network = image_features.Inception(Path(given.partition("=")[2]))
+        name = image_features.INCEPTION + ("" if network.is_original else f"-{network.sha256[:8]}")
+        return Features(network, name, published=network.is_original)
+    code = given
     wanted = "wanted package.module:callable that, called without arguments, returns a torch.nn.Module with its weights loaded"
     made = []
     with torch.random.fork_rng(devices=[]):
@@ -125,78 +145,90 @@ def check(images: Tensor, real: Tensor) -> None:
     """Raise InputError unless the two sets can be compared."""
     if images.shape[1:] != real.shape[1:]:
         raise InputError(f"images are {tuple(images.shape[1:])}, real ones {tuple(real.shape[1:])}; wanted one size")
-    if min(len(images), len(real)) < 2:
-        raise InputError(f"got {len(images)} images and {len(real)} real ones; wanted at least 2 of each")
-    if importlib.util.find_spec("torchmetrics") is None:
-        raise InputError("evaluation needs torchmetrics: pip install 'fastrefine[metrics]'")
+    if min(len(images), len(real)) < 4:
+        raise InputError(f"got {len(images)} images and {len(real)} real ones; wanted at least 4 of each")
+
+
+class Figure(NamedTuple):
+    """A figure of merit with its 95 % interval: where it would lie for other images of the same generator."""
+
+    value: float
+    low: float
+    high: float
 
 
 def measure(
-    images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000, progress: bool | None = False
-) -> dict[str, Any]:
-    """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1], under torch-fidelity's names:
-    inception_score_mean/_std, frechet_inception_distance, kernel_inception_distance_mean/_std, precision, recall, f_score.
+    images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000, resamples: int = 50,
+    progress: bool | None = False,
+) -> dict[str, Figure]:  # fmt: skip
+    """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1]: name -> (value, low, high).
 
-    Despite these names the network is the one under "features". num_samples is N. Precision and recall are of at most 10,000
-    images drawn from each set. The score is left out where the network gives no logits. Raises InputError on sets of
-    different shape, or of fewer than two images.
+    Names are "frechet_distance[FEATURES, n=N]", likewise kernel_distance (KID's formula), classifier_score (that of the
+    Inception score, over all images), precision, recall and f_score. With the original Inception they are torch-fidelity's
+    instead: frechet_inception_distance, kernel_inception_distance_mean, inception_score_mean (over 10 parts), precision, ...
+    Precision and recall are of at most 10,000 images drawn from each set. The score is left out where the network gives no
+    logits.
+
+    The intervals hold about 95 %. Frechet distance and score: 1.96 standard errors of ``resamples`` bootstrap samples of the
+    images (the real ones stay). KID: 1.96 standard errors, see ``metrics.kernel_distance``. Precision, recall: of the share in
+    the images whose share it is. They do not tell of the bias of the Frechet distance, which depends on N.
+
+    Raises InputError on sets of different shape, or of fewer than four images.
+
+    Example: ``measure(images, real, features)["frechet_distance[efficientnet-lite0, n=5000]"].value``
     """
     check(images, real)
     ours, probabilities = features(images, progress)
     theirs, _ = features(real, progress)
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
-    found: dict[str, Any] = {"num_samples": len(images), "num_real": len(real), "features": features.name}
+    distance = metrics.frechet_distance(ours, theirs)
+    kernel = metrics.kernel_distance(ours, theirs, kid_subset)
+    found = {
+        "frechet_distance": _around(distance, metrics.frechet_standard_error(ours, theirs, resamples), least=0.0),
+        "kernel_distance": _around(*kernel),
+    }
     if probabilities is not None:
-        parts = _mixed(probabilities).tensor_split(min(10, len(probabilities)))
-        scores = [classifier_score(part) for part in parts]
-        found |= {"inception_score_mean": float(np.mean(scores)), "inception_score_std": float(np.std(scores))}
-    subset = min(kid_subset, len(images), len(real))
-    return found | _distances(ours, theirs, subset) | _precision_recall(ours.numpy(), theirs.numpy())
+        found["classifier_score"] = _score(_mixed(probabilities), SCORED_IN if features.published else 1, resamples)
+    found |= _precision_recall(ours, theirs, resamples)
+    return {_named(metric, features, len(images)): figure for metric, figure in found.items()}
 
 
-def warnings_of(found: dict[str, Any], raw: dict[str, Any] | None) -> list[str]:
-    """Warnings for a reader: too few images; score and distance both higher than those of ``raw``, unrefined images."""
-    warnings = []
-    if found["num_samples"] < FEW:
-        warnings.append(f"{found['num_samples']} images: the Frechet distance is biased upwards; compare sets of one size only")
-    score, distance = "inception_score_mean", "frechet_inception_distance"
-    if raw is not None and score in found and found[score] > raw[score] and found[distance] > raw[distance]:
-        warnings.append(
-            f"score and distance part ways: the score rose from {raw[score]:.3f} to {found[score]:.3f}, but the distance "
-            f"too, from {raw[distance]:.3f} to {found[distance]:.3f}: over-refined? Fewer or smaller steps, or a shaped "
-            "discriminator"
-        )
-    return warnings
+def _named(metric: str, features: Features, n: int) -> str:
+    return PUBLISHED[metric] if features.published else f"{metric}[{features.name}, n={n}]"
 
 
-class _Given(nn.Identity):
-    """The network that torchmetrics asks for; it is called with features, which are computed already."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
+def _around(value: float, error: float, least: float = -np.inf) -> Figure:
+    return Figure(value, max(value - SURE * error, least), value + SURE * error)
 
 
-def _distances(ours: Tensor, theirs: Tensor, subset: int) -> dict[str, float]:
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
+def _score(probabilities: Tensor, parts: int, resamples: int) -> Figure:
+    """The mean score of the parts."""
 
-    given = _Given(ours.shape[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        fid = FrechetInceptionDistance(feature=given, normalize=False).set_dtype(torch.float64)
-        kid = KernelInceptionDistance(feature=given, subsets=100, subset_size=subset, normalize=False)
-    for metric in (fid, kid):
-        metric.update(theirs.double() if metric is fid else theirs, real=True)
-        metric.update(ours.double() if metric is fid else ours, real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the subsets of KID
-        mean, std = kid.compute()
-    return {
-        "frechet_inception_distance": max(float(fid.compute()), 0.0),
-        "kernel_inception_distance_mean": float(mean), "kernel_inception_distance_std": float(std),
-    }  # fmt: skip
+    def score(p: Tensor) -> float:
+        return float(np.mean([metrics.classifier_score(part) for part in p.tensor_split(min(parts, len(p)))]))
+
+    random, n = np.random.RandomState(0), len(probabilities)
+    draws = [score(probabilities[random.randint(n, size=n)]) for _ in range(resamples)]
+    return _around(score(probabilities), float(np.std(draws, ddof=1)), least=1.0)
+
+
+def _precision_recall(ours: Tensor, theirs: Tensor, resamples: int, limit: int = COVERED) -> dict[str, Figure]:
+    """Shares of each set that the other set covers, and their harmonic mean [Kynkaanniemi et al. 2019]."""
+    ours, theirs = ours[:limit], theirs[:limit]
+    inside = [metrics.covered(ours, theirs), metrics.covered(theirs, ours)]
+    random = np.random.RandomState(0)
+    draws = [[x[random.randint(len(x), size=len(x))].mean() for x in inside] for _ in range(resamples)]
+    shares = np.array([[x.mean() for x in inside], *draws])  # (1 + resamples, 2)
+    total = shares.sum(1)
+    f_score = np.divide(2 * shares.prod(1), total, out=np.zeros_like(total), where=total > 0)
+    columns = {"precision": shares[:, 0], "recall": shares[:, 1], "f_score": f_score}
+    return {name: _share(float(x[0]), float(x[1:].std(ddof=1))) for name, x in columns.items()}
+
+
+def _share(value: float, error: float) -> Figure:
+    found = _around(value, error, least=0.0)
+    return found._replace(high=min(found.high, 1.0))
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -204,25 +236,128 @@ def _mixed(x: Tensor) -> Tensor:
     return x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
 
 
-def _precision_recall(ours: np.ndarray, theirs: np.ndarray, limit: int = 10_000) -> dict[str, float]:
-    """Shares of each set that the other set covers, and their harmonic mean [Kynkaanniemi et al. 2019]."""
-    ours, theirs = ours[:limit], theirs[:limit]
-    if min(len(ours), len(theirs)) <= NEIGHBOURS:
-        return {}
-    precision, recall = _covered(ours, theirs), _covered(theirs, ours)
-    total = precision + recall
-    return {"precision": precision, "recall": recall, "f_score": 2 * precision * recall / total if total else 0.0}
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` found. figures, baseline: as ``measure`` gives them; warnings: sentences for the reader."""
+
+    features: str
+    num_samples: int
+    num_real: int
+    figures: dict[str, Figure]
+    warnings: list[str]
+    num_baseline: int | None = None
+    baseline: dict[str, Figure] | None = None
+
+    def pairs(self) -> list[tuple[str, Figure, Figure | None]]:
+        """(name, figure, the baseline's figure) of every metric."""
+        others: list[Any] = list((self.baseline or {}).values()) or [None] * len(self.figures)
+        return [(name, figure, other) for (name, figure), other in zip(self.figures.items(), others, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: every figure is {"value": ..., "low": ..., "high": ...}."""
+        found = {**self.__dict__}
+        for name in ("figures", "baseline"):
+            if found[name] is not None:
+                found[name] = {key: figure._asdict() for key, figure in found[name].items()}
+        return found
 
 
-def _covered(x: np.ndarray, manifold: np.ndarray) -> float:
-    """Share of x within the distance of a point of ``manifold`` to its NEIGHBOURS-th neighbour there."""
-    offset = manifold.mean(0, dtype=np.float64)  # without it a large common offset would cost cdist its precision
-    centres, points = (torch.from_numpy((np.asarray(a, np.float64) - offset).astype(np.float32)) for a in (manifold, x))
-    radius = torch.cat(
-        [torch.cdist(part, centres).kthvalue(NEIGHBOURS + 1).values for part in centres.split(BLOCK)]
-    )  # the nearest is the point itself
-    inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(BLOCK)]
-    return float(torch.cat(inside).double().mean())
+def evaluate(
+    images: Path, real: str, *, baseline: Path | None = None, features: str | None = None, train: str | None = None,
+    limit: int | None = None, progress: bool | None = False,
+) -> Evaluation:  # fmt: skip
+    """The figures of the images in a run's folder, a folder of pictures or a file, against the real images of ``real``.
+
+    baseline: unrefined images, which are measured too. features: see ``given_features``; None: EfficientNet-Lite0 for images
+    in colour where it is installed, else "classifier", a small classifier that is trained here on the labelled images of
+    ``train`` (None: the training part of ``real``, or ``real`` itself). limit: of each set at most so many images.
+
+    Raises InputError where sets do not fit, or where there are no features for them.
+
+    Example: ``evaluate(Path("run"), "digits:test").figures``
+    """
+    ours = images_of(images, limit)
+    raw = None if baseline is None else images_of(baseline, limit)
+    truth, _ = load_labelled(real, limit, signed=True)
+    for given in (ours, raw):
+        if given is not None:
+            check(given, truth)
+    network = features_for(ours, features, train or training_part(real), progress)
+    found = measure(ours, truth, network, progress=progress)
+    unrefined = None if raw is None else measure(raw, truth, network, progress=progress)
+    told = [
+        *_seen_in_shaping(images, real, truth),
+        *warnings_of(found, len(ours), unrefined, None if raw is None else len(raw)),
+    ]
+    return Evaluation(network.name, len(ours), len(truth), found, told, None if raw is None else len(raw), unrefined)
+
+
+def features_for(images: Tensor, features: str | None, train: str, progress: bool | None = False) -> Features:
+    """The features of ``evaluate`` for images (N, C, H, W); train: labelled images for a classifier of them."""
+    if features is None and images.shape[1] == 3:
+        try:
+            return given_features(image_features.EFFICIENTNET)
+        except InputError as error:
+            missing = str(error)
+    else:
+        missing = ""
+    if features not in (None, "classifier"):
+        return given_features(features)
+    examples, labels = load_labelled(train, signed=True)
+    if labels is None:
+        raise InputError(
+            f"{train} has no labels (class folders, arr_1), which the default features are learned from: pass --features or a "
+            f"labelled --train{missing and f'. {missing}'}"
+        )
+    check(images, examples)
+    return trained_features(examples, labels, progress=progress)
+
+
+def _seen_in_shaping(images: Path, real: str, truth: Tensor) -> list[str]:
+    """A warning where the pair of a run was shaped on some of the images that it is judged by."""
+    try:
+        pair = json.loads((images / MANIFEST).read_text())["configuration"]["pair"]
+        seen = np.load(Path(pair) / SHAPED_ON, allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # nothing is known of it
+    n = int(np.isin(digests(truth), seen).sum())
+    if not n:
+        return []
+    return [
+        f"the discriminator of {pair} was shaped on {n} of these {len(truth)} real images, which flatters the figures; wanted "
+        f"held-out ones as --real{f', {real}:test' if training_part(f'{real}:test') != f'{real}:test' else ''}"
+    ]
+
+
+def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None = None, raw_n: int | None = None) -> list[str]:
+    """Warnings for a reader: too few images; another number of unrefined images; score and distance both higher than theirs.
+
+    found, raw: of ``measure``, of n images and of raw_n unrefined ones.
+    """
+    warnings = []
+    if n < FEW:
+        warnings.append(f"{n} images: the Frechet distance is biased upwards; compare sets of one size only")
+    if raw is None:
+        return warnings
+    if raw_n != n:
+        warnings.append(
+            f"{n} images, and the baseline has {raw_n}: the Frechet distance falls with their number, so the two do not "
+            f"compare; wanted as many of each (--limit {min(n, raw_n or n)})"
+        )
+    ours, theirs = (_by_metric(figures) for figures in (found, raw))
+    score, distance = "classifier_score", "frechet_distance"
+    if score in ours and ours[score] > theirs[score] and ours[distance] > theirs[distance]:
+        warnings.append(
+            f"score and distance part ways: the score rose from {theirs[score]:.3f} to {ours[score]:.3f}, but the distance "
+            f"too, from {theirs[distance]:.3f} to {ours[distance]:.3f}: over-refined? Fewer or smaller steps, or a shaped "
+            "discriminator"
+        )
+    return warnings
+
+
+def _by_metric(figures: dict[str, Figure]) -> dict[str, float]:
+    ours = {published: name for name, published in PUBLISHED.items()}
+    return {ours.get(name, name.partition("[")[0]): figure.value for name, figure in figures.items()}
 
 
 def images_of(path: Path, limit: int | None = None) -> Tensor:
@@ -232,4 +367,4 @@ def images_of(path: Path, limit: int | None = None) -> Tensor:
         return from_pixels(pixels[some(len(pixels), limit)])
     if path.is_file() and path.suffix not in FILES:
         raise InputError(f"{path} holds no images; wanted a run's folder, a folder of pictures, .npz or .safetensors")
-    return load_images(path, limit, signed=True)
+    return load_labelled(str(path), limit, signed=True)[0]

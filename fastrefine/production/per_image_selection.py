@@ -16,7 +16,7 @@ from torch import Tensor
 from fastrefine.diagnosis.calibration import Calibration, calibrate
 from fastrefine.errors import InputError
 from fastrefine.noise import Stream
-from fastrefine.production.configuration import Configuration
+from fastrefine.production.configuration import CLASSES, Configuration
 from fastrefine.selection import draw, finite, log_scale, quantile, rejection_score, walk
 from fastrefine.stopping import RealLogits
 
@@ -91,7 +91,7 @@ class Chooser:
 
 def pilot_size(configuration: Configuration) -> int:
     """Proposals of the pilot pass."""
-    return max(PILOT, PER_CLASS * configuration.num_classes if configuration.classes == "random" else 0)
+    return max(PILOT, PER_CLASS * configuration.num_classes if configuration.classes in CLASSES else 0)
 
 
 def _figures(configuration: Configuration, pilot: Tensor) -> dict[str, float]:

@@ -45,13 +45,9 @@ class Report:
 
     @cached_property
     def features(self) -> evaluation.Features:
-        if self.code:
-            return evaluation.given_features(self.code)
         assert self.train is not None
-        examples, labels = load_labelled(self.train, signed=True)
-        if labels is None:
-            raise InputError(f"{self.train} has no labels (class folders, arr_1): pass --features or a labelled --train")
-        return evaluation.trained_features(examples, labels)
+        images = from_pixels(self.pairs.after.pixels)
+        return evaluation.features_for(images, self.code, evaluation.training_part(self.train))
 
     @cached_property
     def metrics(self) -> tuple[Figures | None, Figures]:

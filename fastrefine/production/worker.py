@@ -27,7 +27,7 @@ from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
 from fastrefine.production.conditions import load_conditions
-from fastrefine.production.configuration import USUAL_RANGE, Configuration, Shard, in_ranges, ranges
+from fastrefine.production.configuration import CLASSES, USUAL_RANGE, Configuration, Shard, in_ranges, ranges
 from fastrefine.production.images import load_labelled, scaled
 from fastrefine.production.named_code import Trust
 from fastrefine.production.per_image_selection import Chooser
@@ -83,9 +83,9 @@ class Worker:
         taken = [pair.takes_labels(caller) for caller in saved_pair.FUNCTIONS]
         required = any(needs for _, needs in taken)
         if required and c.classes is None and not labels:
-            raise InputError("the networks need labels: pass --class 3, or --class random, with --num-classes 10")
-        if c.classes == "random" and c.num_classes < 1:
-            raise InputError("random classes need num_classes, how many there are")
+            raise InputError("the networks need labels: pass --class 3, or --class balanced (or random) with --num-classes 10")
+        if c.classes in CLASSES and c.num_classes < 1:
+            raise InputError(f"{c.classes} classes need num_classes, how many there are")
         self.labelled = c.classes is not None or required or (labels and c.num_classes > 0 and any(takes for takes, _ in taken))
         real, classes = self._real(c.real) if c.real else (None, None)
         if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
@@ -112,7 +112,7 @@ class Worker:
         made = first.sample(len(few), labels=0 * few if self.labelled else None, conditions=self._conditions(few))
         shape = made.images.shape[1:]
         if c.classes is not None:
-            sampled = range(c.num_classes) if c.classes == "random" else range(int(c.classes), int(c.classes) + 1)
+            sampled = range(c.num_classes) if c.classes in CLASSES else range(int(c.classes), int(c.classes) + 1)
             self.refiner.check_labels(torch.tensor(sampled[-1:]))
             missing = set(sampled) - set(sampled if classes is None else classes.tolist())
             if missing:
@@ -132,7 +132,7 @@ class Worker:
             raise InputError(
                 f"{c.conditions} has {rows} rows, but image {last - 1} is asked for; wanted a row for each, from 0"
             )
-        if (c.classes == "random" or self.conditions) and c.shard_size * c.proposals % self.group:
+        if (c.classes in CLASSES or self.conditions) and c.shard_size * c.proposals % self.group:
             each = f"{c.proposals} proposals of each image" if c.proposals > 1 else "images"
             raise InputError(
                 f"shard_size is {c.shard_size}; in lock step labels and conditions of a whole group decide, so wanted shards "
@@ -314,6 +314,8 @@ class Worker:
         if c.classes == "random":
             u = uniform(c.seed, ids, torch.ones_like(ids), 1, Stream.BATCH)[:, 0]
             return (u * c.num_classes).long().clamp(max=c.num_classes - 1)
+        if c.classes == "balanced":
+            return ids % c.num_classes
         return torch.full_like(ids, int(c.classes))
 
     def _chooser(self) -> Chooser | None:
@@ -336,7 +338,7 @@ class Worker:
             return Chooser(c, {}, real)
         n = per_image_selection.pilot_size(c)
         ids = torch.arange(n)
-        labels = ids % c.num_classes if c.classes == "random" else self._labels(ids)
+        labels = ids % c.num_classes if c.classes in CLASSES else self._labels(ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastrefineWarning)
             pilot = self.refiner.sample(  # with ids that no image owns

@@ -76,6 +76,14 @@ def test_refine_makes_the_images_of_random_classes_that_the_python_call_makes(fo
         assert np.abs((wanted.numpy() + 1) * 127.5 - made["arr_0"].transpose(0, 3, 1, 2)).max() <= 0.51
 
 
+def test_balanced_classes_take_turns_also_over_several_workers(folder, tmp_path):
+    given = ("--pair", folder / "pair", "--real", folder / "real.npz", "--class", "balanced", "--shard-size", 10)
+    for worker in range(2):
+        told(fastrefine("refine", *given, *QUICK, "--outdir", tmp_path / "run", "--shard-id", worker, "--num-shards", 2))
+    told(fastrefine("merge", tmp_path / "run", "--output", tmp_path / "run.npz"))
+    assert np.load(tmp_path / "run.npz")["arr_1"].tolist() == [i % CLASSES for i in range(30)]
+
+
 def test_a_class_for_all_and_several_workers(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(per_image_selection, "PILOT", 64)
     configuration = Configuration(
@@ -92,7 +100,7 @@ def test_a_class_for_all_and_several_workers(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ((), "need labels: pass --class 3, or --class random"),
+    ((), "need labels: pass --class 3, or --class balanced"),
     (("--class", 3), "label 3 is out of range"),
     (("--class", "random", "--num-classes", 9), "label 8 is out of range"),
     (("--class", 0, "--real", "plain.npz"), "take labels, and .*plain.npz has none"),
