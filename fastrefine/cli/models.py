@@ -193,7 +193,7 @@ def distil(
     )  # fmt: skip
     specs, kept = pair.specs, {name: getattr(c, name) for name in saved_pair.DEFAULTS}
     saved_pair.save_pair(
-        outdir, g.cpu(), pair.discriminator, code=(specs[0].code, specs[1].code),
+        outdir, g.cpu(), g.discriminator.cpu(), code=(specs[0].code, specs[1].code),
         arguments=(specs[0].arguments, specs[1].arguments), prior=saved_pair.make_prior(c.prior), **kept | {"at": g.refined_at},
     )  # fmt: skip
     click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
