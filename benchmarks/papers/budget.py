@@ -6,9 +6,9 @@ evaluation is a forward pass; "gradients" are those whose gradient moved the sam
 for costs one evaluation for each slot of a run, which is counted. Pairs: the demo's digits and MNIST at their recipe's layer,
 early-stopped and converged, and [CS]'s imbalanced ring in data space. Methods: fixed steps and backtracking with the recipe's
 step size, Adam with one for all, Barzilai-Borwein with the scale that it finds by itself; and the generator that was distilled
-from the last, alone and with steps after it. Discriminators: as it is, and shaped with the same method, for a distilled
-generator also on what it gives. What shaping and distilling cost, once for each pair, is told in "training". Seeds are training
-seeds: of the GAN, of shaping, of distilling and of sampling.
+from the last, alone and with steps after it. Discriminators: as it is, and shaped: with backtracking for the first three
+methods, with Barzilai-Borwein for the others, and for a distilled generator also on what it gives. What shaping and distilling
+cost, once for each pair, is told in "training". Seeds are training seeds: of the GAN, of shaping, distilling and sampling.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _of_images(demo: Demo, samples: int, most: int, distil: dict[str, Any], **ch
     return Part(samples, demo.step_size, shaping, (most, demo.max_steps), distil, **changes)
 
 
-_DIGITS, _MNIST = dict(pairs=20_000, rounds=2), dict(pairs=8000, rounds=2, iterations=2000, batch_size=64)
+_DIGITS = dict(pairs=20_000, rounds=2, iterations=4000)
+_MNIST = dict(pairs=6000, rounds=1, iterations=1500, batch_size=64)
 # budgets: evaluations of D for each image, at most; further: those after a distilled generator. adam: its step size, not
 # tuned. ring_steps: as in `steps`. judged_after: training steps of the classifiers. parts: the pairs by name.
 FULL = Recipe(
@@ -76,15 +77,21 @@ FULL = Recipe(
         methods=METHODS, budgets=(0, 1, 2, 3, 4, 5, 10, 25, 50), further=(0, 1, 2, 3, 4, 5), adam=0.1, resamples=40,
         ring_steps=3000, judged_after={"digits": DIGITS.classifier_steps, "mnist": MNIST.classifier_steps},
         parts={
-            "digits": _of_images(DIGITS, 4000, 4, _DIGITS), "digits, converged": _of_images(DIGITS, 4000, 4, _DIGITS),
-            "ring": Part(10_000, 1.0, (500, 500, 8e-3), (4, 50), dict(pairs=20_000, rounds=2)),
-            "MNIST": _of_images(MNIST, 2000, 9, _MNIST), "MNIST, converged": _of_images(MNIST, 2000, 9, _MNIST, seeds=(0,)),
+            "digits": _of_images(DIGITS, 4000, 4, _DIGITS),
+            "ring": Part(10_000, 1.0, (500, 500, 8e-3), (4, 50), dict(pairs=20_000, rounds=2, iterations=4000)),
+            "MNIST": _of_images(MNIST, 1000, 9, _MNIST),
+            "digits, converged": _of_images(DIGITS, 4000, 4, _DIGITS),
+            "MNIST, converged": _of_images(MNIST, 1000, 9, _MNIST, seeds=(0,)),
         },
     ),
 )  # fmt: skip
 QUICK = FULL.but(
-    methods=(BACKTRACKING, CURVATURE), judged_after={"digits": 100}, budgets=(0, 1, 4, 31), further=(0, 1), resamples=5,
-    parts={"digits": Part(150, DIGITS.step_size, (12, 128, 1e-4), (3, 30), dict(pairs=300, iterations=40))},
+    plane=cases.QUICK_RING, ring_steps=20, methods=(BACKTRACKING, CURVATURE), budgets=(0, 1, 4, 31), further=(0, 1),
+    resamples=5, judged_after={"digits": 100},
+    parts={
+        "digits": Part(150, DIGITS.step_size, (12, 128, 1e-4), (3, 30), dict(pairs=300, rounds=1, iterations=40)),
+        "ring": Part(100, 1.0, (1, 100, 8e-3), (1, 1), dict(pairs=200, rounds=1, iterations=40)),
+    },
 )  # fmt: skip
 REDUCTIONS = ()
 
@@ -144,14 +151,14 @@ class _Curves:
 
     def __init__(self, run: Run, table: Table, pair: Pair, part: Part):
         self.run, self.table, self.pair, self.part, self.raw = run, table, pair, part, 0.0
+        self.shaped: dict[str, nn.Module] = {}
 
     def rows(self) -> Iterator[Row]:
-        recipe, part = self.run.recipe, self.part
+        recipe = self.run.recipe
         yield from self._curve(GENERATOR, "none", self._refiner(BACKTRACKING, 0), (0,))
         for method in recipe.methods:
             own = self._refiner(method, max(recipe.budgets) - 1)
-            shaped = self._shaped(method, own.replaced(max_steps=part.shaping_most[method != CURVATURE]))
-            self._tell(f"D shaped by {method}")
+            shaped = self._shaped(CURVATURE if method == CURVATURE else BACKTRACKING)
             for name, one in ((OWN, own), (SHAPED, own.with_discriminator(shaped))):
                 yield from self._curve(method, name, one, recipe.budgets[1:])
                 if method == CURVATURE:
@@ -189,21 +196,26 @@ class _Curves:
         self.raw = self.raw or points[0]["value"]
         return [{"seed": self.table.seed, **facts, **point, "relative": point["value"] / self.raw} for point in points]
 
-    def _shaped(self, method: str, few: fr.Refiner) -> nn.Module:
-        """D shaped with a method, with at most the steps of ``few``."""
-        pair, (iterations, batch, rate), started = self.pair, self.part.shaping, time.perf_counter()
-        network = self.table.trained(
-            f"{pair.name}-{method}", pair.empty(), few, pair.real, iterations=iterations, batch=batch, rate=rate,
-            stop=few.stop, **pair.shaping,
-        )  # fmt: skip
-        self._cost(f"D shaped by {method}", started, iterations * batch * (few.max_steps + 3))
-        return network
+    def _shaped(self, method: str) -> nn.Module:
+        """D shaped with a method."""
+        if method not in self.shaped:
+            pair, (iterations, batch, rate), started = self.pair, self.part.shaping, time.perf_counter()
+            few = self._refiner(method, self.part.shaping_most[method == BACKTRACKING])
+            self.shaped[method] = self.table.trained(
+                f"{pair.name}-{method}", pair.empty(), few, pair.real, iterations=iterations, batch=batch, rate=rate,
+                stop=few.stop, **pair.shaping,
+            )  # fmt: skip
+            self._cost(f"D shaped by {method}", started, iterations * batch * (few.max_steps + 3))
+            self._tell(f"D shaped by {method}")
+        return self.shaped[method]
 
     def _distilled(self, name: str, one: fr.Refiner) -> fr.Refiner:
         """The refiner of what a map gives that was learned from ``one``; as it is: D is not shaped in between either."""
         started, most = time.perf_counter(), self.part.shaping_most[0]
         iterations, batch, rate = self.part.shaping if name == SHAPED else (0, 1, 1.0)
-        options = self.part.distil | ({} if name == SHAPED else {"rounds": 1})
+        options = self.part.distil | (
+            {} if name == SHAPED else {"rounds": 1, "iterations": self.part.distil["iterations"] // 4}
+        )
         teacher = one.replaced(max_steps=most)
         g = fr.distil(
             teacher, seed=self.table.seed, real=self.pair.real, **options,
@@ -211,7 +223,7 @@ class _Curves:
         )  # fmt: skip
         each = options["pairs"] * (most + 1) + iterations * batch * (most + 3)
         facts = {key: g.report[key] for key in ("width", "flops_share", "held_out_error")}
-        self._cost(f"distilled, D {name}", started, options.get("rounds", 1) * each, **facts)
+        self._cost(f"distilled, D {name}", started, options["rounds"] * each, **facts)
         return refiner_of(g, teacher)
 
     def _cost(self, what: str, started: float, evaluations: int, **facts: Any) -> None:

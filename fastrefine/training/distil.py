@@ -72,7 +72,8 @@ def distil(
     flops: share of the generator's FLOPs that the map may cost; it has the greatest width that fits.
     iterations, batch_size, learning_rate: of Adam, whose rate falls to 0 along a cosine. chunk: samples in one part of the
         stream of pairs. All pairs are kept in memory: latents, refined activations and images.
-    shaping: arguments of ``shape_discriminator`` after each round; default 200 iterations of 64 at 1e-4.
+    shaping: arguments of ``shape_discriminator`` after each round; default 200 iterations of 64 at 1e-4. ``{"iterations": 0}``
+        leaves shaping out.
 
     Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, on
     DDLS, MALA and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map does no
@@ -91,6 +92,11 @@ def distil(
         real, real_labels, real_conditions = refiner.real, refiner.real_labels, refiner.options.real_conditions
     if rounds > 1 and real is None:
         raise InputError(f"rounds={rounds} shapes the discriminator between them: pass real=images, or a Refiner with real")
+    how = {"stop": refiner.stop, "seed": seed, "progress": progress, **_SHAPING, **(shaping or {})}
+    how |= {"real_labels": real_labels, "real_conditions": real_conditions}
+    shapes = real is not None and how["iterations"] != 0 and any(True for _ in refiner.discriminator.parameters())
+    if shapes:
+        shape_discriminator(refiner, real, **how | {"iterations": 0})  # bad arguments are told before there is work to lose
     inputs = _inputs_of_pairs(refiner, pairs, seed, labels, conditions)
     quiet = refiner.replaced(progress=False, callback=None, output_device="cpu")
     found = Pairs.made(quiet, pairs, seed, inputs, chunk, progress)
@@ -98,18 +104,16 @@ def distil(
         seed_torch(refiner.device, seed % 2**63)
         g = _untrained(quiet, found, flops)
     plain, then = copy.deepcopy(g), quiet
-    how = {"stop": refiner.stop, "seed": seed, "progress": progress, **_SHAPING, **(shaping or {})}
     for number in range(rounds):
         if number:
             found = Pairs.made(then, pairs, seed, inputs, chunk, progress)
         with quiet_torch(refiner.device):
             facts = _train(g, plain, found, iterations, batch_size, learning_rate, seed, progress)
         then = refiner_of(copy.deepcopy(g), then)
-        if real is not None:
-            given = {"real_labels": real_labels, "real_conditions": real_conditions}
-            then = then.with_discriminator(shape_discriminator(then, real, **given, **how))
+        if shapes:
+            then = then.with_discriminator(shape_discriminator(then, real, **how))
     g.keep_discriminator(then.discriminator)
-    g.report |= {"pairs": len(found), "rounds": rounds, "seed": seed, "shaped": real is not None, **facts}
+    g.report |= {"pairs": len(found), "rounds": rounds, "seed": seed, "shaped": shapes, **facts}
     return g.eval().requires_grad_(False)
 
 

@@ -55,7 +55,7 @@ class DistilledMap(nn.Module):
             self.inlet, self.outlet = conv(channels, width, 1), conv(width, channels, 1, bias=False)
             self.inner = nn.ModuleList(conv(width, width, 3, padding=1) for _ in range(2))
         else:
-            sizes = [channels, width, 3 * width, 3 * width // 2, channels]
+            sizes = [channels, width, 3 * width // 2, channels]
             self.inlet, *inner = (nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:-1], strict=False))
             self.inner, self.outlet = nn.ModuleList(inner), nn.Linear(sizes[-2], channels, bias=False)
         nn.init.zeros_(self.outlet.weight)
@@ -68,14 +68,12 @@ class DistilledMap(nn.Module):
             h = h + self.embedding(labels)[(...,) + (None,) * (h.dim() - 2)]
         if self.conditions is not None:
             h = h + self.conditions(torch.cat(list(conditions), 1))[(...,) + (None,) * (h.dim() - 2)]
-        h = self.inner[0](F.leaky_relu(h, _SLOPE, inplace=True))
-        h = F.leaky_relu(h, _SLOPE, inplace=True)
+        h = F.leaky_relu(self.inner[0](F.leaky_relu(h, _SLOPE, inplace=True)), _SLOPE, inplace=True)
         if self.whole is not None:
             h = h + self._seen_whole(h)
-        h = F.leaky_relu(self.inner[1](h), _SLOPE, inplace=True)
         if self.whole is None:  # sum and product at once
             return torch.addmm(x, h, self.outlet.weight.t()).view_as(a)
-        change = self.outlet(h)
+        change = self.outlet(F.leaky_relu(self.inner[1](h), _SLOPE, inplace=True))
         return a + (change.transpose(1, 2) if self.tokens else change)
 
     def _seen_whole(self, h: Tensor) -> Tensor:
