@@ -78,7 +78,7 @@ FULL = Recipe(
         ring_steps=3000, judged_after={"digits": DIGITS.classifier_steps, "mnist": MNIST.classifier_steps},
         parts={
             "digits": _of_images(DIGITS, 4000, 4, _DIGITS),
-            "ring": Part(10_000, 1.0, (500, 500, 8e-3), (4, 50), dict(pairs=20_000, rounds=2, iterations=4000)),
+            "ring": Part(5000, 1.0, (300, 500, 8e-3), (4, 20), dict(pairs=5000, rounds=2, iterations=1500)),
             "MNIST": _of_images(MNIST, 1000, 9, _MNIST),
             "digits, converged": _of_images(DIGITS, 4000, 4, _DIGITS),
             "MNIST, converged": _of_images(MNIST, 1000, 9, _MNIST, seeds=(0,)),

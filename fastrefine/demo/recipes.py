@@ -58,7 +58,7 @@ DIGITS = Recipe(
     discriminator=networks.digits_discriminator, classifier=networks.digits_classifier, classifier_steps=1500,
     early_steps=1000, converged_steps=10_000, learning_rate=(3e-4, 3e-4), r1=0.2, at="act2", step_size=0.3, max_steps=40,
     shaping_iterations=300, shaping_batch=128, shaping_rate=1e-4, num_slots=256, samples=4000, reference=1400,
-    curved_steps=4, distil=dict(pairs=10_000, rounds=2, iterations=2000),
+    curved_steps=4, distil=dict(pairs=20_000, rounds=2, iterations=3000),
 )  # fmt: skip
 
 MNIST = Recipe(

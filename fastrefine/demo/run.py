@@ -26,8 +26,8 @@ from fastrefine.result import Result
 from fastrefine.training.distil import refiner_of
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
-B0_SIZES, B0_STEPS = (1, 3, 10, 30), (1, 2, 5, 10, 15, 20, 30, 40, 60)  # tried for B0: factors of the step size, and steps
-B0_SAMPLES = 1000  # on which they are chosen
+B0_SIZES, B0_STEPS = (1, 3, 10, 30, 100), (2, 5, 10, 15, 20, 30, 40, 60, 80)  # tried for B0: factors of the step size, steps
+B0_SAMPLES = 300  # on which they are chosen
 Row = dict[str, Any]
 
 
