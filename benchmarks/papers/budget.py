@@ -321,9 +321,9 @@ def _below(text: str, ours: list[float], theirs: list[float], factor: float, eve
 def draw(run: Run, rows: Sequence[Row]) -> None:
     """A panel for each pair, means over seeds."""
     panels = list(dict.fromkeys(row["pair"] for row in rows))
-    figure, axes = plots.subplots(1, len(panels), 3.0, 3.0)
+    figure, axes = plots.subplots(1, len(panels) + 1, 3.0, 3.2)  # the last one is for the legend
     colours = dict(zip((*METHODS, DISTILLED), ("tab:grey", "tab:blue", "tab:green", "tab:red", "black"), strict=True))
-    for axis, pair in zip(axes[0], panels, strict=True):
+    for axis, pair in zip(axes[0], panels, strict=False):
         for method, colour in colours.items():
             for name, style in ((SHAPED, "-"), (OWN, ":")):
                 mine = [r for r in rows if (r["pair"], r["method"], r["discriminator"]) == (pair, method, name)]
@@ -334,6 +334,11 @@ def draw(run: Run, rows: Sequence[Row]) -> None:
         plots.plain(axis, pair, "evaluations of D for each image", metric)
         axis.set_xscale("symlog", linthresh=5)
         axis.set_yscale("log")
-    axes[0, -1].legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        axis.set_xlim(-0.5, 55)
+        axis.set_xticks(ticks := (0, 1, 2, 3, 4, 5, 10, 25, 50), map(str, ticks))
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted("{x:g}")
+    axes[0, -1].axis("off")
+    axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="center left")
     figure.tight_layout()
     plots.save(figure, run.outdir / "budget.png")
