@@ -22,7 +22,7 @@ class Recipe:
     early_steps: the training length of the early-stopped generator, converged_steps: of the converged one ([CS] 4 uses
     both). at, step_size, max_steps: collaborative refinement by sgd with backtracking, stopped at the median real logit.
     shaping_*: Adam with betas (.5, .9) on refined batches under the refiner's own stop rule. curved_steps: at most so many
-    Barzilai-Borwein steps are distilled, and taken after the map. distil: arguments of ``fr.distil``.
+    Barzilai-Borwein steps are distilled, by a D shaped with them, and taken after the map. distil: arguments of ``fr.distil``.
     """
 
     name: str

@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,15 @@ def _rows(
         iterations=recipe.shaping_iterations, batch_size=recipe.shaping_batch, learning_rate=recipe.shaping_rate,
         betas=(0.5, 0.9), stop=refiner.stop, seed=seed, progress=None,
     )  # fmt: skip
-    shaped = fr.shape_discriminator(refiner, data.train, **shaping)
-    better = refiner.with_discriminator(shaped)
+    better = refiner.with_discriminator(fr.shape_discriminator(refiner, data.train, **shaping))
     _say("sampling: shaped")
     out = _sample(better, n, seed)
     found.append(("shaped", out, recipe.max_steps, 1))
     _say(f"sampling: shaped + Metropolis-Hastings, {recipe.chain_length} proposals for each image")
     chosen = _metropolis_hastings(better, n, recipe.chain_length, seed)
     found.append(("shaped+mh", chosen, recipe.max_steps, recipe.chain_length))
-    teacher = better.replaced(sampler=fr.Collaborative(), max_steps=recipe.curved_steps)
+    curved = refiner.replaced(sampler=fr.Collaborative(), max_steps=recipe.curved_steps)
+    teacher = curved.with_discriminator(fr.shape_discriminator(curved, data.train, **shaping))
     learned = fr.distil(teacher, seed=seed, real=data.train, shaping=shaping, **recipe.distil)
     further = refiner_of(learned, teacher)
     _say("sampling: distilled, distilled + steps")
@@ -129,7 +130,9 @@ def _best_b0(refiner: fr.Refiner, recipe: Recipe, judge: Judge, n: int, seed: in
 
     distances: dict[tuple[int, int], float] = {}
     for factor in B0_SIZES:
-        out = loop(factor, max(B0_STEPS)).sample(min(n, B0_SAMPLES), seed=seed, first_id=n, snapshots=B0_STEPS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fr.FastrefineWarning)  # of steps that are too large
+            out = loop(factor, max(B0_STEPS)).sample(min(n, B0_SAMPLES), seed=seed, first_id=n, snapshots=B0_STEPS)
         distances |= {(factor, k): judge(out.snapshots[k].images)["frechet_distance"] for k in B0_STEPS}
     factor, steps = min(distances, key=distances.__getitem__)
     images = loop(factor, steps).sample(n, seed=seed).images
