@@ -206,7 +206,8 @@ class _Curves:
         return self.shaped[method]
 
     def _distilled(self, name: str, one: fr.Refiner) -> fr.Refiner:
-        """The refiner of what a map gives that was learned from ``one``; as it is: D is not shaped in between either."""
+        """The refiner of what a map gives that was learned from ``one``; as it is: D is not shaped afterwards,
+        and one round of a quarter of the iterations shows it."""
         started, most = time.perf_counter(), self.part.shaping_most[0]
         iterations, batch, rate = self.part.shaping if name == SHAPED else (0, 1, 1.0)
         options = self.part.distil | (
