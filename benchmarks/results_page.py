@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import report as speed
@@ -18,7 +19,7 @@ Record = dict[str, Any]
 
 def page(results: Path = RESULTS) -> str:
     """The page as Markdown."""
-    parts = (_head, _demo, _seeds, _papers, _correctors, _laws, _speed, _precision, _production)
+    parts = (_head, _demo, _seeds, _budget, _papers, _correctors, _laws, _speed, _precision, _production)
     return "\n\n".join(block for part in parts for block in part(results)) + "\n"
 
 
@@ -89,6 +90,50 @@ def _seeds(results: Path) -> Iterator[str]:
         "GAN is the paper's setting and no advice: the converged generators start about where the refined early ones end "
         "(digits) or well below (MNIST), and refinement improves them too."
     )
+
+
+def _budget(results: Path) -> Iterator[str]:
+    record = _read(results / "papers" / "budget" / "result.json")
+    rows: list[Record] = record["rows"]
+    yield "## Quality for a budget"
+    yield (
+        "Evaluations of D for each image, at most, against the distance to the real data (FD; of the ring, whose samples are "
+        "points, the Jensen-Shannon divergence of the shares of its components), means over training seeds. Samples stop at "
+        'the median real logit. D is as the GAN left it, or shaped; "distilled" is the generator with a map that '
+        "[learned refinement](distil.md), and Barzilai-Borwein steps after it. [Which one to use](which.md)."
+    )
+    yield _told(record, "python -m benchmarks.papers run budget --outdir DIR --data MNIST_FOLDER")
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        mine = [row for row in rows if row["pair"] == pair]
+        budgets, seeds = (sorted({row[key] for row in mine}) for key in ("budget", "seed"))
+        digits = 2 if mine[0]["value"] > 1 else 4
+
+        def cell(found: list[Record], digits: int = digits) -> str:
+            return f"{fmean(row['value'] for row in found):.{digits}f}" if found else "–"
+
+        yield f"**{pair}**, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        kinds = dict.fromkeys((row["method"], row["discriminator"]) for row in mine)
+        yield _table(("at most", *map(str, budgets)), [
+            (method if judge == "none" else f"{method}, D {judge}", *(
+                cell([r for r in mine if (r["method"], r["discriminator"], r["budget"]) == (method, judge, budget)])
+                for budget in budgets
+            ))
+            for method, judge in kinds
+        ])  # fmt: skip
+        shown = [("generator", "none", 0), ("backtracking", "shaped", budgets[-1]), ("Barzilai-Borwein", "shaped", 5),
+                 ("Barzilai-Borwein", "shaped", 10), *(("distilled", "shaped", budget) for budget in (0, 3, 5))]  # fmt: skip
+        lines = []
+        for kind in shown:
+            found = [row for row in mine if (row["method"], row["discriminator"], row["budget"]) == kind]
+            values = (f"{r['value']:.{digits}f} ({r['low']:.{digits}f} to {r['high']:.{digits}f})" for r in found)
+            lines.append((f"{kind[0]}, at most {kind[2]}", f"{fmean(row['evaluations'] for row in found):.1f}", *values))
+        yield "Each seed, with the interval that holds 90 % of resampled sets, by shaped discriminators:"
+        yield _table(("", "evaluations", *(f"seed {seed}" for seed in seeds)), lines)
+    yield "What was made once for each pair and seed 0; other work ran on the machine:"
+    yield _table(("pair", "", "evaluations of D, at most", "seconds"), [
+        (t["pair"], t["what"], f"{t['evaluations_at_most']:,}", f"{t['seconds']:.0f}")
+        for t in record["training"] if t["seed"] == 0
+    ])  # fmt: skip
 
 
 def _papers(results: Path) -> Iterator[str]:

@@ -62,7 +62,7 @@ _ALL = (
         "folder", "The image protocol on a folder of pictures", "[CS] 4.3, SAGAN", 600, (0,), "a folder of pictures", True
     ),
     Experiment("step_control", "Backtracking against fixed step sizes", "new", 30, (0,), _MNIST + " (else without MNIST)"),
-    Experiment("budget", "Quality for a budget of evaluations", "new", 30, (0, 1, 2), _MNIST + " (else digits alone)"),
+    Experiment("budget", "Quality for a budget of evaluations", "new", 60, (0, 1, 2), _MNIST + " (else digits and ring)"),
     Experiment("corrector", "VAE and flow with a borrowed discriminator", "[DGflow] 4.3", 10, (0, 1, 2)),
     Experiment("fitted", "A generator that comes alone", "new", 10, (0,), _MNIST + " (else digits)"),
 )

@@ -210,8 +210,8 @@ def distil(
 ) -> None:  # fmt: skip
     """Learn what refinement does: OUTDIR becomes a pair whose generator has it built in.
 
-    Prints a table of quality, on samples that were not trained on, of generator and distilled generator with 0, 1, 2 and 4
-    steps of refinement after it.
+    Its discriminator is shaped on what the new generator gives, for steps of refinement after it. Prints a table of quality,
+    on samples that were not trained on, of generator and distilled generator with 0, 1, 2 and 4 steps of refinement after it.
 
     \b
     fastrefine distil --pair shaped --real train/ --stop median --max-steps 20 --outdir distilled
@@ -232,7 +232,8 @@ def distil(
         worker.refiner, pairs, rounds, seed, conditions=worker.conditions_of(pairs), flops=flops, iterations=iterations,
         batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
-    pair.saved(outdir, generator=g.cpu(), at=g.refined_at)
+    assert g.discriminator is not None
+    pair.saved(outdir, generator=g.cpu(), discriminator=g.discriminator.cpu(), at=g.refined_at)
     click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
                f"generator's FLOPs, and it leaves {g.report['held_out_error']:.0%} of the refinement undone")  # fmt: skip
     for line in quality(worker, g, samples, features):

@@ -1,1 +1,1 @@
-"""The demo: one early-stopped GAN, four ways to sample from it. Only the command line imports it."""
+"""The demo: one early-stopped GAN, six ways to sample from it. Only the command line imports it."""

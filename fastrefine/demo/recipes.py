@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ class Recipe:
 
     early_steps: the training length of the early-stopped generator, converged_steps: of the converged one ([CS] 4 uses
     both). at, step_size, max_steps: collaborative refinement by sgd with backtracking, stopped at the median real logit.
-    shaping_*: Adam with betas (.5, .9) on refined batches under the refiner's own stop rule.
+    shaping_*: Adam with betas (.5, .9) on refined batches under the refiner's own stop rule. curved_steps: at most so many
+    Barzilai-Borwein steps are distilled, by a D shaped with them, and taken after the map. distil: arguments of ``fr.distil``.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Recipe:
     shaping_rate: float
     num_slots: int
     samples: int
+    curved_steps: int
+    distil: Mapping[str, Any]
     reference: int = 1000  # real training images whose logits give the stop threshold
     chain_length: int = 20
 
@@ -54,6 +58,7 @@ DIGITS = Recipe(
     discriminator=networks.digits_discriminator, classifier=networks.digits_classifier, classifier_steps=1500,
     early_steps=1000, converged_steps=10_000, learning_rate=(3e-4, 3e-4), r1=0.2, at="act2", step_size=0.3, max_steps=40,
     shaping_iterations=300, shaping_batch=128, shaping_rate=1e-4, num_slots=256, samples=4000, reference=1400,
+    curved_steps=4, distil=dict(pairs=20_000, rounds=2, iterations=3000),
 )  # fmt: skip
 
 MNIST = Recipe(
@@ -61,6 +66,7 @@ MNIST = Recipe(
     discriminator=networks.mnist_discriminator, classifier=networks.mnist_classifier, classifier_steps=2500,
     early_steps=1000, converged_steps=10_000, learning_rate=(1e-3, 5e-4), r1=0.5, at="act7", step_size=1.0, max_steps=20,
     shaping_iterations=200, shaping_batch=64, shaping_rate=1e-4, num_slots=128, samples=10_000, chain_length=5,
+    curved_steps=9, distil=dict(pairs=6000, iterations=1500, batch_size=64),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The demo: one early-stopped GAN, four ways to sample from it, a picture, a table and a measured speed-up."""
+"""The demo: one early-stopped GAN, six ways to sample from it, a picture, a table and a measured speed-up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from fastrefine.demo.recipes import DIGITS, MNIST, Recipe, embedded
 from fastrefine.production.bench import Bench
 from fastrefine.progress import ProgressBar, over
 from fastrefine.result import Result
+from fastrefine.training.distil import refiner_of
 
 SHOWN = 16  # columns of the picture: the first ids, not chosen ones
+B0_SIZES, B0_STEPS = (1, 3, 10, 30, 100), (2, 5, 10, 15, 20, 30, 40, 60, 80)  # tried for B0: factors of the step size, steps
+B0_SAMPLES = 300  # on which they are chosen
 Row = dict[str, Any]
 
 
@@ -48,7 +52,7 @@ def run(
         for steps, name in ((recipe.early_steps, "rows"), (recipe.converged_steps, "converged_rows")):
             if name == "rows" or converged:
                 pair = _networks(recipe, images, seed, steps, retrain)
-                metrics[name] = _rows(recipe, pair, images, judge, n, seed, outdir if name == "rows" else None)
+                metrics |= _rows(recipe, pair, images, judge, n, seed, outdir if name == "rows" else None, name)
     metrics["seconds"] = time.perf_counter() - started
     (outdir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     click.echo(json.dumps(metrics) if as_json else table(metrics, recipe))
@@ -70,36 +74,69 @@ def _networks(recipe: Recipe, data: Images, seed: int, steps: int, retrain: bool
 
 
 def _rows(
-    recipe: Recipe, pair: tuple[nn.Module, nn.Module], data: Images, judge: Judge, n: int, seed: int, outdir: Path | None
-) -> list[Row]:
+    recipe: Recipe, pair: tuple[nn.Module, nn.Module], data: Images, judge: Judge, n: int, seed: int, outdir: Path | None,
+    name: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The rows under ``name``, and what B0 is at its best under "b0_best" in front of it."""
     g, d = pair
     options: dict[str, Any] = dict(
         sampler=fr.Collaborative(recipe.step_size), at=recipe.at, prior=fr.Normal(recipe.latent),
         real=data.train[: recipe.reference], stop=fr.stopping.MedianOfReal(), num_slots=recipe.num_slots,
     )  # fmt: skip
     raw, refiner = (fr.Refiner(g, d, max_steps=k, **options) for k in (0, recipe.max_steps))
-    b0 = {k: Bench(raw, k).b0(recipe.at) for k in (0, recipe.max_steps)}
 
     _say("sampling: generator, refined")
     base = _sample(raw, n, seed)
-    rows = [
-        _row("generator", base, judge, b0[0]),
-        _row("refined", _sample(refiner, n, seed), judge, b0[recipe.max_steps]),
-    ]
-    shaped = fr.shape_discriminator(
-        refiner, data.train, recipe.shaping_iterations, recipe.shaping_batch, recipe.shaping_rate, stop=refiner.stop,
-        betas=(0.5, 0.9), seed=seed, progress=None,
+    found = [("generator", base, 0, 0), ("refined", _sample(refiner, n, seed), recipe.max_steps, 1)]
+    shaping: dict[str, Any] = dict(
+        iterations=recipe.shaping_iterations, batch_size=recipe.shaping_batch, learning_rate=recipe.shaping_rate,
+        betas=(0.5, 0.9), stop=refiner.stop, seed=seed, progress=None,
     )  # fmt: skip
-    better = refiner.with_discriminator(shaped)
+    better = refiner.with_discriminator(fr.shape_discriminator(refiner, data.train, **shaping))
     _say("sampling: shaped")
     out = _sample(better, n, seed)
-    rows.append(_row("shaped", out, judge, b0[recipe.max_steps]))
+    found.append(("shaped", out, recipe.max_steps, 1))
     _say(f"sampling: shaped + Metropolis-Hastings, {recipe.chain_length} proposals for each image")
     chosen = _metropolis_hastings(better, n, recipe.chain_length, seed)
-    rows.append(_row("shaped+mh", chosen, judge, b0[recipe.max_steps] / recipe.chain_length))
+    found.append(("shaped+mh", chosen, recipe.max_steps, recipe.chain_length))
+    curved = refiner.replaced(sampler=fr.Collaborative(), max_steps=recipe.curved_steps)
+    teacher = curved.with_discriminator(fr.shape_discriminator(curved, data.train, **shaping))
+    learned = fr.distil(teacher, seed=seed, real=data.train, shaping=shaping, **recipe.distil)
+    further = refiner_of(learned, teacher)
+    _say("sampling: distilled, distilled + steps")
+    alone = _sample(further.replaced(max_steps=0), n, seed)
+    alone.report["images_per_second"] = Bench(further, 0).b0(further.at)  # it needs no discriminator
+    found += [("distilled", alone, 0, 0), ("distilled+steps", _sample(further, n, seed), recipe.curved_steps, 1)]
     if outdir is not None:
-        _draw(outdir / "comparison.png", recipe, base, out)
-    return rows
+        _draw(outdir / "comparison.png", recipe, base, out, alone)
+
+    _say("the usual loop: its best step size and number of steps")
+    best = _best_b0(better, recipe, judge, n, seed)
+    b0 = {k: Bench(raw, k).b0(recipe.at) for k in {best["steps"], *(steps for _, _, steps, _ in found)}}
+    best["images_per_second"] = b0[best["steps"]]
+    rows = [
+        _row(label, result, judge, proposals, b0[steps] / max(proposals, 1), best["images_per_second"])
+        for label, result, steps, proposals in found
+    ]
+    return {name: rows, f"b0_best_{name}": best}
+
+
+def _best_b0(refiner: fr.Refiner, recipe: Recipe, judge: Judge, n: int, seed: int) -> dict[str, Any]:
+    """B0's quality where it is best: fixed steps for all samples; step size and number of steps chosen on other samples."""
+
+    def loop(factor: int, steps: int) -> fr.Refiner:
+        fixed = fr.Collaborative(factor * recipe.step_size, control="fixed")
+        return refiner.replaced(sampler=fixed, stop=None, max_steps=steps)
+
+    distances: dict[tuple[int, int], float] = {}
+    for factor in B0_SIZES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fr.FastrefineWarning)  # of steps that are too large
+            out = loop(factor, max(B0_STEPS)).sample(min(n, B0_SAMPLES), seed=seed, first_id=n, snapshots=B0_STEPS)
+        distances |= {(factor, k): judge(out.snapshots[k].images)["frechet_distance"] for k in B0_STEPS}
+    factor, steps = min(distances, key=distances.__getitem__)
+    images = loop(factor, steps).sample(n, seed=seed).images
+    return {"step_size": factor * recipe.step_size, "steps": steps, **judge(images)}
 
 
 def _sample(refiner: fr.Refiner, n: int, seed: int) -> Result:
@@ -120,21 +157,27 @@ def _metropolis_hastings(refiner: fr.Refiner, n: int, length: int, seed: int) ->
     return chosen
 
 
-def _row(name: str, out: Result, judge: Judge, b0: float) -> Row:
-    speed = out.report["images_per_second"]
+def _row(name: str, out: Result, judge: Judge, proposals: int, b0: float, best: float) -> Row:
+    """proposals: refined for an image, 0 where D is not needed. b0, best: images/s of B0 at equal steps, at its best."""
+    speed, steps = out.report["images_per_second"], float(out.steps.double().mean())
     return {
-        "name": name, **judge(out.images), "mean_steps": float(out.steps.double().mean()),
+        "name": name, **judge(out.images), "mean_steps": steps, "evaluations": proposals * (steps + 1),
         "logit_before": float(out.initial_logits.mean()), "logit_after": float(out.logits.mean()),
         "images_per_second": speed, "images_per_second_b0": b0, "ratio_b0": speed / b0,
+        "ratio_b0_best": speed / best,
         "backend": out.report["backend"], "threads": out.report["threads"],
     }  # fmt: skip
 
 
-def _draw(path: Path, recipe: Recipe, base: Result, out: Result) -> None:
-    before, after = (pictures.levels(images[:SHOWN]) for images in (base.images, out.images))
-    logits = list(zip(out.initial_logits[:SHOWN].tolist(), out.logits[:SHOWN].tolist(), strict=True))
-    title = f"{recipe.name}: the first {len(before)} samples, before and after refinement by a shaped discriminator"
-    pictures.grid(path, before, after, logits, title)
+def _draw(path: Path, recipe: Recipe, base: Result, out: Result, alone: Result) -> None:
+    before, after, learned = (pictures.levels(result.images[:SHOWN]) for result in (base, out, alone))
+    notes = [pictures.from_to(*pair) for pair in zip(out.initial_logits[:SHOWN], out.logits[:SHOWN], strict=True)]
+    rows = [
+        ("generator", before), ("refined (shaped)", after), ("difference", pictures.difference(before, after)),
+        ("distilled", learned),
+    ]  # fmt: skip
+    title = f"{recipe.name}: the first {len(before)} samples, before and after refinement by a shaped discriminator; distilled"
+    pictures.comparison(path, rows, notes, title, pictures.LEGEND)
 
 
 def table(metrics: dict[str, Any], recipe: Recipe) -> str:
@@ -144,7 +187,8 @@ def table(metrics: dict[str, Any], recipe: Recipe) -> str:
         f"{recipe.name}: {metrics['samples']} samples a row; Frechet distance and classifier score on a classifier of "
         f"{metrics['classifier_accuracy']:.1%} accuracy,",
         f"against held-out real images (real training images: {real['frechet_distance']:.2f}, {real['classifier_score']:.2f}).",
-        f"B0 is the usual loop: {recipe.max_steps} steps for every sample; ours stops at the median real logit.",
+        "evals: evaluations of D for an image. B0 is the usual loop, whose samples all take the most steps of the row's; ours "
+        "stops at the median real logit.",
     ]
     for key, title in (("rows", f"early-stopped generator, {recipe.early_steps} steps"),
                        ("converged_rows", f"converged generator, {recipe.converged_steps} steps")):  # fmt: skip
@@ -153,14 +197,20 @@ def table(metrics: dict[str, Any], recipe: Recipe) -> str:
         lines += [
             "",
             title,
-            f"{'':<11}{'FD':>8}{'CS':>7}{'steps':>7}{'logit from ... to':>22}{'images/s':>11}{'B0':>9}{'ratio':>8}",
+            f"{'':<16}{'FD':>7}{'CS':>6}{'evals':>7}{'logit from ... to':>22}{'images/s':>11}{'B0':>10}{'ratio':>7}"
+            f"{'best B0':>9}",
         ]
         for r in metrics[key]:
             logits = f"{r['logit_before']:.2f} to {r['logit_after']:.2f}"
             lines.append(
-                f"{r['name']:<11}{r['frechet_distance']:>8.2f}{r['classifier_score']:>7.2f}{r['mean_steps']:>7.1f}{logits:>22}"
-                f"{r['images_per_second']:>11.1f}{r['images_per_second_b0']:>9.1f}{r['ratio_b0']:>7.1f}x"
+                f"{r['name']:<16}{r['frechet_distance']:>7.2f}{r['classifier_score']:>6.2f}{r['evaluations']:>7.1f}{logits:>22}"
+                f"{r['images_per_second']:>11.1f}{r['images_per_second_b0']:>10.1f}{r['ratio_b0']:>6.1f}x{r['ratio_b0_best']:>8.1f}x"
             )
+        best = metrics[f"b0_best_{key}"]
+        lines.append(
+            f"B0 at its best takes {best['steps']} steps of {best['step_size']:g} by the shaped discriminator: FD "
+            f"{best['frechet_distance']:.2f}, CS {best['classifier_score']:.2f}, {best['images_per_second']:.1f} images/s"
+        )
     return "\n".join(lines)
 
 

@@ -57,20 +57,22 @@ def distil(
     The engine refines ``pairs`` proposals of the prior, and a small map of the activation at the refiner's place is trained on
     them: the distance of the images plus a tenth of that of the activations, each divided by its variance. The map depends on
     the activation's shape (``DistilledMap``); it reads labels, and conditions that are vectors. A tenth of the pairs, at most
-    2,000, is held out: it decides when training stops and which weights are kept.
+    2,000, is held out: it decides when training stops and which weights are kept. Then the discriminator is shaped on what the
+    map gives, where there are real images: the result's ``discriminator`` is the one for exact steps after the map.
 
     refiner: with a generator and a prior. Its sampler should not add noise, for what is learned is a mean.
-    rounds: in each further round the discriminator is shaped on what the map gives, refines that, and the map is trained on.
+    rounds: in each further round the shaped discriminator refines what the map gives, and the map is trained on.
     seed: of the pairs, which have ids from 2**30, of the map's first weights and of the batches; equal seeds give equal
         weights.
     progress: bars on stderr; None: on a terminal bars, elsewhere a line every ten seconds.
     labels, conditions: of the pairs, (pairs, ...), as for ``Refiner.sample``. None: those of the refiner's ``real`` images,
         drawn at random.
-    real, real_labels, real_conditions: for further rounds, as ``shape_discriminator`` takes them; None: the refiner's.
+    real, real_labels, real_conditions: to shape on, as ``shape_discriminator`` takes them; None: the refiner's.
     flops: share of the generator's FLOPs that the map may cost; it has the greatest width that fits.
     iterations, batch_size, learning_rate: of Adam, whose rate falls to 0 along a cosine. chunk: samples in one part of the
         stream of pairs. All pairs are kept in memory: latents, refined activations and images.
-    shaping: arguments of ``shape_discriminator`` in further rounds; default 200 iterations of 64 at 1e-4.
+    shaping: arguments of ``shape_discriminator`` after each round; default 200 iterations of 64 at 1e-4. ``{"iterations": 0}``
+        leaves shaping out.
 
     Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, on
     DDLS, MALA and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map does no
@@ -89,27 +91,36 @@ def distil(
         real, real_labels, real_conditions = refiner.real, refiner.real_labels, refiner.options.real_conditions
     if rounds > 1 and real is None:
         raise InputError(f"rounds={rounds} shapes the discriminator between them: pass real=images, or a Refiner with real")
+    how = {"stop": refiner.stop, "seed": seed, "progress": progress, **_SHAPING, **(shaping or {})}
+    how |= {"real_labels": real_labels, "real_conditions": real_conditions}
+    shapes = real is not None and how["iterations"] != 0 and any(True for _ in refiner.discriminator.parameters())
+    if shapes:
+        shape_discriminator(refiner, real, **how | {"iterations": 0})  # bad arguments are told before there is work to lose
     inputs = _inputs_of_pairs(refiner, pairs, seed, labels, conditions)
     quiet = refiner.replaced(progress=False, callback=None, output_device="cpu")
     found = Pairs.made(quiet, pairs, seed, inputs, chunk, progress)
     with quiet_torch(refiner.device):
         seed_torch(refiner.device, seed % 2**63)
         g = _untrained(quiet, found, flops)
-    plain = copy.deepcopy(g)
+    plain, then = copy.deepcopy(g), quiet
     for number in range(rounds):
         if number:
-            again = _next_round(quiet, g, real, real_labels, real_conditions, seed, progress, shaping)
-            found = Pairs.made(again, pairs, seed, inputs, chunk, progress)
+            found = Pairs.made(then, pairs, seed, inputs, chunk, progress)
         with quiet_torch(refiner.device):
             facts = _train(g, plain, found, iterations, batch_size, learning_rate, seed, progress)
-    g.report |= {"pairs": len(found), "rounds": rounds, "seed": seed, **facts}
+        then = refiner_of(copy.deepcopy(g), then)
+        if shapes:
+            then = then.with_discriminator(shape_discriminator(then, real, **how))
+    g.keep_discriminator(then.discriminator)
+    g.report |= {"pairs": len(found), "rounds": rounds, "seed": seed, "shaped": shapes, **facts}
     return g.eval().requires_grad_(False)
 
 
 def refiner_of(g: DistilledGenerator, refiner: Refiner) -> Refiner:
     """The refiner with a distilled generator in place of its own, which refines what the map gives."""
     options = {field.name: getattr(refiner.options, field.name) for field in fields(refiner.options)}
-    return Refiner(g, refiner.discriminator, **options | {"at": g.refined_at})
+    judge = refiner.discriminator if g.discriminator is None else g.discriminator
+    return Refiner(g, judge, **options | {"at": g.refined_at})
 
 
 def _check(refiner: Any, real: Any) -> None:
@@ -240,17 +251,6 @@ def _flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
-
-
-def _next_round(
-    refiner: Refiner, g: DistilledGenerator, real: Any, real_labels: Any, real_conditions: Any, seed: int,
-    progress: bool | None, shaping: Mapping[str, Any] | None,
-) -> Refiner:  # fmt: skip
-    """A refiner of what the map gives, with a discriminator that was shaped on it."""
-    again = refiner_of(copy.deepcopy(g), refiner)
-    how = {"stop": refiner.stop, "seed": seed, "progress": progress, **_SHAPING, **(shaping or {})}
-    shaped = shape_discriminator(again, real, real_labels=real_labels, real_conditions=real_conditions, **how)
-    return again.with_discriminator(shaped)
 
 
 def _train(

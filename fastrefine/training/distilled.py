@@ -56,7 +56,7 @@ class DistilledMap(nn.Module):
             self.inlet, self.outlet = conv(channels, width, 1), conv(width, channels, 1, bias=False)
             self.inner = nn.ModuleList(conv(width, width, 3, padding=1) for _ in range(2))
         else:
-            sizes = [channels, width, 3 * width, 3 * width // 2, channels]
+            sizes = [channels, width, 3 * width // 2, channels]
             self.inlet, *inner = (nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:-1], strict=False))
             self.inner, self.outlet = nn.ModuleList(inner), nn.Linear(sizes[-2], channels, bias=False)
         nn.init.zeros_(self.outlet.weight)
@@ -69,14 +69,12 @@ class DistilledMap(nn.Module):
             h = h + self.embedding(labels)[(...,) + (None,) * (h.dim() - 2)]
         if self.conditions is not None:
             h = h + self.conditions(torch.cat(list(conditions), 1))[(...,) + (None,) * (h.dim() - 2)]
-        h = self.inner[0](F.leaky_relu(h, _SLOPE))
-        h = F.leaky_relu(h, _SLOPE)
+        h = F.leaky_relu(self.inner[0](F.leaky_relu(h, _SLOPE, inplace=True)), _SLOPE, inplace=True)
         if self.whole is not None:
             h = h + self._seen_whole(h)
-        h = F.leaky_relu(self.inner[1](h), _SLOPE)
         if self.whole is None:  # sum and product at once
             return torch.addmm(x, h, self.outlet.weight.t()).view_as(a)
-        change = self.outlet(h)
+        change = self.outlet(F.leaky_relu(self.inner[1](h), _SLOPE, inplace=True))
         return a + (change.transpose(1, 2) if self.tokens else change)
 
     def _seen_whole(self, h: Tensor) -> Tensor:
@@ -100,7 +98,9 @@ class DistilledGenerator(nn.Module):
 
     report: what it was made from: pairs, rounds, seed, at, sampler, max_steps, width; held_out_error, the share of what
         refinement does that the map leaves undone on held-out samples; flops_share, of the generator's FLOPs;
-        ignored, conditions that the map does not read.
+        ignored, conditions that the map does not read; shaped, whether the discriminator was.
+    discriminator: the one for exact steps after the map, as ``fr.distil`` shaped it on what the map gives; without real images
+        the refiner's own. None after loading: a saved pair has it. It is no submodule: it is neither moved nor exported.
 
     ``fr.distil`` makes it; the arguments are those of a saved pair. Raises InputError where an input is missing.
     """
@@ -114,6 +114,7 @@ class DistilledGenerator(nn.Module):
         super().__init__()
         given = dict(locals())
         self.arguments = {k: v for k, v in given.items() if k not in ("self", "__class__", "generator", "generate", "report")}
+        self.keep_discriminator(None)
         own = private_copy(unwrap(generator))
         # Hidden, for it has no name of its own: its modules and tensors are also this module's, under their names.
         vars(self).update(
@@ -133,6 +134,12 @@ class DistilledGenerator(nn.Module):
         if self.at not in ("input", "output"):
             own.get_submodule(self.at).register_forward_hook(self._at_place)
         self.eval().requires_grad_(False)
+
+    discriminator: nn.Module | None
+
+    def keep_discriminator(self, discriminator: nn.Module | None) -> None:
+        """Set ``discriminator``."""
+        vars(self)["discriminator"] = discriminator  # past nn.Module, which would make it a submodule
 
     @property
     def refined_at(self) -> str:

@@ -148,6 +148,8 @@ def test_distilling_a_pair_makes_a_pair_whose_runs_say_so(files, tmp_path, monke
     assert [line.split()[0] for line in out[4:]] == ["0", "1", "2", "4"] and "nan" not in "".join(out)
     pair = fr.load_pair(tmp_path / "distilled")
     assert pair.generator.report["pairs"] == 80 and pair.defaults["at"] == "act2"
+    before, z = fr.load_pair(files / "pair").discriminator, torch.rand(3, 1, 8, 8)
+    assert not torch.equal(pair.discriminator(z), before(z)), "it was shaped on what the map gives"
     run("refine", "--pair", tmp_path / "distilled", "--max-steps", 0, "--ids", "0-7", "--outdir", tmp_path / "run")
     assert json.dumps(pair.generator.report["sampler"]) in (tmp_path / "run" / "manifest.json").read_text()
     shape(files, tmp_path / "shaped", "--pair", tmp_path / "distilled")

@@ -18,7 +18,8 @@ def metrics(tmp_path_factory):
     """A small run of the demo: few iterations of shaping, few samples."""
     outdir = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
-    small = dict(shaping_iterations=30, shaping_rate=3e-4, classifier_steps=200, chain_length=2)
+    small = dict(shaping_iterations=30, shaping_rate=3e-4, classifier_steps=200, chain_length=2,
+                 distil=dict(pairs=1000, iterations=300))  # fmt: skip
     patch.setattr(demo, "DIGITS", replace(recipes.DIGITS, **small))
     patch.setattr(demo, "Bench", functools.partial(Bench, seconds=0.1))
     state = torch.random.get_rng_state()
@@ -32,11 +33,33 @@ def metrics(tmp_path_factory):
 
 def test_the_demo_writes_its_rows(metrics):
     _, found = metrics
-    assert [row["name"] for row in found["rows"]] == ["generator", "refined", "shaped", "shaped+mh"]
+    assert [row["name"] for row in found["rows"]] == [
+        "generator",
+        "refined",
+        "shaped",
+        "shaped+mh",
+        "distilled",
+        "distilled+steps",
+    ]
     for row in found["rows"]:
-        for key in ("frechet_distance", "classifier_score", "mean_steps", "images_per_second", "ratio_b0"):
+        for key in (
+            "frechet_distance",
+            "classifier_score",
+            "mean_steps",
+            "evaluations",
+            "images_per_second",
+            "ratio_b0",
+            "ratio_b0_best",
+        ):
             assert row[key] >= 0
     assert found["classifier_accuracy"] > 0.9 and found["samples"] == 500
+    assert [row["evaluations"] == 0 for row in found["rows"]] == [True, False, False, False, True, False]
+    assert found["b0_best_rows"]["frechet_distance"] < found["rows"][0]["frechet_distance"]
+
+
+def test_a_little_distilling_already_lowers_the_distance(metrics):
+    distance = {row["name"]: row["frechet_distance"] for row in metrics[1]["rows"]}
+    assert max(distance["distilled"], distance["distilled+steps"]) < 0.9 * distance["generator"], distance
 
 
 def test_a_little_shaping_already_lowers_the_distance_and_raises_the_score(metrics):
@@ -45,7 +68,7 @@ def test_a_little_shaping_already_lowers_the_distance_and_raises_the_score(metri
     assert rows["shaped"]["classifier_score"] > rows["generator"]["classifier_score"]
 
 
-def test_the_picture_shows_three_rows_and_the_difference_has_both_signs(metrics):
+def test_the_picture_shows_its_rows_and_the_difference_has_both_signs(metrics):
     image = Image.open(metrics[0] / "comparison.png").convert("RGB")
     colours = {colour for _, colour in image.getcolors(1 << 24)}
     assert image.width > 1000

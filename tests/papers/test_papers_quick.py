@@ -31,7 +31,7 @@ MAIN = {
     "folder": ("has a lower Frechet distance than the generator",),
     "step_control": ("good samples: at no step size is backtracking worse than fixed steps",
                      "ring, good samples: fixed steps' worst is worse"),
-    "budget": ("comes within 5 %", "it costs at most 1/5"),
+    "budget": ("is within 5 % of backtracking", "it costs at most 1/5"),
     "corrector": ("are better than raw",),
     "fitted": ("refines to a lower Frechet distance",),
 }  # fmt: skip

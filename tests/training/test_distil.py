@@ -239,6 +239,23 @@ def test_rounds_shape_the_discriminator_on_what_the_map_gives():
     one = refiner("input", real=torch.rand(64, 1, 4, 4) - 0.5)
     g = fr.distil(one, 200, rounds=2, iterations=40, shaping={"iterations": 2})
     assert g.report["rounds"] == 2 and g(torch.randn(3, 4)).shape == (3, 1, 4, 4)
+    old, new = one.discriminator.state_dict(), g.discriminator.state_dict()
+    assert g.report["shaped"] and all(not torch.equal(old[name], value) for name, value in new.items())
+    assert not any(name.startswith("discriminator") for name in g.state_dict())
+    assert copy.deepcopy(g).discriminator is not None
+
+
+def test_without_real_images_or_shaping_the_discriminator_stays():
+    bare, known = refiner("vector"), refiner("vector", real=torch.rand(64, 1, 4, 4) - 0.5)
+    for one, options in ((bare, {}), (known, {"shaping": {"iterations": 0}})):
+        g = fr.distil(one, 200, iterations=40, **options)
+        assert g.discriminator is one.discriminator and not g.report["shaped"]
+
+
+def test_bad_arguments_of_shaping_are_told_before_pairs_are_made(monkeypatch):
+    monkeypatch.setattr("fastrefine.training.distil.Pairs.made", None)
+    with pytest.raises(InputError, match="learning_rate"):
+        fr.distil(refiner("vector", real=torch.rand(64, 1, 4, 4) - 0.5), 100, shaping={"learning_rate": -1.0})
 
 
 def test_what_cannot_be_learned_is_said_in_words():
@@ -278,5 +295,5 @@ class Blind(nn.Module):
 def test_a_sampler_with_noise_and_a_small_generator_are_warned_of():
     one = refiner("vector").replaced(sampler=fr.DGflow(0.1))
     with pytest.warns(FastrefineWarning) as seen:
-        fr.distil(one, 100, iterations=60, flops=1e-6)
+        fr.distil(one, 300, iterations=100, flops=1e-6)
     assert {"DGflow adds noise" in str(w.message) or "the smallest map costs" in str(w.message) for w in seen} == {True}
