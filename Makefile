@@ -12,13 +12,16 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
+.PHONY: demo test test-whole kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
 
-test: $(VENV)/test.stamp  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist worksteal  # neighbouring tests share what was prepared
+test: $(VENV)/test.stamp  ## the test suite
+	$(BIN)/python -m pytest -m "not whole" -n auto --dist worksteal  # neighbouring tests share what was prepared
+
+test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, and docs/quickstart.md as it is read
+	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90

@@ -46,7 +46,7 @@ def folder(tmp_path):
     return tmp_path / "work", environment
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_page_runs_as_it_is_and_shows_what_it_prints(folder):
     work, environment = folder

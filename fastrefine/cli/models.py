@@ -129,12 +129,13 @@ def shape(
 ) -> None:
     """Train the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator is not changed.
 
-    With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. Otherwise pass
-    the same --discriminator with --discriminator-weights OUTDIR/discriminator.safetensors.
+    With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. It keeps the place,
+    sampler, steps and stop rule that it was shaped for. Otherwise pass the same --discriminator with
+    --discriminator-weights OUTDIR/discriminator.safetensors.
 
     \b
     fastrefine shape --pair mypair --real train/ --stop median --iterations 300 --outdir shaped
-    fastrefine refine --pair shaped --real train/ --stop median --ids 0-9999 --outdir run
+    fastrefine refine --pair shaped --real train/ --ids 0-9999 --outdir run
     """
     if not flags["real"]:
         raise click.UsageError("--real is needed: real images to shape the discriminator on")
@@ -164,7 +165,9 @@ def shape(
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     if c.pair:
-        worker.pair.saved(outdir, discriminator=shaped.cpu())
+        worker.pair.saved(
+            outdir, discriminator=shaped.cpu(), at=c.at, sampler=c.sampler, stop=c.stop, max_steps=c.max_steps
+        )  # fmt: skip
     else:
         part = outdir / "discriminator.part"
         save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
@@ -174,7 +177,8 @@ def shape(
         writer = csv.DictWriter(file, list(curve[0]))
         writer.writeheader()
         writer.writerows(curve)
-    use = f"fastrefine refine --pair {outdir}{' --trust-code' * (trusts or bool(c.generate or c.discriminate))}"
+    judged_by = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
+    use = f"fastrefine refine --pair {outdir}{judged_by}{' --trust-code' * (trusts or bool(c.generate or c.discriminate))}"
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
         if c.discriminator.code.endswith(".pt2"):
@@ -215,7 +219,7 @@ def distil(
 
     \b
     fastrefine distil --pair shaped --real train/ --stop median --max-steps 20 --outdir distilled
-    fastrefine refine --pair distilled --max-steps 0 --ids 0-49999 --outdir run
+    fastrefine refine --pair distilled --ids 0-49999 --outdir run
     """
     if not flags["real"]:
         raise click.UsageError("--real is needed: real images for the table of quality")
@@ -233,7 +237,10 @@ def distil(
         batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
     assert g.discriminator is not None
-    pair.saved(outdir, generator=g.cpu(), discriminator=g.discriminator.cpu(), at=g.refined_at)
+    pair.saved(
+        outdir, generator=g.cpu(), discriminator=g.discriminator.cpu(), at=g.refined_at, max_steps=0, stop="none",
+        sampler=worker.configuration.sampler,
+    )  # fmt: skip
     click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
                f"generator's FLOPs, and it leaves {g.report['held_out_error']:.0%} of the refinement undone")  # fmt: skip
     for line in quality(worker, g, samples, features):

@@ -171,7 +171,9 @@ def _row(name: str, out: Result, judge: Judge, proposals: int, b0: float, best: 
 
 def _draw(path: Path, recipe: Recipe, base: Result, out: Result, alone: Result) -> None:
     before, after, learned = (pictures.levels(result.images[:SHOWN]) for result in (base, out, alone))
-    notes = [pictures.from_to(*pair) for pair in zip(out.initial_logits[:SHOWN], out.logits[:SHOWN], strict=True)]
+    notes = [
+        pictures.from_to(*pair) for pair in zip(out.initial_logits[:SHOWN].tolist(), out.logits[:SHOWN].tolist(), strict=True)
+    ]
     rows = [
         ("generator", before), ("refined (shaped)", after), ("difference", pictures.difference(before, after)),
         ("distilled", learned),

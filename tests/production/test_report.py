@@ -169,8 +169,8 @@ def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, mon
     found = {"frechet_distance[x, n=20]": (2.0, 1.0, 3.0), "features": "x", "num_samples": 20}
     better = {"frechet_distance[x, n=20]": (0.5, 0.25, 0.75)}
     answers = iter([found, better, found, {"frechet_distance[x, n=20]": (2.5, 2.25, 2.75)}])
-    monkeypatch.setattr(evaluation, "measure", lambda *_: next(answers))
-    monkeypatch.setattr(evaluation, "trained_features", lambda *_: evaluation.Features(lambda x: x.flatten(1), "pixels"))
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: next(answers))
+    monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
     for words in ("became more like the real ones", "The intervals overlap, so this may be chance"):
         report_page.write(Report(BeforeAfter(runs / "run", runs / "raw", 20), "digits"), tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
@@ -178,7 +178,7 @@ def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, mon
 
 
 def test_nearest_real_images_are_nearest_in_the_features(runs, monkeypatch):
-    monkeypatch.setattr(evaluation, "trained_features", lambda *_: evaluation.Features(lambda x: x.flatten(1), "pixels"))
+    monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
     report = Report(BeforeAfter(runs / "run", runs / "raw", N), "digits")
     rows, distances = report.neighbours
     images, real = evaluation.images_of(runs / "run")[:8], report.truth[0]
