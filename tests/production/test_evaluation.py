@@ -333,7 +333,7 @@ def test_the_command_prints_json(tmp_path, capsys):
 
 def test_default_features_are_learned_from_the_training_images_where_the_held_out_ones_judge(monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "trained_features", lambda images, labels: asked.append(len(images)) or FEATURES)
+    monkeypatch.setattr(evaluation, "trained_features", lambda images, _, **__: asked.append(len(images)) or FEATURES)
     grey8 = torch.zeros(4, 1, 8, 8)
     for real, n in (("digits:test", 1400), ("digits", 1400), ("digits:train", 1400)):
         evaluation.features_for(grey8, None, evaluation.training_part(real))
