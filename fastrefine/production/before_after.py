@@ -86,7 +86,7 @@ class BeforeAfter:
         kept = {name: getattr(c, name) for name in (*_NETWORKS, *_DRAWN)}
         real = c.real if c.coupling == "freeze" else ""  # whose statistics are then the networks'
         sampler = {"name": "collaborative", "step_size": 0.1, "loss": loss}  # any one serves
-        plain = Configuration(**kept, real=real, sampler=sampler, max_steps=0)
+        plain = Configuration(**kept, real=real, sampler=sampler, max_steps=0, stop="none")
         made = Worker(plain, **self._loading)
         for name in ("generator_sha256", "discriminator_sha256"):
             if made.facts[name] != self.manifest.get(name):

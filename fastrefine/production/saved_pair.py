@@ -333,6 +333,8 @@ def configured(
     own = {name: value for name, value in usual.items() if getattr(configuration, name) == getattr(PLAIN, name)}
     if configuration.sampler and "name" not in configuration.sampler:
         own["sampler"] = {**usual["sampler"], **configuration.sampler}
+    if own.get("max_steps", configuration.max_steps) == 0 and "stop" in own:
+        own["stop"] = "none"  # the pair's rule would only ask for real images
     if not configuration.prior:
         if pair is None:
             raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')

@@ -85,12 +85,15 @@ def test_the_command_and_python_make_the_same_images_of_a_pair(tmp_path, flags):
     assert (said["max_steps"], said["stop"]) == (changes.get("max_steps", 4), changes.get("stop", 0.1))
 
 
-def test_shaping_keeps_what_the_pair_says_of_a_run_and_not_the_flags(tmp_path):
+def test_a_shaped_pair_is_for_what_it_was_shaped_for(tmp_path):
     save(tmp_path / "p", max_steps=4)
-    told(fastrefine("shape", "--pair", tmp_path / "p", "--real", "digits", "--stop", "median", "--iterations", 1, "--outdir",
-                    tmp_path / "s"))  # fmt: skip
+    told(fastrefine("shape", "--pair", tmp_path / "p", "--real", "digits", "--stop", "median", "--iterations", 1, "--step-size", 0.3,
+                    "--outdir", tmp_path / "s"))  # fmt: skip
     config = json.loads((tmp_path / "s" / "config.json").read_text())
-    assert config["max_steps"] == 4 and "stop" not in config and "sampler" not in config
+    assert (config["max_steps"], config["stop"], config["sampler"]["step_size"]) == (4, "median", 0.3)
+    command = "refine", "--pair", tmp_path / "s", "--ids", "0-7"
+    assert "--real FOLDER" in str(fastrefine(*command, "--outdir", tmp_path / "run").exception)
+    told(fastrefine(*command, "--max-steps", 0, "--outdir", tmp_path / "raw"))  # unrefined images need no real ones
 
 
 @pytest.mark.parametrize(("wrong", "why"), [
@@ -189,7 +192,7 @@ def test_public_things_print_short():
     pair, real = fr.load_pair("digits"), load_digits().train
     refiner = fr.Refiner.from_pair(pair, real=real, stop="median", max_steps=4)
     out = refiner.sample(32, snapshots=(0, 2))
-    distilled = fr.distil(refiner, pairs=64, iterations=2)
+    distilled = fr.distil(refiner, pairs=64, iterations=2, shaping={"iterations": 1, "batch_size": 8})
     things = [
         pair, refiner, refiner.options, refiner.dataset(5), out, out.snapshots[2], distilled,
         fr.Product(fr.Normal(2), fr.Uniform(3)), fr.calibrate(out.logits, -out.logits),
