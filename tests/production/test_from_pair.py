@@ -87,8 +87,8 @@ def test_the_command_and_python_make_the_same_images_of_a_pair(tmp_path, flags):
 
 def test_a_shaped_pair_is_for_what_it_was_shaped_for(tmp_path):
     save(tmp_path / "p", max_steps=4)
-    told(fastrefine("shape", "--pair", tmp_path / "p", "--real", "digits", "--stop", "median", "--iterations", 1, "--step-size", 0.3,
-                    "--outdir", tmp_path / "s"))  # fmt: skip
+    given = "--real", "digits", "--stop", "median", "--step-size", 0.3, "--iterations", 1
+    told(fastrefine("shape", "--pair", tmp_path / "p", *given, "--outdir", tmp_path / "s"))
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert (config["max_steps"], config["stop"], config["sampler"]["step_size"]) == (4, "median", 0.3)
     command = "refine", "--pair", tmp_path / "s", "--ids", "0-7"
