@@ -69,16 +69,13 @@ class Source:
     def given(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents (n, ...) and inputs of ids (n,). Ids outside the source repeat the nearest one's, but for drawn latents."""
         if self.latents is not None:
-            latents = self.latents[send(self._rows(ids), self.latents.device)].to(dtype)
-        else:
-            assert self.prior is not None
-            latents = self.prior.sample(ids, self.seed, dtype)
-        return latents, self.inputs_of(ids)
+            return self.latents[send(self._rows(ids), self.latents.device)].to(dtype), self.inputs_of(ids)
+        assert self.prior is not None
+        return self.prior.sample(ids, self.seed, dtype), self.inputs_of(ids)
 
     def inputs_of(self, ids: Tensor) -> dict[str, Tensor]:
         """Labels and conditions of ids; outside the source those of the nearest id."""
-        rows = self._rows(ids)
-        return {name: value[rows] for name, value in self.inputs.items()}
+        return {name: value[self._rows(ids)] for name, value in self.inputs.items()}
 
     def _rows(self, ids: Tensor) -> Tensor:
         return (ids - self.first).clamp(0, self.count - 1)
@@ -115,14 +112,11 @@ class Proposals:
 
     def block(self, index: int) -> Block:
         """Run the prefix for one block. Rows outside the source are padding: they repeat the nearest sample."""
-        source, base = self.source, index * self.size
-        ids = torch.arange(base, base + self.size)
-        latents, inputs = source.given(ids, self.dtype)
+        source, base, ids = self.source, index * self.size, torch.arange(index * self.size, (index + 1) * self.size)
         threshold, last_step, reference = self._draws(index)
-        latents = send(latents, self.device)
-        inputs = {name: send(value, self.device) for name, value in inputs.items()}
+        latents, inputs = source.given(ids, self.dtype)
+        latents, inputs = send(latents, self.device), {name: send(value, self.device) for name, value in inputs.items()}
         a, context = self.generator.prefix(latents, inputs)
         start, stop = max(base, source.first), min(base + self.size, source.first + source.count)
         drawn = (send(t, self.device) for t in (threshold.to(self.dtype), last_step, reference.to(self.dtype)))
-        flat = a.reshape(self.size, -1)
-        return Block(index, self.size, start, stop, self.whole, latents, inputs, flat, context, *drawn)
+        return Block(index, self.size, start, stop, self.whole, latents, inputs, a.reshape(self.size, -1), context, *drawn)
