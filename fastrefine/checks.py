@@ -117,7 +117,10 @@ def tensor(name: str, value: Any, dtype: torch.dtype | None = None) -> Tensor:
     if x.dim() == 0:
         raise InputError(f"{name} must have a batch dimension, got a scalar")
     if not x.is_floating_point():
-        raise InputError(f"{name} must be floating point in the networks' range, got {x.dtype}{_range(x)}")
+        raise InputError(
+            f"{name} must be floating point in the networks' range, got {x.dtype}{_range(x)}"
+            + f"; for networks of -1 to 1: {name}.float() / 127.5 - 1" * (x.dtype == torch.uint8)
+        )
     x = x.detach()
     if x.is_inference():
         x = x.clone()

@@ -118,9 +118,10 @@ class Options:
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} were given without `real` images")
             if self.needs_real:
+                otherwise = "" if self.sampler.traits.needs_real else "; stop=None needs none"
                 raise InputError(
                     f"{type(self.sampler).__name__} with stop={self.stop!r} reads real logits: pass real=images to the "
-                    "Refiner, or --real FOLDER or FILE.npz to a command"
+                    f"Refiner, or --real FOLDER or FILE.npz to a command{otherwise}"
                 )
             return
         real = checks.tensor("real", self.real, self.dtype)

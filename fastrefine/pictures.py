@@ -121,6 +121,7 @@ def comparison(
     for line in lines:
         draw.text((MARGIN, top), line, fill=(90, 90, 90), font=small)
         top += LINE
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         canvas.save(path)
     except ValueError as error:

@@ -110,10 +110,16 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
         samples, refined=refined, seed=seed, labels=labels, conditions=worker.conditions_of(samples)
     )  # fmt: skip
     commands = {
-        "fastrefine shape": f"fastrefine shape {shlex.join(typed)} --outdir shaped",
-        "fastrefine refine": f"fastrefine refine {shlex.join([*typed, *more])} --ids 0-999 --outdir run",
+        "fastrefine shape": f"fastrefine shape {shlex.join(typed)} --outdir {_unused('shaped')}",
+        "fastrefine refine": f"fastrefine refine {shlex.join([*typed, *more])} --ids 0-999 --outdir {_unused('run')}",
     }
     click.echo(json.dumps(found.entry(commands)) if as_json else found.table(commands))
+
+
+def _unused(name: str) -> str:
+    """A folder that a printed command may write to: name, or name2, ... where that is there already."""
+    names = (name, *(f"{name}{i}" for i in range(2, 100)))
+    return next((one for one in names if not Path(one).exists()), name)
 
 
 @click.command()
@@ -122,7 +128,8 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--outdir", type=FOLDER, required=True, help="New or empty: discriminator.safetensors and curve.csv go there.")
+@click.option("--outdir", type=FOLDER, required=True, help="New or empty: the new pair (without --pair: "
+              "discriminator.safetensors) and curve.csv go there.")  # fmt: skip
 @click.pass_context
 def shape(
     ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, outdir: Path, **flags: Any
@@ -178,7 +185,8 @@ def shape(
         writer.writeheader()
         writer.writerows(curve)
     judged_by = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
-    use = f"fastrefine refine --pair {outdir}{judged_by}{' --trust-code' * (trusts or bool(c.generate or c.discriminate))}"
+    use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{judged_by}"
+    use += " --trust-code" * (trusts or bool(c.generate or c.discriminate))
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
         if c.discriminator.code.endswith(".pt2"):
@@ -307,6 +315,7 @@ def bench(
     fastrefine bench --pair mypair --layers layer2,output --precisions float32
     """
     names = names or flags["at"]
+    flags["stop"] = "none"  # all steps are timed, so a pair's rule, which may need real images, is not wanted
     worker = worker_of(ctx, flags, labels=True)
     from fastrefine.production.bench import Bench
     from fastrefine.progress import over

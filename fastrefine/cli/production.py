@@ -182,12 +182,12 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
         share = shard_id * world + rank, num_shards * world
         outcome = worker.run(outdir, worker=share[0], workers=share[1], progress=None)
     except (KeyboardInterrupt, Interrupted) as stop:
-        click.echo(f"stopped; finished shards are kept. To go on:\n  {again}", err=True)
+        click.echo(f"stopped; {_kept(outdir)}. To go on:\n  {again}", err=True)
         ctx.exit(130 if isinstance(stop, KeyboardInterrupt) else RESUMABLE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        click.echo(f"fastrefine: {error}; finished shards are kept. With room again, go on by:\n  {again}", err=True)
+        click.echo(f"fastrefine: {error}; {_kept(outdir)}. With room again, go on by:\n  {again}", err=True)
         ctx.exit(RESUMABLE)
     _tell(outcome, outdir, as_json)
 
@@ -328,6 +328,12 @@ def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _terminated(*_: Any) -> None:
     raise Interrupted
+
+
+def _kept(outdir: Path) -> str:
+    """How much of the run in OUTDIR is done, in words."""
+    shards = len(list(outdir.glob("*.done.json")))
+    return f"{shards} finished shards are kept" if shards else "no shard was finished yet"
 
 
 def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:

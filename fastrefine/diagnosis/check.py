@@ -14,6 +14,7 @@ from fastrefine.diagnosis.calibration import Diagnosis, diagnosis_of
 from fastrefine.diagnosis.findings import SHAPE, Finding
 from fastrefine.result import Result
 
+WHY = 90  # characters of the reason why a faster form is not used; --json has all of it
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ABOVE, BLIND = 0.45, 0.55  # of the separation: below the first D prefers generated images, up to the other it is blind
 GOOD = (
@@ -113,7 +114,8 @@ class Check:
         if self.ranges:
             rows["range"] = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in self.ranges.items())
         if self.ladder:
-            tried = [e["rung"] if e["kept"] else f"{e['rung']} not ({e['why']})" for e in self.ladder]
+            whys = [textwrap.shorten(e["why"], WHY, placeholder=" ...") for e in self.ladder]
+            tried = [e["rung"] + f" not ({why})" * (not e["kept"]) for e, why in zip(self.ladder, whys, strict=True)]
             rows["faster forms"] = ", ".join(dict.fromkeys(tried))
         lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
         told = [*(finding.text for finding in self.findings[1:]), *self.notes]

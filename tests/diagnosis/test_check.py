@@ -132,7 +132,8 @@ def test_separation_is_the_share_of_pairs():
     assert separation_of(x, torch.cat([y, torch.tensor([torch.nan]).double()])) == pytest.approx(float(pairs.mean()))
 
 
-def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path):
+def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder, real = flat_pairs.saved(tmp_path, liked=0.0)
     given = ("check", "--pair", folder, "--real", real, "--slots", 8, "--sampler-args", '{"loss": "minimax"}')
     last = told(fastrefine(*given)).splitlines()[-1]
@@ -145,3 +146,4 @@ def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path):
     told(fastrefine(*command[:-1], tmp_path / "shaped", "--iterations", 1))
     found = json.loads(fastrefine(*given, "--json", "--samples", 20).stdout)
     assert found["findings"][0]["code"] == "inverted" and not found["usable"] and found["scores"]["raw"]["count"] == 20
+    assert "--outdir shaped2`" in found["next"], "a folder that is there is not proposed again"

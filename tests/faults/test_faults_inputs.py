@@ -161,7 +161,7 @@ def test_empty_or_whole_number_real_images_are_an_error():
         refiner(g, d, real=torch.zeros(0, 3, 8, 8))
     pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     pixels[0, 0, 0, 0], pixels[0, 0, 0, 1] = 0, 255
-    with pytest.raises(fr.InputError, match=r"real must be floating point .* got torch.uint8 with values 0 to 255"):
+    with pytest.raises(fr.InputError, match=r"real must be floating point .* 0 to 255; .* real.float\(\) / 127.5 - 1"):
         refiner(g, d, real=pixels)
 
 

@@ -109,6 +109,25 @@ def test_without_a_baseline_the_samples_are_rendered_again(runs):
     assert not np.array_equal(given.before.pixels, given.after.pixels) and len(given.every["ids"]) == N
 
 
+def test_a_pair_with_a_stop_rule_of_its_own_is_compared_and_timed_without_its_real_images(tmp_path):
+    pair = load_pair("digits")
+    pair.saved(
+        tmp_path / "pair", discriminator=pair.discriminator, at="act2", sampler={"name": "collaborative"}, stop="median",
+        max_steps=4,
+    )  # fmt: skip
+    common = ("--pair", tmp_path / "pair", "--ids", "0-19")
+    told(fastrefine("refine", *common, "--real", "digits", "--outdir", tmp_path / "run"))
+    told(fastrefine("refine", *common, "--max-steps", 0, "--outdir", tmp_path / "raw"))
+    rendered, given = BeforeAfter(tmp_path / "run"), BeforeAfter(tmp_path / "run", tmp_path / "raw")
+    assert np.array_equal(rendered.before.pixels, given.before.pixels)
+    assert np.array_equal(rendered.logits_before, given.logits_before)
+    assert torch.isfinite(Report(given, "digits").real_logits).all()
+    told(fastrefine("grid", tmp_path / "run", "--output", tmp_path / "new" / "grid.png"))
+    assert (tmp_path / "new" / "grid.png").is_file()
+    quick = ("--layers", "act2", "--precisions", "float32", "--seconds", 0.01, "--steps", 2)
+    assert "act2" in told(fastrefine("bench", "--pair", tmp_path / "pair", *quick))
+
+
 def test_another_discriminators_logits_are_not_taken_for_those_before(runs, tmp_path):
     shutil.copytree(runs / "raw", tmp_path / "raw")
     manifest = json.loads((tmp_path / "raw" / "manifest.json").read_text())

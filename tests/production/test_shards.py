@@ -342,6 +342,7 @@ def test_a_killed_worker_and_a_stopped_one_are_taken_up_by_another_number_of_wor
         if how != signal.SIGKILL:
             assert "To go on:\n  fastrefine refine --pair digits" in told
             assert set(path.glob("*.part")) <= parts
+            assert f"stopped; {len(list(path.glob('*.done.json')))} finished shards are kept" in told
     done = {p: p.stat().st_mtime_ns for p in path.glob("shard-*.npz")}
     assert 0 < len(done) < 25
     worker = Worker(configuration)
