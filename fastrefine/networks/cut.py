@@ -152,10 +152,6 @@ class Tail(nn.Module):
         finally:
             handle.remove()
 
-    def with_generator(self, generator: nn.Module) -> Tail:
-        """The same place in another form of the generator."""
-        return Tail(generator, self.call, self.at, self.index)
-
 
 def find(generator: nn.Module, call: NetworkCall, at: str, inputs: tuple[Tensor, ...]) -> Tail:
     """The tail at ``at``, the name of a module or "name#k" for its k-th call, from 0.
