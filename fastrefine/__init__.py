@@ -31,7 +31,7 @@ _HOMES = {
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "diagnosis.reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
-    "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
+    "samplers": ("DDLS", "DOT", "HMC", "MALA", "PCN", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
     "training.shape": ("shape_discriminator", "tune_discriminator"),
     "networks.cut": ("layers",),
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from fastrefine.samplers import DOT as DOT
     from fastrefine.samplers import HMC as HMC
     from fastrefine.samplers import MALA as MALA
+    from fastrefine.samplers import PCN as PCN
     from fastrefine.samplers import Collaborative as Collaborative
     from fastrefine.samplers import DGflow as DGflow
     from fastrefine.selection import MHResult as MHResult

@@ -98,7 +98,7 @@ class Result:
     logit_falls: (N,) int32 how often an evaluation was below the sample's current logit; many mean too large a step.
     latents: (N, ...) the generator's inputs, refined under at="input". activations: (N, ...) refined.
     labels: (N, ...) or None. conditions: {name: (N, ...)}, as given.
-    acceptance: (N,) accepted share of the Metropolis tests of MALA and HMC, NaN without a test; None for other samplers.
+    acceptance: (N,) accepted share of the Metropolis tests of MALA, PCN and HMC, NaN without a test; None for other samplers.
     step_sizes: (N,) last ones under backtracking or adaptation; None for other samplers.
     scale: "logit" | "critic". report: counts and speed of the run so far, see Refiner.
     snapshots: {number of steps: Snapshot}, where they were asked for.
