@@ -28,6 +28,7 @@ _HOMES = {
     "production.checkpoints": ("import_pair",),
     "production.hub": ("push_pair",),
     "production.saved_pair": ("Pair", "load_pair", "save_pair"),
+    "production.tuning": ("TunedSampler", "tune_sampler"),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "diagnosis.reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
     from fastrefine.production.saved_pair import Pair as Pair
     from fastrefine.production.saved_pair import load_pair as load_pair
     from fastrefine.production.saved_pair import save_pair as save_pair
+    from fastrefine.production.tuning import TunedSampler as TunedSampler
+    from fastrefine.production.tuning import tune_sampler as tune_sampler
     from fastrefine.refiner import Refiner as Refiner
     from fastrefine.result import Result as Result
     from fastrefine.result import Snapshot as Snapshot

@@ -47,6 +47,7 @@ class Options:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "float32"
     keep: str = "last"
+    proposals: int = 1
     generate: Callable[..., Any] | None = None
     discriminate: Callable[..., Any] | None = None
     generator_kwargs: dict[str, Any] | None = None
@@ -85,6 +86,11 @@ class Options:
                 raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
         if self.output_key is not None and not isinstance(self.output_key, str | int) and not callable(self.output_key):
             raise InputError(f"output_key is {self.output_key!r}; wanted a key, an index, a callable or None")
+        if checks.count("proposals", self.proposals, 1, 255) > 1 and self.coupling == "lockstep":
+            raise InputError(
+                f"proposals={self.proposals} scores each proposal on its own, and coupling='lockstep' keeps groups together; "
+                "leave proposals out, or give coupling='freeze'"
+            )
         checks.count("pack", self.pack, 1)
         if self.pack > 1 and (self.coupling != "lockstep" or (self.group_size or 0) % self.pack or not self.group_size):
             raise InputError(

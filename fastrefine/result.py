@@ -32,7 +32,8 @@ class Status(enum.IntEnum):
 class Progress:
     """Counts of a run, updated whenever the host reads the counters. A restart with fewer slots keeps them."""
 
-    evaluations: int = 0
+    evaluations: int = 0  # by the slots
+    proposed: int = 0  # evaluations of proposals, forward only, of which each sample starts from the best
     slot_steps: int = 0
     iterations: int = 0
     host_syncs: int = 0  # readings of the counters, and images that the host had to wait for
@@ -54,7 +55,8 @@ class Progress:
     def report(self) -> dict[str, Any]:
         """The dict that users see as ``Result.report``."""
         return {
-            "evaluations": self.evaluations,
+            "evaluations": self.evaluations + self.proposed,
+            "proposal_evaluations": self.proposed,
             "slot_steps": self.slot_steps,
             "slot_efficiency": self.evaluations / self.slot_steps if self.slot_steps else 1.0,
             "iterations": self.iterations,

@@ -107,6 +107,13 @@ REFINEMENT = [
     click.option("--stop", help="none | median | reference | uniform | a logit (default: the pair's, or none)."),
     click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
     click.option(
+        "--best-of",
+        type=click.IntRange(1, 255),
+        default=1,
+        show_default=True,
+        help="Start each sample from the raw proposal of so many whose logit is the highest.",
+    ),
+    click.option(
         "--real",
         type=click.Path(),
         help="Real images, for --stop and --select: a folder of pictures or of MNIST's "

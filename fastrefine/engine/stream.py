@@ -145,7 +145,7 @@ class SampleStream:
         lockstep = options.coupling == "lockstep"
         real = self.networks.real if options.needs_real else None
         proposals = Proposals(
-            source, target.generator, stop, real, options.max_steps, target.num_slots, options.dtype, options.device,
+            source, target, stop, real, options.max_steps, target.num_slots, options.dtype, options.device,
             whole_blocks=lockstep,
         )  # fmt: skip
         rule = Rule(sampler, source.seed, options.keep == "best", lockstep, options.max_grad_norm, self.snapshots)

@@ -94,7 +94,7 @@ class Worker:
         self.refiner = Refiner.from_pair(
             pair, sampler=c.sampler, max_steps=c.max_steps, stop=c.stop, real=real,
             real_labels=classes if self.labelled else None, num_slots=c.num_slots, device=device, precision=c.precision,
-            keep=c.keep, callback=self._on_step,
+            keep=c.keep, proposals=c.best_of, callback=self._on_step,
         )  # fmt: skip
         self._bar: ProgressBar | None = None
         self._before = 0  # images of this worker's earlier streams
