@@ -115,8 +115,8 @@ class Refiner:
     SplitError, CouplingError, GradientError as their docstrings say.
 
     ``Result.report``: evaluations (useful ones, of proposals too), proposal_evaluations, slot_steps (slots x engine steps),
-    slot_efficiency (useful ones in the slots / slot_steps),
-    iterations (engine steps), host_syncs_per_step (reads of the counters, and images that had to be waited for),
+    slot_efficiency (useful ones in the slots / slot_steps), iterations (engine steps), host_syncs_per_step (reads of the
+    counters, and images that had to be waited for),
     seconds and images_per_second of the run so far without captures, backend, driver, precision, threads, num_slots,
     route (how the step is computed: "flat" | "autograd"), ladder (the faster forms that were tried: rung, kept, why not),
     repeatable ("bitwise" | "to rounding": a sample's bits in different slots), folded (how many BatchNorms went into the
