@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastrefine import checks
 from fastrefine.errors import FastrefineWarning, InputError
-from fastrefine.metrics import frechet_distance
+from fastrefine.metrics import frechet_distance, frechet_standard_error
 from fastrefine.refiner import Refiner
 from fastrefine.samplers import DDLS, Sampler
 
@@ -24,6 +25,7 @@ TEMPERATURES = (1.0, 0.5, 0.25)  # of the noise of DDLS; of a law's logit_scale 
 KEPT = 3  # a third of the settings stays in each round, and gets as many times the samples
 STEPS = (1, 2, 3, 4, 6, 9, 14, 19, 29, 39, 49, 74, 99, 149, 199)  # numbers of steps that are compared, and the most allowed
 SIDE, DIMENSIONS = 8, 32  # of the features: pictures are averaged to so many pixels a side, and so many components are kept
+ERRORS = 2.0  # standard errors by which the found setting must be better than the given one
 FIRST_SEED = 1_000_000  # of the search; nobody reports on these
 
 
@@ -54,7 +56,8 @@ def tune_sampler(
     Settings of all step sizes (1/64 to 64 times the sampler's) and temperatures (noise_scale of DDLS, logit_scale of MALA, PCN
     and HMC) make ``samples`` images each; the best third makes three times as many, with another seed, until one is left.
     Every number of steps up to the budget is read off the same run. The last one is compared with the settings given, on a
-    seed of its own, and wins only where it is better. Sampler, max_steps and stop= of the refiner stay otherwise as they are.
+    seed of its own, and wins only where its distance is lower by more than two standard errors. Otherwise, and in all else,
+    the refiner stays as it is. This is for better images: another logit_scale or noise_scale is another law.
 
     refiner: with a prior. Of a sampler that finds its step size itself (``fr.Collaborative()``) the number of steps is tuned.
     real: (R, ...) real images in the generator's range, 100 or more, best such as you do not report on. budget: 2 or more.
@@ -76,21 +79,24 @@ def tune_sampler(
     features, left, spent = features or _Components(real), settings(refiner.sampler), 0
     wanted, trials = features(real), []
 
-    def measured(sampler: Sampler, numbers: list[int], n: int, at: int) -> dict[int, float]:
-        """The distance after each number of steps."""
+    def made(sampler: Sampler, numbers: list[int], n: int, at: int) -> dict[int, Tensor]:
+        """The images after each number of steps."""
         nonlocal spent
         own = refiner.replaced(sampler=sampler, max_steps=numbers[-1], keep="last", progress=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastrefineWarning)  # of step sizes that are too large: they lose by themselves
             out = own.sample(n, seed=at, snapshots=numbers, labels=labels)
         spent += out.report["evaluations"]
-        return {k: _distance(features, out.snapshots[k].images, wanted) for k in numbers}
+        return {k: out.snapshots[k].images for k in numbers}
+
+    def distance(images: Tensor) -> float:
+        return frechet_distance(features(images), wanted) if bool(torch.isfinite(images).all()) else math.inf
 
     for number in itertools.count():
         found = []
         for sampler in left:
             numbers = allowed(sampler, budget)
-            by_steps = measured(sampler, numbers, samples, seed + number)
+            by_steps = {k: distance(images) for k, images in made(sampler, numbers, samples, seed + number).items()}
             best = min(by_steps, key=lambda k: by_steps[k])
             found.append((by_steps[best], best, sampler))
             trials.append({"round": number, "samples": samples, "sampler": sampler, "steps": best, "distance": by_steps[best]})
@@ -102,11 +108,13 @@ def tune_sampler(
     _, steps, sampler = found[0]
     last = seed + number + 1
     given = min(refiner.max_steps, max(allowed(refiner.sampler, budget)))
-    before = measured(refiner.sampler, sorted({0, given}), samples, last)
-    after = measured(sampler, [steps], samples, last)[steps]
-    quality = {"raw": before[0], "before": before[given], "after": min(after, before[given])}
-    if not after < before[given]:
-        sampler, steps = refiner.sampler, given
+    before = made(refiner.sampler, sorted({0, given}), samples, last)
+    after = made(sampler, [steps], samples, last)[steps]
+    quality = {"raw": distance(before[0]), "before": distance(before[given]), "after": distance(after)}
+    known = [x for x in (before[given], after) if bool(torch.isfinite(x).all())]
+    doubt = ERRORS * max((frechet_standard_error(features(x), wanted) for x in known), default=0.0)
+    if not quality["after"] < quality["before"] - doubt:
+        sampler, steps, quality["after"] = refiner.sampler, given, quality["before"]
     chosen = refiner.replaced(sampler=sampler, max_steps=steps)
     return TunedSampler(chosen, sampler, steps, quality, spent, time.perf_counter() - began, tuple(trials))
 
@@ -156,10 +164,3 @@ class _Components:
         if x.dim() == 4 and max(x.shape[2:]) > SIDE:
             x = F.adaptive_avg_pool2d(x, SIDE)
         return x.flatten(1)
-
-
-def _distance(features: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor) -> float:
-    """The Frechet distance; infinite where images are not finite."""
-    if not bool(torch.isfinite(images).all()):
-        return float("inf")
-    return frechet_distance(features(images), wanted)
