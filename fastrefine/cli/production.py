@@ -337,6 +337,8 @@ def _kept(outdir: Path) -> str:
 
 
 def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:
+    from fastrefine.diagnosis.tally import ended
+
     speed = outcome.refined / outcome.seconds if outcome.refined else None
     if as_json:
         click.echo(json.dumps({**outcome.__dict__, "images_per_second": speed, "outdir": str(outdir)}))
@@ -345,10 +347,10 @@ def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:
     run = outcome.summary
     if run["images"]:
         before, after = ("none" if run[name] is None else f"{run[name]:.3f}" for name in ("logit_before", "logit_after"))
-        ended = ", ".join(f"{share:.1%} {name}" for name, share in run["status"].items() if share)
         whole = "the run" if run["complete"] else f"{run['images']} of {run['of']} images of the run"
+        moved = f"mean logit {before} before, {after} after" if run["mean_steps"] else f"mean logit {after}"
         click.echo(
-            f"{whole}: mean logit {before} before, {after} after; {run['mean_steps']:.2f} steps on average; {ended}; "
+            f"{whole}: {moved}; {run['mean_steps']:.2f} steps on average; {ended(run)}; "
             f"{run['seconds']:.1f} s of work, {run['images_per_second']:.1f} images/s", err=True,
         )  # fmt: skip
     for finding in run["findings"]:

@@ -24,7 +24,7 @@ from fastrefine.models.digits import Classifier
 from fastrefine.networks.calls import attempt
 from fastrefine.production import image_features
 from fastrefine.production.configuration import Network
-from fastrefine.production.images import FILES, digests, load_labelled, some, training_part
+from fastrefine.production.images import FILES, digests, held_out_part, load_labelled, shaped_on, some, training_part
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
 from fastrefine.production.saved_pair import build
@@ -35,7 +35,6 @@ SCORED_IN = 10  # parts, for torch-fidelity's Inception score
 COVERED = 10_000  # images at most, for precision and recall
 BLOCK = 500  # images at once
 SURE = 1.96  # standard errors to each side hold 95 %
-SHAPED_ON = "shaped_on.npy"  # in a pair's folder: digests of the images that its discriminator was shaped on
 # Our names of figures, and torch-fidelity's, which are used where the features are those of its Inception.
 PUBLISHED = {
     "frechet_distance": "frechet_inception_distance", "kernel_distance": "kernel_inception_distance_mean",
@@ -317,16 +316,25 @@ def _seen_in_shaping(images: Path, real: str, truth: Tensor) -> list[str]:
     """A warning where the pair of a run was shaped on some of the images that it is judged by."""
     try:
         pair = json.loads((images / MANIFEST).read_text())["configuration"]["pair"]
-        seen = np.load(Path(pair) / SHAPED_ON, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError):
         return []  # nothing is known of it
-    n = int(np.isin(digests(truth), seen).sum())
-    if not n:
-        return []
-    return [
-        f"the discriminator of {pair} was shaped on {n} of these {len(truth)} real images, which flatters the figures; wanted "
-        f"held-out ones as --real{f', {real}:test' if training_part(f'{real}:test') != f'{real}:test' else ''}"
-    ]
+    n = shaped_on_some(pair, truth)
+    return [shaped_on_them(f"the discriminator of {pair}", n, truth, real, "the figures")] if n else []
+
+
+def shaped_on_some(pair: str, truth: Tensor) -> int:
+    """On how many of the real images (N, C, H, W) in [-1, 1] the discriminator of a pair's folder was shaped."""
+    seen = shaped_on(pair)
+    return 0 if seen is None else int(np.isin(digests(truth), seen).sum())
+
+
+def shaped_on_them(who: str, n: int, truth: Tensor, real: str, what: str) -> str:
+    """The warning that n of the real images were used in shaping; what: is flattered by it."""
+    instead = held_out_part(real)
+    return (
+        f"{who} was shaped on {n} of these {len(truth)} real images, which flatters {what}; wanted held-out ones as --real"
+        f"{instead and f', {instead}'}"
+    )
 
 
 def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None = None, raw_n: int | None = None) -> list[str]:

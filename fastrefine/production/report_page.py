@@ -107,6 +107,7 @@ class _Page:
             "nearest": self.part("nearest real images", self.nearest), "features": metrics and report.features.name,
             "scores": _histogram(shown, "score (logit)"), "steps": _bars(steps, self.pairs.folder.configuration.max_steps or 0),
             "status": [(name, count, count / numbers["images"], STATUS[name]) for name, count in numbers["status"].items()],
+            "unrefined": pairs.folder.configuration.max_steps == 0,
             "metrics": metrics, "distance": distance, "verdict": _verdict(distance),
             "num_real": metrics and len(report.truth[0]),
             "reliability": self.part("reliability", lambda: report.reliability),
