@@ -85,8 +85,8 @@ def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
         ))  # fmt: skip
     elif max_steps and above > n / 2:
         found.append(Finding(
-            "over_refined", f"{above} of {n} logits passed the highest real logit: D takes these images for more real than every "
-            "real one, so they were probably refined too far",
+            "over_refined", f"{above} of {n} logits passed the highest real logit: D takes these images for more real than "
+            "every real one, so they were probably refined too far",
             "pass stop=fastrefine.stopping.MedianOfReal() with real images, or fewer max_steps",
             "give --stop median with --real, or fewer --max-steps",
         ))  # fmt: skip
