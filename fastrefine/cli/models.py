@@ -313,15 +313,16 @@ def distil(
               "weights loaded.")  # fmt: skip
 @click.option("--train", help="Labelled real images for the classifier (default: the training images of --real).")
 @click.option("--baseline", type=PATH, help="Unrefined images, for comparison.")
-@click.option("--limit", type=click.IntRange(min=4), help="Images of each set at most, drawn from all of them.")
+@click.option("--limit", type=click.IntRange(min=4), help="Images of each set at most, drawn from all of them (default: "
+              "all).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
 ) -> None:
     """Frechet distance, KID, score, precision and recall of DIR (a run, pictures or .npz) against real images.
 
-    Figures have a 95 % interval, and names that say on which features and on how many images they are: compare only figures
-    of one name.
+    Figures have a 95 % interval, and names that say on which features and on how many images they are. The column "real"
+    says with how many real images they were compared. Compare only figures that agree in all three.
 
     \b
     fastrefine evaluate run --real held-out/ --baseline unrefined
@@ -336,10 +337,11 @@ def evaluate(
         click.echo(f"{found.num_samples} images against {found.num_real} real ones, 95 % intervals")
         width = max(map(len, found.figures))
         beside = "" if found.baseline is None else f"baseline, n={found.num_baseline}"
-        click.echo(f"{'':<{width}}  {'images':<28}{beside}".rstrip())
+        click.echo(f"{'':<{width}}  {'real':<8}{'images':<28}{beside}".rstrip())
         for name, figure, raw in found.pairs():
             cells = [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in (figure, *([] if raw is None else [raw]))]
-            click.echo(f"{name:<{width}}  " + "".join(f"{cell:<28}" for cell in cells).rstrip())
+            real_ones = str(evaluation.real_compared(name, found.num_real) or "-")
+            click.echo(f"{name:<{width}}  {real_ones:<8}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     for line in found.warnings:
         click.echo(f"warning: {line}", err=True)
 

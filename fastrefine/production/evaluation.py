@@ -193,6 +193,14 @@ def measure(
     return {_named(metric, features, len(images)): figure for metric, figure in found.items()}
 
 
+def real_compared(name: str, num_real: int) -> int:
+    """With how many of ``num_real`` real images a figure of ``measure`` was compared; 0: with none, as a score is."""
+    metric = _metric(name)
+    if metric == "classifier_score":
+        return 0
+    return min(num_real, COVERED) if metric in ("precision", "recall", "f_score") else num_real
+
+
 def _named(metric: str, features: Features, n: int) -> str:
     return PUBLISHED[metric] if features.published else f"{metric}[{features.name}, n={n}]"
 
@@ -253,11 +261,14 @@ class Evaluation:
         return [(name, figure, other) for (name, figure), other in zip(self.figures.items(), others, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: every figure is {"value": ..., "low": ..., "high": ...}."""
+        """JSON values: every figure is {"value", "low", "high", "num_real"}, the last as ``real_compared`` gives it."""
         found = {**self.__dict__}
         for name in ("figures", "baseline"):
             if found[name] is not None:
-                found[name] = {key: figure._asdict() for key, figure in found[name].items()}
+                found[name] = {
+                    key: {**figure._asdict(), "num_real": real_compared(key, self.num_real)}
+                    for key, figure in found[name].items()
+                }
         return found
 
 
@@ -364,8 +375,13 @@ def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None 
 
 
 def _by_metric(figures: dict[str, Figure]) -> dict[str, float]:
-    ours = {published: name for name, published in PUBLISHED.items()}
-    return {ours.get(name, name.partition("[")[0]): figure.value for name, figure in figures.items()}
+    return {_metric(name): figure.value for name, figure in figures.items()}
+
+
+def _metric(name: str) -> str:
+    """Our name of the metric of a figure."""
+    ours = {published: metric for metric, published in PUBLISHED.items()}
+    return ours.get(name, name.partition("[")[0])
 
 
 def images_of(path: Path, limit: int | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from PIL import Image
 from fastrefine import __version__, pictures
 from fastrefine.diagnosis.reliability import reliability_plot
 from fastrefine.errors import InputError
+from fastrefine.production import evaluation
 from fastrefine.production.configuration import Configuration
 from fastrefine.production.report import Report
 from fastrefine.production.run_folder import MANIFEST
@@ -170,7 +171,7 @@ class _Page:
         others = list(before.values()) if before is not None else [None] * len(after)
         return [
             {"name": name, "words": next((text for start, text in METRICS.items() if name.startswith(start)), ""),
-             "before": other, "after": figure}
+             "before": other, "after": figure, "real": evaluation.real_compared(name, len(self.report.truth[0]))}
             for (name, figure), other in zip(after.items(), others, strict=True)
         ]  # fmt: skip
 

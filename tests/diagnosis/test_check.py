@@ -190,7 +190,7 @@ def test_shape_ends_in_a_verdict_and_check_of_the_new_pair_in_commands_that_fit_
     assert rows["verdict"].startswith("nothing speaks against it: D was shaped") and "do" not in rows
     assert said.splitlines()[-1] == "to refine with it: fastrefine refine --pair fine --ids 0-999 --outdir run"
     assert fr.load_pair("fine").highest_real_logit == pytest.approx(float(
-        fr.load_pair("fine").discriminator(flat_pairs.real_images()).max()))  # fmt: skip
+        fr.load_pair("fine").discriminator(flat_pairs.real_images()).max().detach()))  # fmt: skip
 
     out = told(fastrefine("check", "--pair", "fine", "--real", real, "--slots", 8))
     assert (
@@ -200,7 +200,7 @@ def test_shape_ends_in_a_verdict_and_check_of_the_new_pair_in_commands_that_fit_
     )
     refine, raw, evaluate = commands_of(out)
     assert refine[:4] == ["fastrefine", "refine", "--pair", "fine"] and "--stop" not in refine, "the pair has its own rule"
-    assert ["--max-steps", "0"] == raw[raw.index("--max-steps") :][:2] and "--real" not in raw
+    assert raw[raw.index("--max-steps") :][:2] == ["--max-steps", "0"] and "--real" not in raw
     assert evaluate == ["fastrefine", "evaluate", "run", "--real", "HELD_OUT_IMAGES", "--baseline", "raw"]
     for command in (refine, raw):
         told(fastrefine(*command[1:], "--ids", "0-19"))
