@@ -168,9 +168,8 @@ def measure(
     Precision and recall are of at most 10,000 images drawn from each set. The score is left out where the network gives no
     logits.
 
-    The intervals hold about 95 %. Frechet distance and score: 1.96 standard errors of ``resamples`` bootstrap samples of the
-    images (the real ones stay). KID: 1.96 standard errors, see ``metrics.kernel_distance``. Precision, recall: of the share in
-    the images whose share it is. They do not tell of the bias of the Frechet distance, which depends on N.
+    The intervals hold about 95 %: 1.96 standard errors of ``resamples`` bootstrap samples of the images (the real ones stay).
+    Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance, which depends on N.
 
     Raises InputError on sets of different shape, or of fewer than four images.
 
@@ -182,7 +181,7 @@ def measure(
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
     distance = metrics.frechet_distance(ours, theirs)
-    kernel = metrics.kernel_distance(ours, theirs, kid_subset)
+    kernel = metrics.kernel_distance(ours, theirs, kid_subset, resamples=resamples)
     found = {
         "frechet_distance": _around(distance, metrics.frechet_standard_error(ours, theirs, resamples), least=0.0),
         "kernel_distance": _around(*kernel),

@@ -129,7 +129,7 @@ def draw(pairs: BeforeAfter, output: Path, rows: Sequence[str]) -> None:
         before = pairs.before
         with contextlib.suppress(InputError):  # a baseline is enough for the pictures
             logits = list(zip(pairs.logits_before.tolist(), after.columns["logits"].tolist(), strict=True))
-    title = f"{pairs.folder.path.name}: the first {len(pairs.ids)} images"
+    title = f"Run {pairs.folder.path.name}: its first {len(pairs.ids)} samples"
     pictures.grid(output, before.pixels, after.pixels, logits, title, rows)
 
 
