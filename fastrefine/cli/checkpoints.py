@@ -21,7 +21,8 @@ ANY = click.Path(exists=True, path_type=Path)
 @click.option("--allow-pickle", is_flag=True, help="Unpickle FILE in a process of its own; this runs any code in it.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="Of StudioGAN: the .yaml of the run.")
 @options(ORIGIN, JUDGEMENT)
-@click.option("--image-range", type=(float, float), help="Of the generator's images (default: -1 1).")
+@click.option("--image-range", type=(float, float), help="Lowest and highest value of the generator's images (default: "
+              "-1 1).")  # fmt: skip
 @click.option("--num-classes", type=click.IntRange(min=1), help="How many classes the labels have.")
 @click.option("--no-check", is_flag=True, help="Write the pair without trying it.")
 def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:

@@ -74,7 +74,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
 @options(GENERATOR, DISCRIMINATOR, CONDITIONS, REFINEMENT)
 @click.option("--samples", type=click.IntRange(min=2), default=500, show_default=True, help="Raw proposals to score.")
 @click.option("--refined", type=click.IntRange(min=1), default=64, show_default=True, help="Of these, how many to refine.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bool, **flags: Any) -> None:
@@ -146,10 +146,11 @@ def _unused(name: str) -> str:
 
 @click.command()
 @options(GENERATOR, DISCRIMINATOR, REFINEMENT)
-@click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--learning-rate", type=float, default=1e-4, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True, help="Updates of the discriminator.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Real images in an update, and as many refined ones.")  # fmt: skip
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of Adam.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--held-out", type=click.Path(), help="Real images for the verdict, which it is not shaped on (default: the "
               "held-out part of --real, if it has one).")  # fmt: skip
 @click.option("--outdir", type=FOLDER, required=True, help="New or empty: the new pair (without --pair: "
@@ -254,11 +255,11 @@ def shape(
 @click.option("--pairs", type=click.IntRange(min=1), default=20_000, show_default=True, help="Samples to learn from.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True,
               help="Further ones shape the discriminator on --real first.")  # fmt: skip
-@click.option("--iterations", type=click.IntRange(min=1), default=6000, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--learning-rate", type=float, default=1e-2, show_default=True)
+@click.option("--iterations", type=click.IntRange(min=1), default=6000, show_default=True, help="Updates of the map.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in an update.")
+@click.option("--learning-rate", type=float, default=1e-2, show_default=True, help="Of Adam.")
 @click.option("--flops", type=float, default=0.15, show_default=True, help="Of the map, as a share of the generator's.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--samples", type=click.IntRange(min=2), default=4000, show_default=True, help="Of the table of quality.")
 @click.option("--features", metavar="CODE", help="Network of the Frechet distance, as for `evaluate`; default: trained on "
               "--real, if it is labelled.")  # fmt: skip
@@ -351,7 +352,7 @@ def evaluate(
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Updates of every sample.")
 @click.option("--layers", "names", help="Comma-separated; default: --at, or input, output and those between "
               "that save work.")  # fmt: skip
-@click.option("--precisions", default="float32,bfloat16", show_default=True)
+@click.option("--precisions", default="float32,bfloat16", show_default=True, help="Comma-separated, as for refine.")
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="For each figure, about.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context

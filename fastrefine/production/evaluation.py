@@ -169,7 +169,8 @@ def measure(
     logits.
 
     The intervals hold about 95 %: 1.96 standard errors of ``resamples`` bootstrap samples of the images (the real ones stay).
-    Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance, which depends on N.
+    Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance,
+    which depends on N.
 
     Raises InputError on sets of different shape, or of fewer than four images.
 
