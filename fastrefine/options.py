@@ -122,10 +122,11 @@ class Options:
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} were given without `real` images")
             if self.needs_real:
-                otherwise = "" if self.sampler.traits.needs_real else "; stop=None needs none"
+                by_stop = not self.sampler.traits.needs_real
+                text = f"{type(self.sampler).__name__} with stop={self.stop!r} reads real logits: "
                 raise InputError(
-                    f"{type(self.sampler).__name__} with stop={self.stop!r} reads real logits: pass real=images to the "
-                    f"Refiner, or --real FOLDER or FILE.npz to a command{otherwise}"
+                    f"{text}pass real=images to the Refiner{'; stop=None needs none' if by_stop else ''}",
+                    f"{text}give --real FOLDER or FILE.npz{'; --stop none needs none' if by_stop else ''}",
                 )
             return
         real = checks.tensor("real", self.real, self.dtype)

@@ -47,7 +47,9 @@ def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     import_pair(source, outdir, check=not no_check, tell=lambda line: click.echo(line, err=True), **both, **given)
     use = f"--pair {outdir}{' --trust-code' * ('code' in given or _needs_trust(outdir))}"
-    click.echo(f"wrote {outdir}. To go on: fastrefine layers {use}, then fastrefine refine {use} ...")
+    click.echo(
+        f"wrote {outdir}. To go on: fastrefine layers {use} (places for --at), then fastrefine check {use} --real IMAGES"
+    )
 
 
 @click.command()

@@ -68,6 +68,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     for layer in found:
         shape = "x".join(map(str, layer.shape))
         click.echo(f"{layer.name:<{width}}  {shape:<16}{layer.tail_flops / 1e6:>12.3f}{layer.tail_share:>8.1%}")
+    click.echo("give one of them as --at; begin in the middle", err=True)
 
 
 @click.command()

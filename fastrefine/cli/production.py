@@ -86,15 +86,17 @@ CONDITIONS = [
 JUDGEMENT = [
     *network_options("discriminator", "discriminate"),
     click.option("--output-key", help="Key or index of the logit in what D returns."),
-    click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic")), help="What D returns: a logit, "
-                 "a probability (D ends in a sigmoid), or the score of a Wasserstein critic (default: the pair's, or logit)."),
+    click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic")), help="What D returns: a "
+                 "logit, a probability (D ends in a sigmoid), or the score of a Wasserstein critic (default: the pair's, or "
+                 "logit)."),
     click.option("--coupling", type=click.Choice(COUPLINGS), help="Of networks that mix the samples of a batch (default: the "
                  "pair's, or refuse)."),
     click.option("--group-size", type=click.IntRange(min=1), help="Samples that --coupling sees as one batch."),
     click.option("--pack", type=click.IntRange(min=1), help="Samples that D judges as one (PacGAN)."),
     click.option("--on-noise", type=click.Choice(ON_NOISE), help="Of networks that draw random numbers (default: the "
                  "pair's, or refuse)."),
-    click.option("--at", help="Where to refine: input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
+    click.option("--at", help="Where to refine: input | a layer's name | output (default: the pair's, or input); see "
+                 "`fastrefine layers`."),
 ]  # fmt: skip
 DISCRIMINATOR = [
     *JUDGEMENT,

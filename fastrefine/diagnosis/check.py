@@ -121,6 +121,7 @@ class Check:
         lines += ["", *(f"also            {text}" for text in others)] * bool(others) + [""]
         verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
         told = self.next(commands).replace(" `fastrefine ", "\n" + " " * 16 + "`fastrefine ")  # a line for each whole command
+        told = told.replace("`; if ", "`;\n" + " " * 16 + "if ")
         return "\n".join([*lines, *verdict, f"next            {told}"])
 
     def judgements(self) -> dict[str, str]:

@@ -74,7 +74,10 @@ def weights(tmp_path_factory):
     torch.save({}, folder / "none.pth")
     torch.manual_seed(0)
     state = WithoutWeights("random", ["2048"], feature_extractor_weights_path=str(folder / "none.pth")).state_dict()
-    state["fc.weight"] *= 300  # so that classes differ between images
+    for name, value in state.items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(value)  # else all images would have nearly the same features
+    state["fc.weight"] *= 30
     torch.save(state, folder / "weights.pth")
     yield folder / "weights.pth"
     (folder / "weights.pth").unlink()  # 91 MB
@@ -106,7 +109,7 @@ def test_the_published_names_stand_for_what_torch_fidelity_finds(tmp_path, weigh
     )  # fmt: skip
     for name in ("inception_score_mean", "precision", "recall", "f_score"):
         assert found[name].value == pytest.approx(theirs[name], rel=1e-4), name
-    assert found["inception_score_mean"].value > 1.1
+    assert found["inception_score_mean"].value > 1.01
 
 
 def test_other_files_are_no_weights_of_inception(tmp_path):
