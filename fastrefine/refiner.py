@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -35,16 +34,9 @@ from fastrefine.stopping import FixedSteps, StopRule
 _OPTIONS = {field.name for field in fields(Options)}
 # Options that the preparation of the networks does not read.
 _OF_THE_RUN = {
-    "max_steps",
-    "keep",
-    "proposals",
-    "driver",
-    "on_nonfinite",
-    "max_grad_norm",
-    "output_device",
-    "progress",
-    "callback",
-}
+    "max_steps", "keep", "proposals", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback",
+    "highest_real_logit",
+}  # fmt: skip
 
 
 class PairOfNetworks(Protocol):
@@ -108,6 +100,8 @@ class Refiner:
         on a CPU a refusal of networks whose bits depend on the slot.
     progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds. callback: called whenever
         the counters were read (the host driver: after every step) with {"step", "finished", "total"}.
+    highest_real_logit: the highest logit of a real image under this discriminator, where ``real`` is not given: a run most of
+        whose samples end above it says so. A shaped pair knows it.
 
     A Refiner never changes: ``replaced`` and ``with_discriminator`` give another one. Its options are readable as attributes.
 
@@ -159,6 +153,7 @@ class Refiner:
         deterministic: bool = False,
         progress: bool | None = False,
         callback: Callback | None = None,
+        highest_real_logit: float | None = None,
     ):
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
         if device is None:
@@ -231,7 +226,8 @@ class Refiner:
     def with_discriminator(self, discriminator: nn.Module) -> Refiner:
         """The same refiner with another discriminator; the cut of the generator is shared, real logits are scored anew."""
         _check_networks(self.generator, discriminator, self.options.at)
-        return self._twin(self.options, self._networks.twin(discriminator, self.options))
+        options = replace(self.options, highest_real_logit=None)  # it was the other discriminator's
+        return self._twin(options, self._networks.twin(discriminator, options))
 
     def _twin(self, options: Options, networks: Networks) -> Refiner:
         twin: Refiner = object.__new__(type(self))
@@ -312,13 +308,14 @@ class Refiner:
 
     def check(
         self, n: int = 500, *, refined: int = 64, seed: int = 0, labels: Any = None,
-        conditions: Mapping[str, Tensor] | None = None, latents: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None, latents: Tensor | None = None, shaped: bool = False,
     ) -> Check:  # fmt: skip
         """Before a run: may D be used here? Scores of real, raw and refined images, what the networks are like, a verdict.
 
         n: raw proposals. refined: how many of them are refined, too. labels: (n,), or one for all. conditions: (n, ...) by
         name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any.
-        latents: (n, ...), where there is no prior. Networks that do not fit give a check that says so; InputError is raised
+        latents: (n, ...), where there is no prior. shaped: D was shaped already, so it is judged whether it was shaped well
+        and no shaping is advised. Networks that do not fit give a check that says so; InputError is raised
         for bad arguments only.
 
         Example: ``print(refiner.check())``
@@ -370,9 +367,10 @@ class Refiner:
             "step": f"{out.report['route']}, repeatable {out.report['repeatable']}",
         }  # fmt: skip
         tally = Tally()
-        tally.add(out, math.inf if out.real_logits is None else float(out.real_logits.max()))
+        tally.add(out, options.highest(out.real_logits))
         found, notes = findings_of(tally.sums, options, latents is None), [str(one) for one in seen if str(one) not in doubts]
-        return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, summary(tally.sums))
+        run_of = summary(tally.sums)
+        return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, run_of, shaped)
 
     def _inputs_of_check(self, n: int, labels: Any, conditions: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Labels and conditions of n samples: as given, or as the real images have them where the networks take any."""

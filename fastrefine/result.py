@@ -178,6 +178,8 @@ class Result:
         means = ", ".join(f"{t.float().mean():.3g}" for t in (self.initial_logits, self.logits, self.steps))
         counts = {status.name: int((self.status == status).sum()) for status in Status}
         ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        if counts["EXHAUSTED"] == len(self) and len(self) and not int(self.steps.sum()):
+            ended = "no steps were allowed"
         return f"Result({len(self)} images of {of}; mean logit before, after, mean steps: {means}; {ended or 'none'})"
 
     def select(self, indices: Any) -> Result:

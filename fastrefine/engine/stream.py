@@ -73,7 +73,7 @@ class SampleStream:
                     initial.use(target)
                     kept: dict[str, Any] = {"initial": initial}
                     kept |= {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
-                    highest = torch.inf if known is None else float(known.logits.max())
+                    highest = options.highest(None if known is None else known.logits)
                     if source.count == 0:
                         yield replace(self._empty(target), **kept)
                         return
