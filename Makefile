@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-whole kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
+.PHONY: demo test test-whole test-wheel kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
@@ -22,6 +22,18 @@ test: $(VENV)/test.stamp  ## the test suite
 
 test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, and docs/quickstart.md as it is read
 	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py
+
+# FROM=tar.gz installs the sdist instead. Its tests/ stands alone there, so that nothing is imported from the checkout.
+FROM ?= whl
+WHEEL := .venv-$(FROM)-$(call plain,$(TORCH))
+test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, and there the tests that need only the package
+	rm -rf dist $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check build $(TORCH)
+	$(WHEEL)/bin/python -m build
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.$(FROM))[test]"
+	mkdir $(WHEEL)/suite && cp -r tests $(WHEEL)/suite
+	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow" -n auto --dist worksteal $(or $(ARGS),tests)
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90
@@ -56,7 +68,7 @@ doctor: $(VENV)/demo.stamp
 	$(BIN)/fastrefine doctor
 
 clean:
-	rm -rf .venv-* build demo fastrefine/*.so *.egg-info
+	rm -rf .venv-* build dist demo fastrefine/*.so *.egg-info
 
 $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
