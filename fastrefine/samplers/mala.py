@@ -22,6 +22,8 @@ class MALA(MetropolisSampler):
     step_size: eps, more than 0. logit_scale: more than 0. adapt: for how many steps each chain tunes its own eps towards
     the acceptance ``target`` (.574 is optimal in many dimensions, Roberts & Rosenthal 1998), by Robbins-Monro on log eps.
     Needs at="input" with a prior. Raises InputError on values out of range.
+
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.MALA(0.01), at="input", max_steps=3).sample(8).acceptance  # (8,)``
     """
 
     logit_scale: float = 1.0
