@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-whole test-wheel kernels-check test-matrix lint bench bench-compare gpu-check gpu-bench doctor clean
+.PHONY: demo docs test test-whole test-wheel kernels-check test-matrix lint bench bench-compare gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
@@ -34,6 +34,10 @@ test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, an
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.$(FROM))[test]"
 	mkdir $(WHEEL)/suite && cp -r tests $(WHEEL)/suite
 	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow" -n auto --dist worksteal $(or $(ARGS),tests)
+
+docs: $(VENV)/docs.stamp  ## the site into build/site; ends with an error at a broken link
+	$(BIN)/python docs/site.py
+	$(BIN)/python -m mkdocs build --strict
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90
@@ -81,6 +85,10 @@ $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) --editable ".[test]" $(TRITON)
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
