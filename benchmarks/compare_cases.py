@@ -29,6 +29,6 @@ def bench_dcgan32() -> Callable[[], Any]:
     torch.manual_seed(0)
     g, d = dcgan_generator(features=8), dcgan_discriminator(features=8)
     d(g(torch.randn(64, 100)))  # in training mode: BatchNorm gets statistics
-    sampler, stop = fr.Collaborative(0.1, control="fixed"), fr.stopping.UniformStep()
+    sampler, stop = fr.Collaborative(10.0, control="fixed"), fr.stopping.UniformStep()
     refiner = fr.Refiner(g, d, sampler, at="2", max_steps=5, prior=fr.Normal(100), stop=stop, num_slots=32)
     return lambda: refiner.sample(64, seed=0)
