@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-whole kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
+.PHONY: demo docs test test-whole test-wheel kernels-check test-matrix lint bench bench-compare gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
@@ -22,6 +22,22 @@ test: $(VENV)/test.stamp  ## the test suite
 
 test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, and docs/quickstart.md as it is read
 	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py
+
+# FROM=tar.gz installs the sdist instead. Its tests/ stands alone there, so that nothing is imported from the checkout.
+FROM ?= whl
+WHEEL := .venv-$(FROM)-$(call plain,$(TORCH))
+test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, and there the tests that need only the package
+	rm -rf dist $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check build $(TORCH)
+	$(WHEEL)/bin/python -m build
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.$(FROM))[test]"
+	mkdir $(WHEEL)/suite && cp -r tests $(WHEEL)/suite
+	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow" -n auto --dist worksteal $(or $(ARGS),tests)
+
+docs: $(VENV)/docs.stamp  ## the site into build/site; ends with an error at a broken link
+	$(BIN)/python docs/site.py
+	$(BIN)/python -m mkdocs build --strict
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90
@@ -37,6 +53,9 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 
 bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes; options in ARGS
 	$(BIN)/python -m benchmarks run --device cpu $(ARGS)
+
+bench-compare: $(VENV)/test.stamp  ## HEAD's seconds over those of BASE=REVISION, in turn; options in ARGS
+	$(BIN)/python -m benchmarks compare $(or $(BASE),$(error BASE=REVISION is needed)) $(ARGS)
 
 # A machine with a GPU often has its own torch and no network: these use $(PYTHON) as it is and install nothing.
 CHECKED = $(shell $(PYTHON) -m benchmarks.machine)
@@ -56,7 +75,7 @@ doctor: $(VENV)/demo.stamp
 	$(BIN)/fastrefine doctor
 
 clean:
-	rm -rf .venv-* build demo fastrefine/*.so *.egg-info
+	rm -rf .venv-* build dist demo fastrefine/*.so *.egg-info
 
 $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +85,10 @@ $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) --editable ".[test]" $(TRITON)
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp

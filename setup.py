@@ -16,6 +16,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("FASTREFINE_BUILD", "auto")
@@ -94,6 +95,17 @@ class BuildNative(build_ext):
         return str(target)
 
 
+class Wheel(bdist_wheel):
+    """A wheel of this Python and platform where an extension was built, else one for every Python 3 (py3-none-any)."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        build = self.get_finalized_command("build_ext")
+        if not any(Path(build.get_ext_fullpath(ext.name)).is_file() for ext in self.distribution.ext_modules or ()):
+            self.distribution.ext_modules, self.root_is_pure = [], True
+        super().run()
+
+
 def pybind_include() -> str:
     """The folder of pybind11's headers: its own, else the copy that comes with torch (builds without a network)."""
     for package in ("pybind11", "torch"):
@@ -132,4 +144,4 @@ def extensions() -> list[Extension]:
 
 
 check_setuptools()
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

@@ -17,13 +17,14 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import profiling, report, rows
+from benchmarks import compare, profiling, report, rows
 from benchmarks.machine import DTYPES, RESULTS, ROOT, copy_bandwidth, facts, folder, synchronize, write_json
 from benchmarks.measure import Bench, Budget, measure
 from benchmarks.rows import Row
 from benchmarks.workloads import WORKLOADS
 
 TINY = ROOT / "build" / "benchmarks"  # what is no result goes where git does not look
+COMPARED = ROOT / "build" / "compare"
 GRACE = 10  # seconds between asking a step to end and ending it
 OVERTIME = 55  # seconds beyond the budget after which rows and profile are taken to hang
 PRODUCT = ("workloads", "cuts", "precisions", "stops", "drivers", "samplers", "slots")  # options, in the order of Row's fields
@@ -212,6 +213,36 @@ def hardware(device: str, tiny: bool, commit: str | None, output: Path | None) -
         step("speed-again", budget.left, *speed, "--go-on", f"--budget={max(budget.left - 60, 1):.0f}")
     click.echo(f"Written: {target}; exit codes: {codes}")
     sys.exit(any(codes.values()))
+
+
+@main.command("compare")
+@click.argument("base")
+@click.option("--head", default="HEAD", show_default=True, help="The other revision. What is not committed is not measured.")
+@click.option("--cases", type=click.Path(exists=True, path_type=Path), default=compare.CASES,
+              help="A file of functions bench_NAME(), which prepare a run and return it [default: ours].")  # fmt: skip
+@click.option("--starts", type=click.IntRange(min=1), default=6, show_default=True, help="Pairs of processes.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each pair, in turn.")
+@click.option("--threshold", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Slower by more fails.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=COMPARED, help="[default: build/compare]")
+def compare_(base: str, head: str, cases: Path, starts: int, rounds: int, threshold: float, output: Path) -> None:
+    """Build BASE and HEAD, time them in turn, and print HEAD's seconds over BASE's with intervals.
+
+    Exit code 1 where a case is slower by more than the threshold. The seconds go into base.json and head.json as
+    pytest-benchmark writes them.
+    """
+    output = output.resolve()
+    try:
+        built = {side: compare.unpacked(Path.cwd(), revision, output) for side, revision in (("base", base), ("head", head))}
+        found = compare.compared({side: tree for side, (_, tree) in built.items()}, cases, starts, rounds, click.echo)
+    except compare.Failed as error:
+        raise click.ClickException(str(error)) from error
+    if not found:
+        raise click.ClickException(f"{cases} has no function bench_NAME() that both revisions run")
+    for side, (commit, _) in built.items():
+        machine = {**facts(torch.device("cpu")), "commit": commit}
+        write_json(output / f"{side}.json", compare.as_pytest_benchmark(found, side, commit, machine))
+    click.echo(compare.table(found, threshold))
+    sys.exit(any(one.slower(threshold) for one in found))
 
 
 def ended(command: Sequence[str], limit: float, log: Path) -> int:

@@ -55,14 +55,21 @@ def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> None:
     """Raise InputError unless ``value`` is a finite number in [low, high], without an end that is open."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
     ends = {low} if open_low else set()
     ends |= {high} if open_high else set()
-    if is_number and math.isfinite(value) and low <= value <= high and value not in ends:
+    if is_number(value) and low <= value <= high and value not in ends:
         return
     wanted = f"{'more than' if open_low else 'at least'} {low:g}"
     wanted += f" and {'less than' if open_high else 'at most'} {high:g}" if high < math.inf else ""
     raise InputError(f"{name} is {shown(value)}; wanted a finite number {wanted if low > -math.inf else ''}".rstrip())
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number that fits a float; True and False are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -29,32 +29,56 @@ def _with_flags(text: str) -> str:
 
 
 class FastrefineError(_Told):
-    """Base of all exceptions raised on purpose by fastrefine."""
+    """Base of all exceptions raised on purpose by fastrefine.
+
+    Example: ``fr.Collaborative(-1)  # InputError, and so a FastrefineError, as all that are raised on purpose``
+    """
 
 
 class InputError(FastrefineError, ValueError):
-    """A value, tensor or module given by the caller cannot be used as it is."""
+    """A value, tensor or module given by the caller cannot be used as it is.
+
+    Example: ``fr.Collaborative(-1)  # InputError: step_size is -1; wanted a finite number more than 0``
+    """
 
 
 class SplitError(FastrefineError):
-    """The generator cannot be cut at the requested place."""
+    """The generator cannot be cut at the requested place.
+
+    Example: ``fr.Refiner(g, d, fr.Collaborative(), at="nowhere", prior=fr.Normal(32)).sample(8)  # SplitError``
+    """
 
 
 class CouplingError(FastrefineError):
-    """A network mixes the samples of a batch, or is not repeatable."""
+    """A network mixes the samples of a batch, or is not repeatable.
+
+    Example: ``fr.Refiner(g, coupled, fr.Collaborative(), prior=fr.Normal(32)).sample(8)  # CouplingError names what couples``
+    """
 
 
 class GradientError(FastrefineError):
-    """No gradient reaches the activation that is to be refined."""
+    """No gradient reaches the activation that is to be refined.
+
+    Example: ``fr.Refiner(g, detached, fr.Collaborative(), prior=fr.Normal(32)).sample(8)  # GradientError: none reaches``
+    """
 
 
 class NonFiniteError(FastrefineError):
-    """A logit or gradient became NaN or infinite and ``on_nonfinite="error"`` was asked for."""
+    """A logit or gradient became NaN or infinite and ``on_nonfinite="error"`` was asked for.
+
+    Example: ``fr.Refiner(g, d, fr.DDLS(1e38), prior=fr.Normal(32), on_nonfinite="error").sample(8)  # NonFiniteError``
+    """
 
 
 class BackendError(FastrefineError, RuntimeError):
-    """A backend that was asked for by name is absent, or its extension fails to load."""
+    """A backend that was asked for by name is absent, or its extension fails to load.
+
+    Example: ``with fr.use_backend("cuda"): ...  # BackendError, with the reason``
+    """
 
 
 class FastrefineWarning(_Told, UserWarning):
-    """Category of all warnings issued by fastrefine."""
+    """Category of all warnings issued by fastrefine.
+
+    Example: ``warnings.filterwarnings("ignore", category=fr.FastrefineWarning)  # silent``
+    """

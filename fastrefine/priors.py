@@ -66,7 +66,10 @@ class _Elementwise(Prior):
 
 
 class Normal(_Elementwise):
-    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``."""
+    """Standard normal latents of the given shape, e.g. ``Normal(64)`` or ``Normal(100, 1, 1)``.
+
+    Example: ``fr.Normal(100, 1, 1).sample(torch.arange(4), seed=0).shape  # (4, 100, 1, 1)``
+    """
 
     def sample(self, ids: Tensor, seed: int, dtype: torch.dtype = torch.float32, stream: int = Stream.LATENT) -> Tensor:
         return normal(seed, ids, torch.zeros_like(ids), self.numel, stream, dtype).view(-1, *self.shape)
@@ -76,7 +79,10 @@ class Normal(_Elementwise):
 
 
 class Uniform(_Elementwise):
-    """Uniform latents in [low, high] per element."""
+    """Uniform latents in [low, high] per element.
+
+    Example: ``fr.Uniform(32, low=0.0, high=1.0).sample(torch.arange(4), seed=0).shape  # (4, 32)``
+    """
 
     def __init__(self, *shape: int, low: float = -1.0, high: float = 1.0):
         super().__init__(*shape)
@@ -93,7 +99,10 @@ class Uniform(_Elementwise):
 
 
 class TruncatedNormal(_Elementwise):
-    """Standard normal restricted to [-bound, bound] per element (BigGAN's truncation), by the inverse CDF."""
+    """Standard normal restricted to [-bound, bound] per element (BigGAN's truncation), by the inverse CDF.
+
+    Example: ``fr.TruncatedNormal(32, bound=0.5).sample(torch.arange(4), seed=0).abs().max()  # at most 0.5``
+    """
 
     def __init__(self, *shape: int, bound: float = 2.0):
         super().__init__(*shape)
@@ -112,7 +121,10 @@ class TruncatedNormal(_Elementwise):
 
 @dataclass(frozen=True)
 class Product(Prior):
-    """Two independent latents, both flattened and concatenated: (z, z') of the extended latent space ([DDLS] 3.4)."""
+    """Two independent latents, both flattened and concatenated: (z, z') of the extended latent space ([DDLS] 3.4).
+
+    Example: ``fr.Product(fr.Normal(32), fr.Uniform(8)).shape  # (40,)``
+    """
 
     first: Prior
     second: Prior

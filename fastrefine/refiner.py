@@ -116,6 +116,8 @@ class Refiner:
     repeatable ("bitwise" | "to rounding": a sample's bits in different slots), folded (how many BatchNorms went into the
     layers before them), channels_last (of the networks), findings (what is wrong with the run, each
     {"code", "text", "advice"}; in the last part of a stream).
+
+    Example: ``out = fr.Refiner(g, d, fr.Collaborative(0.3), at="act2", max_steps=3, prior=fr.Normal(32)).sample(16)``
     """
 
     def __init__(

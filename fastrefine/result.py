@@ -20,7 +20,10 @@ _WHOLE = ("real_logits", "real_labels")  # tensors that belong to the result as 
 
 
 class Status(enum.IntEnum):
-    """Why a sample retired; the values of ``Result.status``."""
+    """Why a sample retired; the values of ``Result.status``.
+
+    Example: ``(out.status == fr.Status.NONFINITE).sum()  # how many samples were lost``
+    """
 
     REACHED = slots.REACHED  # its logit reached the threshold
     EXHAUSTED = slots.EXHAUSTED  # it had all its steps
@@ -72,6 +75,8 @@ class Snapshot:
     """The samples after a given number of steps; those that had retired before are as in the result.
 
     images: (N, ...). logits: (N,). activations: (N, ...), under at="input" the latents.
+
+    Example: ``refiner.sample(8, snapshots=[0, 2]).snapshots[2].images.shape  # (8, 1, 8, 8)``
     """
 
     images: Tensor
@@ -107,6 +112,8 @@ class Result:
     real_logits: (R,) float64 on the CPU, of the refiner's ``real`` under the discriminator of this run, else None.
     real_labels: (R,) their classes, or None. select and concatenate leave both as they are.
     initial: ids (n,) -> the images of these samples before refinement; see ``initial_images``.
+
+    Example: ``print(out.images.shape, out.logits.mean(), out.steps.max(), out.report["images_per_second"])``
     """
 
     images: Tensor

@@ -36,6 +36,8 @@ class MHResult:
 
     indices: (M,) int64 positions among the proposals, one for each chain. acceptance_rate: accepted share of all tests.
     moved: (M,) bool; False where a chain accepted no proposal: its index is then its first proposal.
+
+    Example: ``out.select(fr.metropolis_hastings(out, chain_length=8, untrusted="allow"))  # 8 samples of 64``
     """
 
     indices: Tensor
@@ -63,6 +65,8 @@ def metropolis_hastings(
 
     Warns where less than 1 % of the chains moved, and of classes too small for a chain. Raises InputError when there is no
     complete chain, no real logit of a class, for the scores of a critic, and for untrusted logits under "refuse".
+
+    Example: ``fr.metropolis_hastings(out, chain_length=8, untrusted="allow").indices  # (8,)``
     """
     what = "metropolis_hastings"
     checks.count("chain_length", chain_length, 1)
@@ -132,6 +136,8 @@ def rejection_sample(
 
     Warns where nothing was accepted, overall or of a class. Raises InputError on a percentile or log_m out of range, for
     the scores of a critic, and for untrusted logits under "refuse".
+
+    Example: ``out.select(fr.rejection_sample(out, percentile=80, untrusted="allow"))``
     """
     what = "rejection_sample"
     checks.number("percentile", percentile, 0, 100)
@@ -186,6 +192,8 @@ def budgeted_rejection(
     and classes that D prefers gain share.
 
     Warns and raises as ``rejection_sample``; InputError also on a budget out of range.
+
+    Example: ``out.select(fr.budgeted_rejection(out, budget=0.5, untrusted="allow"))``
     """
     what = "budgeted_rejection"
     checks.number("budget", budget, 0, 1, open_low=True)
@@ -213,6 +221,8 @@ def best_of_n(logits: Tensor | Result, n: int, *, labels: Any = None) -> Tensor:
     logits: on any monotone scale, a critic's too. The samples move towards what the discriminator prefers, and follow no
     known law. A non-finite logit is chosen only if its group has no finite one. labels: groups of n consecutive proposals
     of one class, in order of class; warns of classes with fewer. Raises InputError when there is no complete group.
+
+    Example: ``out.select(fr.best_of_n(out, 4))  # 16 samples of 64``
     """
     checks.count("n", n, 1)
     d = finite(logits_of(logits, "best_of_n", critic=True))

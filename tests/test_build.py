@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,31 @@ def test_a_failing_nvcc_does_not_cost_the_step(tmp_path):
     done = build("auto", tmp_path, nvcc="exit 1", CC=str(compiler), CXX=str(compiler), LDSHARED=str(compiler))
     assert done.returncode == 0 and built(tmp_path) == ["_native"], done.stdout
     assert "installed without the device loop" in done.stdout
+
+
+@pytest.mark.parametrize(("mode", "compiles", "pure"), [("auto", True, False), ("auto", False, True), ("none", True, True)])
+def test_a_wheel_without_extensions_is_for_every_python(tmp_path, mode, compiles, pure):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; : > "$2"\n' if compiles else "#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    environment = {**os.environ, "FASTREFINE_BUILD": mode, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    commands = [
+        "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path / "build",
+        "bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "wheel",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *map(str, commands)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl") == pure
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert any(".so" in name for name in names) != pure and "fastrefine/production/report.html" in names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fastrefine"}
 
 
 @pytest.mark.slow

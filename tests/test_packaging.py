@@ -93,6 +93,18 @@ show()
     assert python(code).split() == ["set()"] * 3
 
 
+@pytest.mark.parametrize(("code", "expected"), [
+    ("import fastrefine", {"fastrefine"}),
+    ("from fastrefine.cli import cli; cli(['--help'], standalone_mode=False)", {"fastrefine", "click"}),
+    ("from fastrefine.cli import cli; cli(['refine', '--help'], standalone_mode=False)", {"fastrefine", "click"}),
+    ("import fastrefine as fr; fr.InputError, dir(fr)", {"fastrefine"}),
+])  # fmt: skip
+def test_an_import_and_help_load_no_package_but_these(code, expected):
+    shown = "print({name.partition('.')[0] for name in {*sys.modules} - before} - {*sys.stdlib_module_names})"
+    last = python(f"import sys; before = {{*sys.modules}}\n{code}\n{shown}").splitlines()[-1]
+    assert ast.literal_eval(last) == expected
+
+
 def test_kernels_are_found_in_this_installation():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

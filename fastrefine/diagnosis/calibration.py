@@ -47,6 +47,8 @@ class Diagnosis:
     ece, mce: weighted mean and maximum of |mean p - share of real| over equal-width bins (Guo et al. 2017).
     calibration_error: square root of the reliability minus its expectation by chance (Kumar et al. 2019), at least 0.
     bin_predicted, bin_share: (bins,) mean p and share of real, NaN in empty bins. bin_real, bin_fake: (bins,) images.
+
+    Example: ``print(fr.diagnose(real_logits, out).ece)  # 0 for a perfect density ratio, at most 1``
     """
 
     brier: float
@@ -79,6 +81,8 @@ def diagnose(real_logits: Tensor | Result, fake_logits: Tensor | Result, *, bins
     """Diagnose logits (N,) of real and (M,) of generated images; use real images that D was not trained on.
 
     Raises InputError for empty or non-finite logits, and for the scores of a critic.
+
+    Example: ``print(fr.diagnose(refiner.score(real), out))``
     """
     checks.count("bins", bins, 1)
     real, fake = (logits_of(x, "diagnose").to("cpu") for x in (real_logits, fake_logits))
@@ -189,6 +193,8 @@ class Calibration:
 
     before: diagnosis of the logits that it was fitted on. after: diagnosis of the same logits, each half calibrated by a map
     that was fitted on the other half; so it estimates the calibration on new images.
+
+    Example: ``fr.calibrate(real_logits, out)(out.logits).shape  # (64,), and calibrated``
     """
 
     method: str
@@ -219,6 +225,8 @@ def calibrate(real_logits: Tensor | Result, fake_logits: Tensor | Result, method
                    logit and one real image at the lowest, or the highest real logits would get an infinite density ratio
 
     Raises InputError for fewer, for non-finite logits and for another method.
+
+    Example: ``calibration = fr.calibrate(real_logits, out, "platt"); print(calibration.after)``
     """
     checks.choice("method", method, tuple(_FITS))
     given = [logits_of(x, "calibrate", critic=True).cpu() for x in (real_logits, fake_logits)]

@@ -60,6 +60,8 @@ class Check:
     high) of "real" and "generated" images.
     ladder: as in ``Result.report``. findings: what speaks against a run, the weightiest first; empty where nothing does.
     notes: what was remarked while the networks were prepared. shaped: whether D was said to be shaped.
+
+    Example: ``check = refiner.check(); print(check.verdict, check.findings)``
     """
 
     setting: str

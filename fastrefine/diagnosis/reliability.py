@@ -23,6 +23,8 @@ def reliability_plot(found: Diagnosis | Calibration, path: str | Path | None = N
     found: a diagnosis, or a calibration, whose "before" and "after" are drawn. The bars are standard deviations of the
     shares. path: the figure is written there, in the format of its suffix. ax: draw on these axes instead of a new figure.
     Raises InputError for anything else, and without matplotlib.
+
+    Example: ``fr.reliability_plot(fr.diagnose(real_logits, out), "reliability.png")``
     """
     if isinstance(found, Calibration):
         shown = {"before": (found.before, GREY), f"after {found.method}": (found.after, BLUE)}

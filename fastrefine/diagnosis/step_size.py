@@ -27,6 +27,8 @@ class StepDiagnosis:
     acceptance: mean share of accepted tests, None without tests. step_sizes: 10 %, 50 % and 90 % quantile of the last steps
     under backtracking or adaptation, else None. reached, nonfinite: share of samples with that status.
     stable: False where the step size is too large; problem: then why. advice: what to change, or empty.
+
+    Example: ``print(fr.diagnose_steps(out, refiner.sampler).advice)  # empty: nothing speaks against the step size``
     """
 
     updates: int
@@ -70,6 +72,8 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
     "findings") about thresholds that were passed at once, or never, stands in the advice too.
 
     Raises InputError for anything but a Result and a sampler.
+
+    Example: ``print(fr.diagnose_steps(out, refiner.sampler))``
     """
     if not isinstance(result, Result) or not isinstance(sampler, Sampler):
         raise InputError(f"wanted a Result and the sampler it came from, got {type(result).__name__}, {type(sampler).__name__}")

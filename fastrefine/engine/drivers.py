@@ -16,7 +16,7 @@ from fastrefine.engine.machine import Machine
 from fastrefine.errors import BackendError, InputError
 from fastrefine.networks.calls import is_out_of_memory
 
-log = logging.getLogger("fastrefine")
+log = logging.getLogger(__name__)
 
 NAMES = ("auto", "host", "graph", "loop")
 WARM_UPS = 3  # calls before a capture: compilers, algorithm choices and library handles come into being

@@ -30,7 +30,7 @@ from fastrefine.result import Progress, Result, Snapshot
 from fastrefine.samplers.base import Sampler
 from fastrefine.stopping import StopRule
 
-log = logging.getLogger("fastrefine")
+log = logging.getLogger(__name__)
 
 
 class SampleStream:

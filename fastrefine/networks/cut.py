@@ -205,6 +205,8 @@ def layers(
     inputs (N, ...) by name.
 
     Raises InputError where ``generator`` is no module, ``sample_latent`` no tensor (N, ...), or the generator fails on it.
+
+    Example: ``[(layer.name, layer.shape) for layer in fr.layers(g, torch.randn(1, 32))]``
     """
     generator = unwrap(generator)
     if not isinstance(generator, nn.Module):

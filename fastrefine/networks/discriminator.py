@@ -19,7 +19,7 @@ from fastrefine.networks.copies import own_copy
 from fastrefine.networks.freezing import FrozenDiscriminator
 from fastrefine.options import Options
 
-log = logging.getLogger("fastrefine")
+log = logging.getLogger(__name__)
 _STREAM = 1 << 16  # the generator's draws have the streams below
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from fastrefine.networks import copies
 from fastrefine.networks.calls import is_out_of_memory
 
-log = logging.getLogger("fastrefine")
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Pairs = list[list[tuple[str, str]]]  # for tail and discriminator: names of a layer, and of the BatchNorm after it
 

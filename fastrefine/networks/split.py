@@ -17,6 +17,8 @@ class Split(nn.Module):
     that the tail also needs. ``tail(a, *context)`` -> images (N, ...); it must not change its arguments in place.
     Both are modules or callables. Weights are found (and moved, frozen, put in eval mode) if they belong to a module
     that is given itself, or one of whose methods is given; weights inside a closure are not.
+
+    Example: ``fr.Refiner(fr.Split(lambda z: (g[:2](z), ()), g[2:]), d, fr.Collaborative(), prior=fr.Normal(32)).sample(8)``
     """
 
     def __init__(self, prefix: Callable[..., Any], tail: Callable[..., Tensor]) -> None:

@@ -46,6 +46,8 @@ def use_backend(backend: str) -> Iterator[None]:
     """Force one backend ("reference" | "cpu" | "triton" | "cuda") for every op inside the block.
 
     Raises BackendError at once when it is absent here: a backend asked for by name never falls back.
+
+    Example: ``with fr.use_backend("reference"): refiner.sample(8)``
     """
     _require(backend)
     token = _FORCED.set(backend)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrefine.errors import InputError
-from fastrefine.production import formats
 from fastrefine.production.configuration import CALLS, Configuration, Shard
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
@@ -155,8 +154,7 @@ def _parts(folder: Folder, ids: np.ndarray, all_columns: bool = False) -> Iterat
         wanted = np.isin(shard.ids, ids)
         if not wanted.any() and not all_columns:
             continue
-        folder.check(shard)
-        pixels, columns = formats.read(folder.configuration.format, folder.file(shard), folder.configuration.value_range)
+        pixels, columns = folder.read(shard)
         yield Samples(pixels[wanted], {name: values[wanted] for name, values in columns.items()}), columns
 
 

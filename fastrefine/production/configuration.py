@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -125,7 +124,7 @@ class Configuration:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(filter(None, choices))}")
-        if self.stop not in ("", *checks.STOPS) and not _is_number(self.stop):
+        if self.stop not in ("", *checks.STOPS) and not checks.is_number(self.stop):
             close = checks.closest(self.stop, checks.STOPS)
             raise InputError(f"stop is {self.stop!r}; wanted a logit or one of {', '.join(checks.STOPS)}{close}")
         if self.max_steps is not None:
@@ -140,7 +139,7 @@ class Configuration:
         if not isinstance(self.output_key, str | int | None) or isinstance(self.output_key, bool):
             raise InputError(f"output_key is {self.output_key!r}; wanted a key or an index; discriminate is for all else")
         checks.number("budget", self.budget, 0, 1, open_low=True)
-        if not _is_number(self.percentile) or not 0 <= self.percentile <= 100:
+        if not checks.is_number(self.percentile) or not 0 <= self.percentile <= 100:
             raise InputError(f"percentile is {self.percentile!r}; wanted 0 to 100")
         if self.calibrate and self.select == "none":
             raise InputError(f"calibrate={self.calibrate} is for the logits of a selection, and select is none")
@@ -151,7 +150,7 @@ class Configuration:
         ranges(self.ids)
         if self.image_range is not None:
             ends: Any = self.image_range if isinstance(self.image_range, tuple | list) else ()
-            if len(ends) != 2 or not all(map(_is_number, ends)) or not ends[0] < ends[1]:
+            if len(ends) != 2 or not all(map(checks.is_number, ends)) or not ends[0] < ends[1]:
                 raise InputError(f"image_range is {self.image_range!r}; wanted two finite numbers, low before high")
             object.__setattr__(self, "image_range", (float(ends[0]), float(ends[1])))
 
@@ -220,17 +219,13 @@ def _check_kinds(given: Any, kind: Any, names: Iterable[str]) -> None:
             raise InputError(f"{name} is {getattr(given, name)!r}; wanted {wanted}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def ranges(text: str) -> list[range]:
     """Sample ids such as "0-49999" or "3,7,10-12" as ranges; InputError unless they ascend without overlap."""
     found = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()):
-            raise InputError(f"ids are {text!r}; wanted e.g. 0-49999 or 3,7,10-12")
+        if not all(end.isdecimal() and len(end) < 19 for end in (low, high if dash else low)):  # ids are of 64 bits
+            raise InputError(f"ids are {checks.shown(text)}; wanted e.g. 0-49999 or 3,7,10-12, each of at most 18 digits")
         found.append(range(int(low), int(high if dash else low) + 1))
     if any(not len(r) for r in found) or any(a.stop > b.start for a, b in zip(found, found[1:], strict=False)):
         raise InputError(f"ids are {text!r}; wanted them ascending, each once")

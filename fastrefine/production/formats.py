@@ -86,29 +86,38 @@ def write(kind: str, path: Path, batch: Batch) -> None:
 
 
 def read(kind: str, path: Path, image_range: tuple[float, float]) -> Part:
-    """(pixels (N, H, W, C) uint8, columns) of a shard."""
-    if kind == "npz":
-        with np.load(path) as content:
-            return content["arr_0"], {name: content[name] for name in COLUMNS if name in content}
-    if kind == "png":
+    """(pixels (N, H, W, C) uint8, columns) of a shard; InputError where the file is something else."""
+    if kind == "safetensors":
+        batch = stored(kind, path, image_range)
+        return batch.pixels(), batch.columns
+    with _parsing(kind, path):
+        if kind == "npz":
+            with np.load(path) as content:
+                return content["arr_0"], {name: content[name] for name in COLUMNS if name in content}
+        if kind == "wds":
+            return _untar(path)
         columns = {name: np.array(values) for name, values in json.loads((path / "columns.json").read_text()).items()}
         return np.stack([_decoded((path / f"{number:06d}.png").read_bytes()) for number in columns["ids"]]), columns
-    if kind == "wds":
-        return _untar(path)
-    columns = safetensors.load_file(path)
-    images = torch.from_numpy(columns.pop("images"))
-    return Batch(images, columns, image_range).pixels(), columns
 
 
 def stored(kind: str, path: Path, image_range: tuple[float, float]) -> Batch:
     """A shard as a batch that gives the same file again; images that were stored as pixels are at the middle of a level."""
     if kind == "safetensors":
-        columns = safetensors.load_file(path)
-        return Batch(torch.from_numpy(columns.pop("images")), columns, image_range)
+        with _parsing(kind, path):
+            columns = safetensors.load_file(path)
+            return Batch(torch.from_numpy(columns.pop("images")), columns, image_range)
     pixels, columns = read(kind, path, image_range)
     low, high = image_range
     x = (torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32)) - 127.5) / 127.5
     return Batch((x + 1) * ((high - low) / 2) + low, columns, image_range)
+
+
+@contextlib.contextmanager
+def _parsing(kind: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of whichever library reads it
+        raise InputError(f"{path} is no {kind} file of a run ({type(error).__name__}: {error})") from error
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -165,6 +174,10 @@ def _replacing(output: Path, *, new: bool = False) -> Iterator[Path]:
         except OSError:
             if not (part.is_dir() and output.is_dir()):
                 raise
+            if output.is_symlink():  # the link is ours to replace, the folder that it leads to is not
+                output.unlink()
+                os.replace(part, output)
+                return
             for child in sorted(part.iterdir()):  # a folder with files in it, or a mount point, cannot be replaced
                 shutil.move(child, output / child.name)
     finally:
@@ -220,8 +233,8 @@ def _untar(path: Path) -> Part:
     pixels, rows = [], []
     with tarfile.open(path) as archive:
         for member in archive:
-            content = archive.extractfile(member)
-            if content is None:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None:  # a folder, or a link
                 continue
             if member.name.endswith(".png"):
                 pixels.append(_decoded(content.read()))

@@ -12,7 +12,7 @@ from typing import Any
 from fastrefine.errors import InputError
 from fastrefine.production.named_code import check_inside
 
-NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # user/name, or user/name@revision
+NAME = re.compile(r"(?!.*\.\.)[\w.-]+/[\w.-]+(@[\w./-]+)?")  # user/name, or user/name@revision
 FILES = ["config.json", "*.safetensors"]
 
 
@@ -53,6 +53,7 @@ def push_pair(folder: str | Path, name: str, *, private: bool = False, token: st
         config.pop("checkout", None)
         (Path(made) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         own = folder / "README.md"
+        check_inside(own.name, file, folder)
         (Path(made) / "README.md").write_text(own.read_text() if own.is_file() else card(config, name))
         try:
             hub.create_repo(name, private=private, exist_ok=True, token=token)

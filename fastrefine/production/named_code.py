@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fastrefine import checks
 from fastrefine.errors import InputError
 
 OWN = "fastrefine.models."  # whose functions make networks or call them, and do nothing else
@@ -48,7 +49,10 @@ def check_inside(path: str, file: Path, *folders: Path, otherwise: str = "") -> 
 
     A path that is not absolute is one from the first folder.
     """
-    target = (folders[0] / path).resolve()
+    try:
+        target = (folders[0] / path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a link to itself
+        raise InputError(f"{file} names {checks.shown(path)}, which is no path ({error})") from error
     if not any(target.is_relative_to(folder.resolve()) for folder in folders):
         raise InputError(f"{file} names {path!r}, which leads out of {file.parent}; wanted a file in that folder{otherwise}")
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastrefine.errors import InputError
 from fastrefine.production import formats
 from fastrefine.production.configuration import Configuration, Shard, contains, renamed, shards, without_paths
@@ -55,7 +57,7 @@ class Folder:
         there = _read_manifest(path)
         differing = _differences(there, json.loads(text))
         if differing == ["ids"]:
-            known = renamed(there["configuration"])["ids"]
+            known = Configuration.from_json(there["configuration"]).ids
             if not contains(configuration.ids, known):
                 raise InputError(
                     f"{path} holds the run of the images {known}, and {configuration.ids} leaves some of them out; wanted all "
@@ -108,7 +110,8 @@ class Folder:
         """Write what the run did, "summary" of the manifest, and return it. The last of several workers sees every shard."""
         while True:
             seen, summary, there = self._markers(), summarised(), _read_manifest(self.path)
-            if not contains(self.configuration.ids, renamed(there["configuration"])["ids"]):  # it has grown meanwhile
+            known = Configuration.from_json(there["configuration"]).ids
+            if not contains(self.configuration.ids, known):  # it has grown meanwhile
                 return summary
             _write(self.path, there, self.configuration, summary)
             now = self._markers()
@@ -164,13 +167,30 @@ class Folder:
 
     def facts(self, shard: Shard) -> dict[str, Any]:
         """The content of its marker."""
-        return json.loads(self.marker(shard).read_text())
+        return _json(self.marker(shard))
 
     def parts(self) -> Iterator[formats.Part]:
         """(pixels, columns) of shard after shard. Raises InputError at the first that is not done."""
+        size: tuple[int, ...] = ()
         for shard in self.shards():
-            self.check(shard)
-            yield formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
+            pixels, columns = self.read(shard)
+            if pixels.shape[1:] != (size := size or pixels.shape[1:]):
+                raise InputError(f"{self.file(shard)} holds images of {pixels.shape[1:]}, the shards before it of {size}")
+            yield pixels, columns
+
+    def read(self, shard: Shard) -> formats.Part:
+        """(pixels (N, H, W, C) uint8, columns) of a shard. Raises InputError where it is not done, or holds something else."""
+        self.check(shard)
+        pixels, columns = formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
+        lists = all(x.shape == (shard.count,) and x.dtype.kind in "biuf" for x in columns.values())
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != shard.count or not lists:
+            shapes = {"images": pixels.shape, **{name: x.shape for name, x in columns.items()}}
+            raise InputError(
+                f"{self.file(shard)} holds arrays of shapes {shapes}; wanted {shard.count} images, a figure for each"
+            )
+        if "ids" not in columns or columns["ids"].tolist() != shard.ids:
+            raise InputError(f"{self.file(shard)} holds other sample ids than its place in the run says")
+        return pixels, columns
 
 
 @dataclass(frozen=True)
@@ -237,10 +257,17 @@ def merge(path: Path, output: Path, *, progress: bool | None = False) -> int:
     return count
 
 
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("brackets within brackets without end") from error
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     target = path / MANIFEST
     try:
-        found = json.loads(target.read_text())
+        found = _json(target)
         found["identity"], found["configuration"].items()
         return found
     except FileNotFoundError as error:

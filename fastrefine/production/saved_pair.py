@@ -272,8 +272,9 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is no configuration of a pair ({type(error).__name__}: {error})") from error
     here, places = [], [folder]
-    if folder.parent.name == "snapshots":  # whose files are links into the repository's own blobs
-        places.append(folder.parent.parent / "blobs")
+    blobs = folder.parent.parent / "blobs"
+    if folder.parent.name == "snapshots" and not blobs.is_symlink():  # whose files are links into the repository's own blobs
+        places.append(blobs)
     for spec in (g, d):
         check_inside(spec.weights, file, *places)
         here.append(replace(spec, weights=str(folder / spec.weights)))

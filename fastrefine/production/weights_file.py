@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import pickle
 import re
 import warnings
@@ -148,7 +149,7 @@ def digest(module: nn.Module) -> str:
 
 def _check_head(path: Path) -> None:
     """Raise InputError where the first bytes show that this is no file of weights."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is False too of a name that no file can have
         raise InputError(f"{path} is not there; wanted a .safetensors or torch.save file")
     with path.open("rb") as file:
         head = file.read(512)

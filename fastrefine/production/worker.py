@@ -36,7 +36,7 @@ from fastrefine.progress import ProgressBar
 from fastrefine.refiner import Refiner
 from fastrefine.result import Result, Status
 
-log = logging.getLogger("fastrefine")
+log = logging.getLogger(__name__)
 HELD = 4096  # proposals in memory at once, about
 STREAMED = 2**20  # proposals of one stream; their labels are in memory (with conditions: HELD)
 

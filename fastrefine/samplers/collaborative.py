@@ -40,6 +40,8 @@ class Collaborative(Sampler):
     real_score: mean s(d) of real images, for ladam; filled from the Refiner's ``real``.
 
     Raises InputError on values out of range.
+
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.Collaborative(0.3, loss="nonsaturating"), max_steps=3).sample(8)``
     """
 
     step_size: float | None = None

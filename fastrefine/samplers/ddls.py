@@ -39,6 +39,8 @@ class DDLS(Sampler):
     schedule), whose last value holds for all later steps. logit_scale: more than 0.
     Needs at="input" with a prior; NoisyOutput with Product(...) is the extended latent space of [DDLS] 3.4.
     Raises InputError on values out of range.
+
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.DDLS(0.01), at="input", max_steps=3).sample(8)``
     """
 
     step_size: float | Sequence[float]

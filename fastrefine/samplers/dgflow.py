@@ -22,6 +22,8 @@ class DGflow(Sampler):
 
     step_size: eta, more than 0. gamma: noise regulariser, at least 0. divergence: "KL" | "JS" | "logD".
     Raises InputError on values out of range.
+
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.DGflow(0.1, "KL"), at="input", max_steps=3).sample(8)``
     """
 
     step_size: float

@@ -29,6 +29,8 @@ class DOT(Sampler):
     projection, at the input under a normal prior: "radial" g - z (g.z) / (z.z) | "published" g - z (g.z) / sqrt(dim), what
     the authors' code does (it takes away about sqrt(dim) times too much) | "none".
     Raises InputError on values out of range.
+
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.DOT(0.01), at="input", max_steps=3).sample(8)``
     """
 
     step_size: float

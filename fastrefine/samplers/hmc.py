@@ -29,6 +29,8 @@ class HMC(MetropolisSampler):
     step_size: eps of the leapfrog, more than 0. leapfrog: 1 or more. logit_scale: more than 0. jitter: 0 to 1, without 1.
     adapt: for how many steps each chain tunes its own eps (that before the jitter) towards the acceptance ``target`` (.65,
     Beskos et al. 2013), by Robbins-Monro on log eps. Needs at="input" with a prior. Raises InputError on values out of range.
+
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.HMC(0.05), at="input", max_steps=20).sample(8).acceptance  # (8,)``
     """
 
     leapfrog: int = 10

@@ -28,7 +28,7 @@ class MALA(MetropolisSampler):
     is optimal in many dimensions, Roberts & Rosenthal 1998), by Robbins-Monro on log eps.
     Needs at="input" with a prior. Raises InputError on values out of range.
 
-    Example: ``fr.MALA(step_size=0.1, global_every=5)``
+    Example: ``fr.Refiner.from_pair(pair, sampler=fr.MALA(0.01, global_every=5), at="input", max_steps=3).sample(8).acceptance``
     """
 
     logit_scale: float = 1.0

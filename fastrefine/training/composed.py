@@ -24,6 +24,8 @@ class NoisyOutput(nn.Module):
     scale: standard deviation of the noise, in the images' units, more than 0. latent_shape: of one z, without the batch;
     None reads it off the first Linear (features,) or (transposed) convolution (channels, 1, ...) of G.
     Raises InputError when it cannot be read off, and when widths do not fit.
+
+    Example: ``fr.NoisyOutput(g, 0.05)(torch.randn(4, 32 + 64)).shape  # (4, 1, 8, 8)``
     """
 
     def __init__(self, generator: nn.Module, scale: float, latent_shape: tuple[int, ...] | None = None):
@@ -73,6 +75,8 @@ class SumDiscriminator(nn.Module):
 
     Returns (N, 1), in float32 or the wider dtype of the images. Raises InputError without members, on a member that is no
     module or that ends in a sigmoid, and on outputs that are not one logit or one map per sample.
+
+    Example: ``fr.SumDiscriminator(d, d)(out.images).shape  # (64, 1)``
     """
 
     def __init__(self, *discriminators: nn.Module):

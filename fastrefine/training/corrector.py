@@ -41,6 +41,8 @@ def fit_corrector(
 
     Returns a module in eval mode, D_lambda(x) -> logit (N,) unless a backbone was given. Raises InputError on bad
     arguments, and where the two generators' images differ in shape.
+
+    Example: ``fr.fit_corrector(g, g, 2, prior=fr.Normal(32), reference_samples=64, batch_size=16)(out.images)  # (64,)``
     """
     if options.get("discriminator_output", "logit") != "logit":
         raise InputError(f"a corrector is a logit, for it is added to one; got {options['discriminator_output']!r}")

@@ -103,6 +103,8 @@ class DistilledGenerator(nn.Module):
         the refiner's own. None after loading: a saved pair has it. It is no submodule: it is neither moved nor exported.
 
     ``fr.distil`` makes it; the arguments are those of a saved pair. Raises InputError where an input is missing.
+
+    Example: ``fr.distil(refiner, pairs=2000)(torch.randn(4, 32)).shape  # (4, 1, 8, 8)``
     """
 
     def __init__(

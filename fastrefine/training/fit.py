@@ -59,6 +59,8 @@ def fit_discriminator(
     progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds.
 
     Returns a module in eval mode, D(x) -> logit (N,) unless another was given. Raises InputError on bad arguments.
+
+    Example: ``fr.fit_discriminator(g, real, 2, prior=fr.Normal(32), batch_size=16)(out.images).shape  # (64,)``
     """
     checks.count("iterations", iterations, 1)
     checks.count("check_every", check_every, 1)

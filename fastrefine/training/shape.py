@@ -59,6 +59,8 @@ def shape_discriminator(
     callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
 
     Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
+
+    Example: ``better = refiner.with_discriminator(fr.shape_discriminator(refiner, real, 2, 16, 2e-4))``
     """
     checks.count("iterations", iterations, 0)
     if not isinstance(refiner, Refiner):
@@ -102,7 +104,10 @@ def shape_discriminator(
 def tune_discriminator(
     refiner: Refiner, real: Any, iterations: int, batch_size: int, learning_rate: float, **options: Any
 ) -> nn.Module:
-    """Train D further on real images against raw samples of G; arguments as for ``shape_discriminator``."""
+    """Train D further on real images against raw samples of G; arguments as for ``shape_discriminator``.
+
+    Example: ``better = refiner.with_discriminator(fr.tune_discriminator(refiner, real, 2, 16, 2e-4))``
+    """
     if not isinstance(refiner, Refiner):
         raise InputError(f"refiner is a {type(refiner).__name__}; wanted a fastrefine.Refiner")
     raw = refiner.replaced(max_steps=0, sampler=RAW)
