@@ -49,7 +49,7 @@ class Limits:
 
     steps: int = 10
     numbers: tuple[int, ...] = NUMBERS
-    seconds: float = 1.0  # of one run, about; fewer samples where they would take longer
+    seconds: float = 0.5  # of one run, about; fewer samples where they would take longer
     rounds: tuple[int, int] = (3, 9)
     precision: str = "float32"
     compile: bool = False  # B2 too
@@ -67,9 +67,7 @@ class Place:
 
     def __init__(self, pair: ZooPair, networks: tuple[nn.Module, nn.Module], at: str, limits: Limits):
         self.pair, self.networks, self.at, self.limits = pair, networks, at, limits
-        self.cut = functools.partial(
-            Hooked, generate=pair.generate, discriminate=pair.logits, names=tuple(pair.labels(1))
-        )
+        self.cut = functools.partial(Hooked, generate=pair.generate, discriminate=pair.logits, names=tuple(pair.labels(1)))
         self.step_size = self._step_size()
         self.refiner: fr.Refiner | None = None
         self.layout, self.seconds = self._layout()  # of B1; seconds of one of its steps for one sample
@@ -273,10 +271,14 @@ def summary(row: dict[str, Any]) -> str:
 @click.option("--at", multiple=True, help="Only at these places [default: input, an inner one, output].")
 @click.option("--n", "numbers", multiple=True, type=int, help="Samples [default: 8, 64, 1024].")
 @click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample.")
-@click.option("--seconds", default=Limits.seconds, show_default=True, help="Of one run, about: fewer samples where it is longer.")
+@click.option(
+    "--seconds", default=Limits.seconds, show_default=True, help="Of one run, about: fewer samples where it is longer."
+)
 @click.option("--precision", type=click.Choice(tuple(WRONG)), default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Race B2, the compiled loop, too.")
-@click.option("--output", type=click.Path(path_type=Path), help="[default: benchmarks/results/zoo-cpu.json, or models-cpu.json]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="[default: benchmarks/results/zoo-cpu.json, or models-cpu.json]"
+)
 def main(
     zoo: Path | None, names: tuple[str, ...], at: tuple[str, ...], numbers: tuple[int, ...], steps: int, seconds: float,
     precision: str, compiled: bool, output: Path | None,

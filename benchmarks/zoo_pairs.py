@@ -160,7 +160,14 @@ def classes_of(path: Path, **names: Any) -> types.SimpleNamespace:
     """The classes and functions of a training script, without running it. names: the script's globals that they read."""
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
-    space = {"__name__": path.stem, "torch": torch, "nn": nn, "F": nn.functional, "np": importlib.import_module("numpy"), **names}
+    space = {
+        "__name__": path.stem,
+        "torch": torch,
+        "nn": nn,
+        "F": nn.functional,
+        "np": importlib.import_module("numpy"),
+        **names,
+    }
     exec(compile(tree, str(path), "exec"), space)
     return types.SimpleNamespace(**space)
 
@@ -273,7 +280,17 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.full((len(x),), 12)
 
 
-TRAINING = ("torchvision", "tensorboard", "torch.utils.tensorboard", "cv2", "lmdb", "requests", "skimage", "tensorflow", "wandb")
+TRAINING = (
+    "torchvision",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "cv2",
+    "lmdb",
+    "requests",
+    "skimage",
+    "tensorflow",
+    "wandb",
+)
 PUBLIC = (
     ZooPair("examples dcgan", "pytorch+examples", (32, 1, 1), "main.5", _examples, output="probability"),
     ZooPair(
