@@ -40,7 +40,7 @@ class Refined(NamedTuple):
 
 
 class HandCut(nn.Module):
-    """Networks of ``workloads``, cut by hand. ``prefix(z)`` gives (a, *context); the module itself (images, logits) of these."""
+    """Networks of ``workloads``, cut by hand. ``prefix(z)`` gives (a, *context), a call with these (images, logits)."""
 
     stepped = ("tail", "discriminator")  # what a step runs
 
@@ -55,7 +55,7 @@ class HandCut(nn.Module):
 
 
 class Hooked(nn.Module):
-    """Networks of anyone: a hook puts ``a`` in the place of a module's output, and modules that ended before it do not run again.
+    """Networks of anyone: a hook puts ``a`` in the place of a module's output. Modules that ended before do not run again.
 
     generate: (generator, z, **inputs) -> images. discriminate: (discriminator, images, **inputs) -> logits (N, ...).
     names: of the inputs, which follow the latents. The context of a step is (z, *inputs).

@@ -184,7 +184,7 @@ class Place:
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         least, most = self.limits.rounds
         while (done := len(seconds["ours"])) < most:
-            if done >= least and sum(map(sum, seconds.values())) > 2 * self.limits.seconds:
+            if done >= least and sum(map(sum, seconds.values())) > self.limits.seconds:
                 break
             for name, run in runs.items():
                 seconds[name].append(clock(run)[0])
@@ -259,9 +259,10 @@ def summary(row: dict[str, Any]) -> str:
         return f"{name} {row['error']}"
     ratios = "  ".join(f"{key[-2:].upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_"))
     dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
+    without = "; without " + ", ".join(dropped) if dropped else ""
     return (
-        f"{name} n {row['n']:>4}  {ratios}  {row['images_per_second']:>8.0f} images/s  slots {row['num_slots']:>3}  prepared in "
-        f"{row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{'; without ' + ', '.join(dropped) if dropped else ''}"
+        f"{name} n {row['n']:>4}  {ratios}  {row['images_per_second']:>8.0f} images/s  slots {row['num_slots']:>3}  "
+        f"prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
     )
 
 
@@ -287,13 +288,12 @@ def main(
     torch.set_num_threads(1)
     limits = Limits(steps, numbers or NUMBERS, seconds, precision=precision, compile=compiled)
     path = output or RESULTS / ("zoo-cpu.json" if zoo else "models-cpu.json")
+    command = shlex.join(["python", "-m", "benchmarks.zoo", *("ZOO" if part == str(zoo) else part for part in sys.argv[1:])])
     record: dict[str, Any] = {
-        "kind": KIND, "machine": facts(torch.device("cpu")), "command": shlex.join(["python", "-m", "benchmarks.zoo", *sys.argv[1:]]),
+        "kind": KIND, "machine": facts(torch.device("cpu")), "command": command,
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": [], "failed": [],
     }  # fmt: skip
-    if zoo:
-        record["command"] = record["command"].replace(str(zoo), "ZOO")
-    for pair in (*OURS, *(PUBLIC if zoo else ())):
+    for pair in (*(PUBLIC if zoo else ()), *OURS):
         if names and not any(name in pair.name for name in names):
             continue
         try:

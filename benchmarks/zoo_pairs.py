@@ -104,8 +104,11 @@ def checkout_of(zoo: Path | None, name: str) -> Path:
 class _StandIn(types.ModuleType):
     """A module whose every name is an empty class."""
 
-    __path__: list[str] = []
     __version__ = "0"
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -298,9 +301,12 @@ PUBLIC = (
         output="probability",
     ),
     ZooPair(
-        "PyTorch-GAN cgan", "eriklindernoren+PyTorch-GAN", (100,), "model.5", functools.partial(_pytorch_gan, "cgan"), classes=10
+        "PyTorch-GAN cgan", "eriklindernoren+PyTorch-GAN", (100,), "model.5", functools.partial(_pytorch_gan, "cgan"),
+        classes=10,
     ),
-    ZooPair("PyTorch-GAN wgan_gp", "eriklindernoren+PyTorch-GAN", (100,), "model.5", functools.partial(_pytorch_gan, "wgan_gp")),
+    ZooPair(
+        "PyTorch-GAN wgan_gp", "eriklindernoren+PyTorch-GAN", (100,), "model.5", functools.partial(_pytorch_gan, "wgan_gp")
+    ),
     ZooPair(
         "mimicry sngan", "kwotsin+mimicry", (32,), "block3", _mimicry, absent=TRAINING,
         bare=("torch_mimicry", "torch_mimicry.nets"),
@@ -318,8 +324,8 @@ PUBLIC = (
         lambda D, x: D(x, None), absent=("pkg_resources", "requests"),
     ),
     ZooPair(
-        "BigGAN", "ajbrock+BigGAN-PyTorch", (16,), "blocks.1.0", _biggan, lambda G, z, labels: G(z, G.shared(labels)), classes=5,
-        absent=TRAINING,
+        "BigGAN", "ajbrock+BigGAN-PyTorch", (16,), "blocks.1.0", _biggan, lambda G, z, labels: G(z, G.shared(labels)),
+        classes=5, absent=TRAINING,
     ),
     ZooPair(
         "StudioGAN", "POSTECH-CVLab+PyTorch-StudioGAN", (16,), "blocks.1.0", _studiogan,

@@ -157,11 +157,9 @@ class Run:
             counters, status = values.wait()
             finished = pacing.known[slots.FINISHED]
             self._account(counters.tolist())
-            while (
-                pacing.known[slots.FINISHED] > finished
-                and self.waiting
-                and self._complete(next(iter(self.waiting)), number, status)
-            ):
+            if pacing.known[slots.FINISHED] == finished:
+                continue  # no block was completed since
+            while self.waiting and self._complete(next(iter(self.waiting)), number, status):
                 self.delivery.harvest(self.waiting.pop(next(iter(self.waiting)))[0], self.requested)
 
     def _complete(self, index: int, number: int, status: Tensor) -> bool:
