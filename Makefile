@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-whole kernels-check test-matrix lint bench gpu-check gpu-bench doctor clean
+.PHONY: demo test test-whole kernels-check test-matrix lint bench bench-zoo gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
@@ -37,6 +37,9 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 
 bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes; options in ARGS
 	$(BIN)/python -m benchmarks run --device cpu $(ARGS)
+
+bench-zoo: $(VENV)/test.stamp  ## public checkouts in the folder ZOO against plain loops, on a CPU; options in ARGS
+	$(BIN)/python -m benchmarks.zoo $(ZOO) $(ARGS)
 
 # A machine with a GPU often has its own torch and no network: these use $(PYTHON) as it is and install nothing.
 CHECKED = $(shell $(PYTHON) -m benchmarks.machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from benchmarks import report as speed
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 def page(results: Path = RESULTS) -> str:
     """The page as Markdown."""
-    parts = (_head, _demo, _seeds, _budget, _papers, _correctors, _laws, _speed, _precision, _production)
+    parts = (_head, _demo, _seeds, _budget, _papers, _correctors, _laws, _speed, _zoo, _precision, _production)
     return "\n\n".join(block for part in parts for block in part(results)) + "\n"
 
 
@@ -245,6 +245,59 @@ def _speed_row(row: Record, record: Record) -> tuple[str, ...]:
         f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["num_slots"]),
         f"{row['images_per_second']:.0f}", *ratios, gain, f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})",
         _short(record["machine"]["commit"]),
+    )  # fmt: skip
+
+
+def _zoo(results: Path) -> Iterator[str]:
+    record = _read(results / "zoo-cpu.json")
+    rows, machine = record["rows"], record["machine"]
+    yield "## Networks of other people"
+    yield (
+        "Public checkouts as they are, and the networks of `fastrefine.models`, with random weights at small sizes "
+        f"([how each is called and cut](../benchmarks/zoo_pairs.py)). {rows[0]['K']} steps for every sample, "
+        f"{rows[0]['precision']}, one thread, CPU time, median of rounds in turn. A higher number is a faster fastrefine. Fewer "
+        "than 1,024 or 64 samples were measured where they take long. Prepared: seconds that the first call took longer than "
+        "a later one. Memory: what our side took at most. Off: the largest difference of an image from B1's, in parts of the "
+        "largest value. Without: rungs of the ladder that were dropped."
+    )
+    yield f"    {record['command'].replace('python -m benchmarks.zoo ZOO', 'make bench-zoo ZOO=FOLDER  # ')}".rstrip("# ")
+    yield (
+        f"{machine['device']} ({', '.join(machine['matrix_units'])}), torch {machine['torch']}, commit "
+        f"{_short(machine['commit'])}. Other work ran on this machine, so single ratios differ by a tenth and more between runs."
+    )
+    yield _table(
+        ("pair", "at", "n", "slots", "B0", "B1", "images/s", "prepared", "memory", "off", "without"),
+        [_zoo_row(row) for row in rows],
+    )  # fmt: skip
+    means = []
+    for base in ("b0", "b1"):
+        ratios = [row[f"ratio_{base}"] for row in rows]
+        means.append(f"{geometric_mean(ratios):.2f}x {base.upper()} ({min(ratios):.2f}x to {max(ratios):.2f}x)")
+    slow = [row for row in rows if row["ratio_b1"] < 0.95]
+    yield f"Geometric means: {', '.join(means)}. {len(slow)} of {len(rows)} rows are below 0.95 of B1, the goal."
+    for failed in record["failed"]:
+        yield f"Not measured: {failed['pair']} at {failed['at']}: {failed['error']}"
+    yield ZOO_REASONS
+
+
+ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
+
+- Small networks: what makes rows equal costs more than it protects. A matrix product by oneDNN has 23 microseconds more
+  overhead than MKL's, and of a step of the 2-D MLP at 64 samples (1.55 ms, B1 0.78 ms) that is 0.76 ms. At most shapes MKL gives
+  equal rows by itself.
+- Few samples: a call of `refine` has a fixed cost of 3 ms (modes of torch, sums over the weights, results), and a step 0.12 ms
+  beside the networks. A plain loop has neither.
+- Recurrent networks read lengths on the host, so their step is not recorded: then modules before the place run again in every
+  step, and the last evaluation computes a gradient that nobody reads.
+- Images are rendered once more after the last evaluation, by the networks as they were given."""
+
+
+def _zoo_row(row: Record) -> tuple[str, ...]:
+    dropped = ", ".join(entry["rung"] for entry in row["ladder"] if not entry["kept"])
+    memory = f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] is not None else "–"
+    return (
+        row["pair"], row["at"], str(row["n"]), str(row["num_slots"]), f"{row['ratio_b0']:.2f}x", f"{row['ratio_b1']:.2f}x",
+        f"{row['images_per_second']:.0f}", f"{row['preparation_seconds']:.1f} s", memory, f"{row['off']:.0e}", dropped or "–",
     )  # fmt: skip
 
 
