@@ -35,7 +35,8 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes; options in ARGS
+bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes, under five minutes; options in ARGS
+	$(BIN)/python -m benchmarks.zoo --seconds 0.2
 	$(BIN)/python -m benchmarks run --device cpu $(ARGS)
 
 bench-zoo: $(VENV)/test.stamp  ## public checkouts in the folder ZOO against plain loops, on a CPU; options in ARGS

@@ -12,6 +12,7 @@ import copy
 import datetime
 import functools
 import io
+import json
 import shlex
 import statistics
 import sys
@@ -268,7 +269,7 @@ def summary(row: dict[str, Any]) -> str:
 
 @click.command()
 @click.argument("zoo", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--pair", "names", multiple=True, help="Only pairs whose name holds this.")
+@click.option("--pair", "names", multiple=True, help="Only pairs whose name holds this; the output keeps its other rows.")
 @click.option("--at", multiple=True, help="Only at these places [default: input, an inner one, output].")
 @click.option("--n", "numbers", multiple=True, type=int, help="Samples [default: 8, 64, 1024].")
 @click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample.")
@@ -293,11 +294,14 @@ def main(
         "kind": KIND, "machine": facts(torch.device("cpu")), "command": command,
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": [], "failed": [],
     }  # fmt: skip
-    for pair in (*(PUBLIC if zoo else ()), *OURS):
-        if names and not any(name in pair.name for name in names):
-            continue
+    pairs = [p for p in (*(PUBLIC if zoo else ()), *OURS) if not names or any(name in p.name for name in names)]
+    if names and path.exists():
+        before, again = json.loads(path.read_text()), {pair.name for pair in pairs}
+        record |= {key: [row for row in before[key] if row["pair"] not in again] for key in ("rows", "failed")}
+    for pair in pairs:
         try:
             for row in measure(pair, zoo, limits, at):
+                row["commit"] = record["machine"]["commit"]
                 record["failed" if "error" in row else "rows"].append(row)
                 click.echo(summary(row))
                 write_json(path, record)
