@@ -255,15 +255,16 @@ def _zoo(results: Path) -> Iterator[str]:
     yield (
         "Public checkouts as they are, and the networks of `fastrefine.models`, with random weights at small sizes "
         f"([how each is called and cut](../benchmarks/zoo_pairs.py)). {rows[0]['K']} steps for every sample, "
-        f"{rows[0]['precision']}, one thread, CPU time, median of rounds in turn. A higher number is a faster fastrefine. Fewer "
-        "than 1,024 or 64 samples were measured where they take long. Prepared: seconds that the first call took longer than "
-        "a later one. Memory: what our side took at most. Off: the largest difference of an image from B1's, in parts of the "
-        "largest value. Without: rungs of the ladder that were dropped."
+        f"{rows[0]['precision']}, one thread, CPU time, median of rounds in turn. B0, B1: how many times as fast ours is. "
+        "Wanted were 8, 64 and 1,024 samples; where these take long, fewer were measured. Prepared: seconds that the first "
+        "call took longer than a later one. Memory: what our side took at most. Off: the largest difference of an image from "
+        "B1's, in parts of the largest value. Without: rungs of the ladder that were dropped."
     )
-    yield f"    {record['command'].replace('python -m benchmarks.zoo ZOO', 'make bench-zoo ZOO=FOLDER  # ')}".rstrip("# ")
+    yield "    make bench-zoo ZOO=FOLDER"
     yield (
         f"{machine['device']} ({', '.join(machine['matrix_units'])}), torch {machine['torch']}, commit "
-        f"{_short(machine['commit'])}. Other work ran on this machine, so single ratios differ by a tenth and more between runs."
+        f"{', '.join(dict.fromkeys(_short(row['commit']) for row in rows))}. Other work ran on this machine, so single "
+        "ratios differ by a tenth and more between runs."
     )
     yield _table(
         ("pair", "at", "n", "slots", "B0", "B1", "images/s", "prepared", "memory", "off", "without"),
@@ -282,14 +283,16 @@ def _zoo(results: Path) -> Iterator[str]:
 
 ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
 
-- Small networks: what makes rows equal costs more than it protects. A matrix product by oneDNN has 23 microseconds more
-  overhead than MKL's, and of a step of the 2-D MLP at 64 samples (1.55 ms, B1 0.78 ms) that is 0.76 ms. At most shapes MKL gives
-  equal rows by itself.
-- Few samples: a call of `refine` has a fixed cost of 3 ms (modes of torch, sums over the weights, results), and a step 0.12 ms
-  beside the networks. A plain loop has neither.
+- Small networks: the matrix products that give a sample the same bits in every slot are oneDNN's, and each costs 23
+  microseconds more than MKL's. A step of the 2-D MLP at 64 samples takes 1.55 ms with them, 0.79 ms without, and 0.78 ms in
+  B1. At nearly every shape that was tried MKL's products have equal rows by themselves.
+- Few samples and steps: a call of `refine` costs 3 ms for the 2-D MLP (modes of torch, sums over the weights by which updates
+  are noticed, results), and 13 ms for the examples' dcgan. A step costs 0.12 ms beside the networks. Before it was 4.8 ms and
+  0.18 ms.
+- Images are rendered once more after the last evaluation, by the networks as they were given, and the generator runs to its end
+  where only the activation at the place is wanted: 12 of the 133 ms of the examples' dcgan, 8 samples, 10 steps.
 - Recurrent networks read lengths on the host, so their step is not recorded: then modules before the place run again in every
-  step, and the last evaluation computes a gradient that nobody reads.
-- Images are rendered once more after the last evaluation, by the networks as they were given."""
+  step, and the last evaluation computes a gradient that nobody reads."""
 
 
 def _zoo_row(row: Record) -> tuple[str, ...]:

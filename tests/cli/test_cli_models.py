@@ -175,8 +175,8 @@ def test_bench_measures_an_export(files):
 
 
 def test_bench_says_in_words_how_the_networks_were_prepared(files):
-    told = run("bench", "--pair", files / "pair", "--at", "output", "--steps", 1, "--seconds", 0.01, "--slots", 8, "--precisions",
-               "float32").splitlines()  # fmt: skip
+    flags = ("--steps", 1, "--seconds", 0.01, "--slots", 8, "--precisions", "float32")
+    told = run("bench", "--pair", files / "pair", "--at", "output", *flags).splitlines()
     assert told[0].split()[:7] == ["at", "precision", "images/s", "B0", "ratio", "B1", "ratio"]
     assert told[1].split()[0] == "output" and told[2].startswith("    prepared in ") and "step recorded" in told[2]
 
