@@ -73,7 +73,9 @@ def found(device: str) -> torch.device:
 @click.option("--rounds", type=int, help="[default: 3]")
 @click.option("--threads", type=int, help="Ours and the baselines' [default: 1 on a CPU].")
 @click.option("--budget", type=float, help="Seconds for everything [default: 400 on a GPU, 220 on a CPU].")
-@click.option("--b2/--no-b2", default=True, help="Whether the compiled loop is raced.")
+@click.option(
+    "--b2/--no-b2", default=None, help="Whether the compiled loop is raced [default: on a GPU]; a minute for each row."
+)
 @click.option("--compile", "compile_ours", is_flag=True, help="Ours with compile=True.")
 @click.option("--profile", is_flag=True, help="Then profile the row furthest below its goals.")
 @click.option("--go-on", is_flag=True, help="Only rows that the output does not have, failed ones apart.")
@@ -91,7 +93,7 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
     torch.backends.cudnn.benchmark = True  # shapes never change; the choice is made while both sides warm up
     scale = rows.TINY if tiny else rows.CPU if device == "cpu" else rows.GPU
     scale = replace(
-        scale, compile=scale.compile and given["b2"], own_sizes=scale.own_sizes and not given["batches"],
+        scale, compile=scale.compile and (device == "cuda" if given["b2"] is None else given["b2"]), own_sizes=scale.own_sizes and not given["batches"],
         **{name: given[name] for name in ("steps", "rounds", "batches") if given[name]},
     )  # fmt: skip
     budget = Budget(given["budget"] or (400.0 if device == "cuda" else 220.0))
