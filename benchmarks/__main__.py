@@ -92,8 +92,9 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
         torch.set_num_threads(given["threads"] or 1)
     torch.backends.cudnn.benchmark = True  # shapes never change; the choice is made while both sides warm up
     scale = rows.TINY if tiny else rows.CPU if device == "cpu" else rows.GPU
+    b2 = device == "cuda" if given["b2"] is None else given["b2"]
     scale = replace(
-        scale, compile=scale.compile and (device == "cuda" if given["b2"] is None else given["b2"]), own_sizes=scale.own_sizes and not given["batches"],
+        scale, compile=scale.compile and b2, own_sizes=scale.own_sizes and not given["batches"],
         **{name: given[name] for name in ("steps", "rounds", "batches") if given[name]},
     )  # fmt: skip
     budget = Budget(given["budget"] or (400.0 if device == "cuda" else 220.0))
