@@ -339,7 +339,7 @@ PUBLIC = (
     ZooPair("CycleGAN", "aitorzip+PyTorch-CycleGAN", (3, 32, 32), "model.10", _cyclegan),
     ZooPair(
         "hifi-gan, one head", "jik876+hifi-gan", (80, 16), "ups.1", _hifigan,
-        discriminate=lambda D, x: D(x)[0], absent=("librosa", *TRAINING),
+        discriminate=lambda D, x: D(x)[0].mean(1), absent=("librosa", *TRAINING),
     ),
     ZooPair(
         "timegan", "birdx0810+timegan-pytorch", (12, 8), "gen_linear", _timegan, lambda G, z: G(z, _lengths(z)),
