@@ -260,7 +260,7 @@ def _zoo(results: Path) -> Iterator[str]:
         "call took longer than a later one. Memory: what our side took at most. Off: the largest difference of an image from "
         "B1's, in parts of the largest value. Without: rungs of the ladder that were dropped."
     )
-    yield "    make bench-zoo ZOO=FOLDER"
+    yield f"    make bench-zoo ZOO=FOLDER    # {record['command']}"
     yield (
         f"{machine['device']} ({', '.join(machine['matrix_units'])}), torch {machine['torch']}, commit "
         f"{', '.join(dict.fromkeys(_short(row['commit']) for row in rows))}. Other work ran on this machine, so single "
@@ -291,6 +291,8 @@ ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
   0.18 ms.
 - Images are rendered once more after the last evaluation, by the networks as they were given, and the generator runs to its end
   where only the activation at the place is wanted: 12 of the 133 ms of the examples' dcgan, 8 samples, 10 steps.
+- BigGAN: the recorded step itself is slower than autograd (57.9 against 52.3 ms at the output, 8 samples, and 65.2 with equal
+  rows), for reasons that were not found yet.
 - Recurrent networks read lengths on the host, so their step is not recorded: then modules before the place run again in every
   step, and the last evaluation computes a gradient that nobody reads."""
 
