@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test test-whole test-wheel kernels-check test-matrix lint bench bench-compare gpu-check gpu-bench doctor clean
+.PHONY: demo docs test test-whole test-wheel kernels-check test-matrix lint
+.PHONY: bench bench-compare bench-zoo gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
@@ -51,11 +52,15 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes; options in ARGS
+bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes, under five minutes; options in ARGS
+	$(BIN)/python -m benchmarks.zoo --seconds 0.2
 	$(BIN)/python -m benchmarks run --device cpu $(ARGS)
 
 bench-compare: $(VENV)/test.stamp  ## HEAD's seconds over those of BASE=REVISION, in turn; options in ARGS
 	$(BIN)/python -m benchmarks compare $(or $(BASE),$(error BASE=REVISION is needed)) $(ARGS)
+
+bench-zoo: $(VENV)/test.stamp  ## public checkouts in the folder ZOO against plain loops, on a CPU; options in ARGS
+	$(BIN)/python -m benchmarks.zoo $(ZOO) $(ARGS)
 
 # A machine with a GPU often has its own torch and no network: these use $(PYTHON) as it is and install nothing.
 CHECKED = $(shell $(PYTHON) -m benchmarks.machine)

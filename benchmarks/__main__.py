@@ -73,8 +73,10 @@ def found(device: str) -> torch.device:
 @click.option("--steps", type=int, help="Per image [default: 20 on a CPU, 50 on a GPU].")
 @click.option("--rounds", type=int, help="[default: 3]")
 @click.option("--threads", type=int, help="Ours and the baselines' [default: 1 on a CPU].")
-@click.option("--budget", type=float, help="Seconds for everything [default: 400 on a GPU, no limit on a CPU].")
-@click.option("--b2/--no-b2", default=True, help="Whether the compiled loop is raced.")
+@click.option("--budget", type=float, help="Seconds for everything [default: 400 on a GPU, 220 on a CPU].")
+@click.option(
+    "--b2/--no-b2", default=None, help="Whether the compiled loop is raced [default: on a GPU]; a minute for each row."
+)
 @click.option("--compile", "compile_ours", is_flag=True, help="Ours with compile=True.")
 @click.option("--profile", is_flag=True, help="Then profile the row furthest below its goals.")
 @click.option("--go-on", is_flag=True, help="Only rows that the output does not have, failed ones apart.")
@@ -91,11 +93,12 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
         torch.set_num_threads(given["threads"] or 1)
     torch.backends.cudnn.benchmark = True  # shapes never change; the choice is made while both sides warm up
     scale = rows.TINY if tiny else rows.CPU if device == "cpu" else rows.GPU
+    b2 = device == "cuda" if given["b2"] is None else given["b2"]
     scale = replace(
-        scale, compile=scale.compile and given["b2"], own_sizes=scale.own_sizes and not given["batches"],
+        scale, compile=scale.compile and b2, own_sizes=scale.own_sizes and not given["batches"],
         **{name: given[name] for name in ("steps", "rounds", "batches") if given[name]},
     )  # fmt: skip
-    budget = Budget(given["budget"] or (400.0 if device == "cuda" else float("inf")))
+    budget = Budget(given["budget"] or (400.0 if device == "cuda" else 220.0))
     path = output or default_output(place, tiny)
     bench = Bench(place, scale, budget, given["compile_ours"])
     machine = facts(place, given["commit"])
@@ -112,7 +115,7 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
     record["copy_bytes_per_second"] = copy_bandwidth(place, 1024 if place.type == "cuda" else 16)
     for precision in dict.fromkeys(row.precision for row in wanted):
         record["peaks"][precision] = bench.peak(precision)
-    if budget.seconds < float("inf"):  # a hang ends, and says where it was
+    if device == "cuda":  # a hang ends, and says where it was
         faulthandler.dump_traceback_later(budget.seconds + OVERTIME, exit=True)
     broken = run_rows(wanted, lambda row: measure(bench, row), budget, record, path, lambda: synchronize(place))
     if profile and not broken and (worst := report.worst(record)):

@@ -15,15 +15,18 @@ and threads are the caller's to set, the same for both sides.
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from benchmarks.workloads import halves
 
@@ -36,32 +39,140 @@ class Refined(NamedTuple):
     steps: Tensor
 
 
-class PeersLoop:
-    """B0. generator and discriminator are used as they are, in eval mode; their ``.grad`` is filled, as in the peers."""
+class HandCut(nn.Module):
+    """Networks of ``workloads``, cut by hand. ``prefix(z)`` gives (a, *context), a call with these (images, logits)."""
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, at: str, step_size: float, max_steps: int, batch: int):
+    stepped = ("tail", "discriminator")  # what a step runs
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, at: str):
+        super().__init__()
         self.prefix, self.tail = halves(generator, at)
-        self.discriminator, self.step_size, self.max_steps, self.batch = discriminator, step_size, max_steps, batch
+        self.discriminator, self.place = discriminator, None
 
-    def __call__(self, latents: Tensor) -> Refined:
-        parts = [self._refine(z) for z in latents.split(self.batch)]
+    def forward(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.tail(a, *context)
+        return images, self.discriminator(images).flatten()
+
+
+class Hooked(nn.Module):
+    """Networks of anyone: a hook puts ``a`` in the place of a module's output. Modules that ended before do not run again.
+
+    generate: (generator, z, **inputs) -> images. discriminate: (discriminator, images, **inputs) -> logits (N, ...).
+    names: of the inputs, which follow the latents. The context of a step is (z, *inputs).
+    """
+
+    stepped = ("generator", "discriminator")
+
+    def __init__(
+        self, generator: nn.Module, discriminator: nn.Module, at: str, generate: Callable[..., Tensor],
+        discriminate: Callable[..., Tensor], names: Sequence[str] = (),
+    ):  # fmt: skip
+        super().__init__()
+        self.generator, self.discriminator, self.at = generator, discriminator, at
+        self.generate, self.discriminate, self.names = generate, discriminate, names
+        self.given: Tensor | None = None  # what the hook puts there; None lets the output pass
+        self.seen: Tensor | None = None
+        self.once: list[nn.Module] = []  # modules that give what they gave in the prefix
+        self.hooked = False
+
+    @property
+    def place(self) -> nn.Module | None:
+        """The module whose output is refined, if any."""
+        return self.generator.get_submodule(self.at) if self.at not in ("input", "output") else None
+
+    def prefix(self, z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """(a, z, *inputs); a in the dtype of z."""
+        own = z.to(next(self.generator.parameters()).dtype)
+        for module in self.once:
+            del module.forward
+        self.once, self.given = [], None
+        if self.at == "input":
+            return z, own, *inputs
+        if self.place is not None and not self.hooked:
+            self.place.register_forward_hook(self._put)
+            self.hooked = True
+        ended: dict[nn.Module, list[Any]] = {}
+        reached: list[nn.Module] = []
+
+        def end(module: nn.Module, _: Any, output: Any) -> None:
+            reached.extend([module] if module is self.place else [])
+            if not reached:
+                ended.setdefault(module, []).append(output)
+
+        handles = [module.register_forward_hook(end) for module in self.generator.modules()]
+        images = self.generate(self.generator, own, **dict(zip(self.names, inputs, strict=True)))
+        for handle in handles:
+            handle.remove()
+        if self.at == "output":
+            return images.to(z.dtype), own, *inputs
+        assert self.seen is not None and self.place is not None
+        inside = {child for module in self.place.modules() for child in module.modules()}
+        self.once = [module for module, outputs in ended.items() if len(outputs) == 1 and module not in inside]
+        for module in self.once:
+            module.forward = functools.partial(_kept, ended[module][0])  # type: ignore[method-assign]
+        return self.seen.to(z.dtype), own, *inputs
+
+    def _put(self, _: nn.Module, __: Any, output: Any) -> Any:
+        if self.given is None:
+            self.seen = output[0] if isinstance(output, tuple) else output
+            return None
+        return (self.given, *output[1:]) if isinstance(output, tuple) else self.given
+
+    def forward(self, a: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        given, images = dict(zip(self.names, inputs, strict=True)), a
+        if self.at != "output":
+            self.given = a
+            images = self.generate(self.generator, a if self.at == "input" else z, **given)
+        # an in-place layer may work on what it is given, and at the output that is the activation
+        logits = self.discriminate(self.discriminator, images.clone() if self.at == "output" else images, **given)
+        return images, logits.flatten(1).squeeze(1) if logits.dim() > 1 else logits
+
+
+def _kept(output: Any, *_: Any, **__: Any) -> Any:
+    return output
+
+
+def _mean_loss(logits: Tensor) -> Tensor:
+    """The loss of logits (N,), or of maps of logits (N, P), of which each sample has the mean."""
+    loss = F.softplus(-logits)
+    return loss.sum() if loss.dim() == 1 else loss.mean(1).sum()
+
+
+def _one(logits: Tensor) -> Tensor:
+    return logits if logits.dim() == 1 else logits.mean(1)
+
+
+class PeersLoop:
+    """B0. generator and discriminator are used as they are, in eval mode; their ``.grad`` is filled, as in the peers.
+
+    cut: how they are cut and called. ``inputs`` of a call follow the latents, (N, ...) each.
+    """
+
+    def __init__(
+        self, generator: nn.Module, discriminator: nn.Module, at: str, step_size: float, max_steps: int, batch: int,
+        cut: Callable[..., Any] = HandCut,
+    ):  # fmt: skip
+        self.pair = cut(generator, discriminator, at)
+        self.step_size, self.max_steps, self.batch = step_size, max_steps, batch
+
+    def __call__(self, latents: Tensor, *inputs: Tensor) -> Refined:
+        parts = [self._refine(*given) for given in zip(*(t.split(self.batch) for t in (latents, *inputs)), strict=True)]
         return Refined(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _refine(self, z: Tensor) -> Refined:
+    def _refine(self, z: Tensor, *inputs: Tensor) -> Refined:
         with torch.no_grad():
-            a, *context = _parts(self.prefix(z))
+            a, *context = _parts(self.pair.prefix(z, *inputs))
         for _ in range(self.max_steps):
             a = a.detach().requires_grad_()
-            loss = F.softplus(-self.discriminator(self.tail(a, *context)).flatten()).sum()
-            for module in (self.tail, self.discriminator):
-                module.zero_grad(set_to_none=True)
+            loss = _mean_loss(self.pair(a, *context)[1])
+            for name in self.pair.stepped:
+                getattr(self.pair, name).zero_grad(set_to_none=True)
             loss.backward()
             with torch.no_grad():
                 a = a - self.step_size * a.grad
         with torch.no_grad():
-            images = self.tail(a, *context)
-            logits = self.discriminator(images).flatten()
-        return Refined(images, logits, torch.full((len(z),), self.max_steps, device=z.device))
+            images, logits = self.pair(a, *context)
+        return Refined(images, _one(logits), torch.full((len(z),), self.max_steps, device=z.device))
 
 
 class ExpertLoop:
@@ -73,43 +184,46 @@ class ExpertLoop:
 
     def __init__(
         self, generator: nn.Module, discriminator: nn.Module, at: str, step_size: float, max_steps: int, batch: int,
-        precision: torch.dtype | None = None, channels_last: bool = True,
+        precision: torch.dtype | None = None, channels_last: bool = True, cut: Callable[..., Any] = HandCut,
     ):  # fmt: skip
-        generator = copy.deepcopy(generator).requires_grad_(False)
-        prefix, tail = halves(generator, at)
         self.state = next(discriminator.parameters()).dtype
         self.precision = precision or self.state
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.prefix = prefix
-        self.tail = self._quick(tail)
-        self.discriminator = self._quick(copy.deepcopy(discriminator).requires_grad_(False))
+        self.pair = cut(*(copy.deepcopy(network).requires_grad_(False) for network in (generator, discriminator)), at)
+        for name in self.pair.stepped:
+            setattr(self.pair, name, self._quick(getattr(self.pair, name)))
         self.step_size, self.max_steps, self.batch = step_size, max_steps, batch
         self.move: Callable[..., Tensor] = self._move
         self.advance: Callable[..., tuple[Tensor, ...]] = self._advance
 
     def _quick(self, module: nn.Module) -> nn.Module:
-        module = fold(bake(copy.deepcopy(module))).to(self.precision)
+        place = self.pair.place
+        if place is None:
+            module = copy.deepcopy(module)  # prefix and tail may be parts of one module
+        module = fold(bake(module), place).to(self.precision).requires_grad_(False)
         return module.to(memory_format=self.layout)  # type: ignore[call-overload]
 
-    def __call__(self, latents: Tensor, threshold: float = math.inf, last_step: Tensor | None = None) -> Refined:
+    def __call__(
+        self, latents: Tensor, *inputs: Tensor, threshold: float = math.inf, last_step: Tensor | None = None
+    ) -> Refined:
         """Stop a sample when its logit reaches ``threshold`` or after its own ``last_step`` (N,) updates."""
         if threshold == math.inf and last_step is None:
-            parts = [self._refine(z) for z in latents.split(self.batch)]
+            parts = [self._refine(*given) for given in zip(*(t.split(self.batch) for t in (latents, *inputs)), strict=True)]
         else:
             last = torch.full((len(latents),), self.max_steps) if last_step is None else last_step.long().cpu()
             pieces = zip(latents.split(self.batch), last.split(self.batch), strict=True)
             parts = [self._refine_until(z, threshold, own) for z, own in pieces]
         return Refined(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _start(self, z: Tensor) -> tuple[Tensor, ...]:
+    def _start(self, z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The activation, then whatever else the tail reads, in the precision of the networks."""
         with torch.no_grad():
-            a, *context = _parts(self.prefix(z))
+            a, *context = _parts(self.pair.prefix(z, *inputs))
         a = a.contiguous(memory_format=self.layout) if a.dim() == 4 else a
-        return (a, *(c.to(self.precision) for c in context))
+        return (a, *(c.to(self.precision) if c.is_floating_point() else c for c in context))
 
-    def _refine(self, z: Tensor) -> Refined:
-        a, *context = self._start(z)
+    def _refine(self, z: Tensor, *inputs: Tensor) -> Refined:
+        a, *context = self._start(z, *inputs)
         for _ in range(self.max_steps):
             a = self.move(a, *context)
         images, logits = self._look(a, *context)
@@ -148,9 +262,9 @@ class ExpertLoop:
         return grad, logits.detach(), images.detach()
 
     def _loss(self, a: Tensor, *context: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        images = self.tail(a.to(self.precision), *context)
-        logits = self.discriminator(images).flatten().to(self.state)
-        return F.softplus(-logits).sum(), (logits, images)
+        images, logits = self.pair(a.to(self.precision), *context)
+        logits = logits.to(self.state)
+        return _mean_loss(logits), (_one(logits), images)
 
     def _look(self, a: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -189,12 +303,17 @@ def _parts(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def bake(module: nn.Module) -> nn.Module:
-    """``module``, whose parametrized tensors (spectral norm) have become plain parameters; not shared with a deepcopy.
+    """``module``, whose parametrized tensors (spectral norm, weight norm) have become plain parameters.
 
     Not torch's remove_parametrizations: it takes the parametrization from the class, which copies share.
     """
     module.eval()
     for layer in list(module.modules()):
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, SpectralNorm):
+                remove_spectral_norm(layer, hook.name)
+            elif isinstance(hook, WeightNorm):
+                remove_weight_norm(layer, hook.name)
         if parametrize.is_parametrized(layer):
             names = list(layer.parametrizations)  # type: ignore[arg-type, union-attr]
             values = {name: getattr(layer, name).detach().clone() for name in names}
@@ -205,20 +324,21 @@ def bake(module: nn.Module) -> nn.Module:
     return module
 
 
-def fold(module: nn.Module) -> nn.Module:
-    """``module`` with each BatchNorm after a convolution or linear layer of a Sequential folded into it."""
-    for name, child in list(module.named_children()):
-        setattr(module, name, fold(child))
-    if not isinstance(module, nn.Sequential):
-        return module
-    layers: list[nn.Module] = []
-    for layer in module:
-        before = layers[-1] if layers else None
-        if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d | nn.ConvTranspose2d):
-            layers[-1] = fuse_conv_bn_eval(before, layer, transpose=isinstance(before, nn.ConvTranspose2d))
-        elif isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
-            layers[-1] = fuse_linear_bn_eval(before, layer)
-        else:
-            layers.append(layer)
-    kind = type(module)  # a LatentSequential shapes its latents
-    return kind(*layers).eval()
+def fold(module: nn.Module, place: nn.Module | None = None) -> nn.Module:
+    """``module`` with each BatchNorm after a convolution or linear layer of a Sequential folded into it.
+
+    What stands at ``place`` keeps its output. Names stay: an Identity takes the place of a BatchNorm.
+    """
+    for sequence in [child for child in module.modules() if isinstance(child, nn.Sequential)]:
+        for index in range(1, len(sequence)):
+            before, norm = sequence[index - 1], sequence[index]
+            if place in (before, norm) or getattr(norm, "running_mean", None) is None:
+                continue
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(before, nn.Conv2d | nn.ConvTranspose2d):
+                sequence[index - 1] = fuse_conv_bn_eval(before, norm, transpose=isinstance(before, nn.ConvTranspose2d))
+            elif isinstance(norm, nn.BatchNorm1d) and isinstance(before, nn.Linear):
+                sequence[index - 1] = fuse_linear_bn_eval(before, norm)
+            else:
+                continue
+            sequence[index] = nn.Identity()
+    return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from benchmarks import report as speed
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 def page(results: Path = RESULTS) -> str:
     """The page as Markdown."""
-    parts = (_head, _demo, _seeds, _budget, _papers, _correctors, _laws, _speed, _precision, _production)
+    parts = (_head, _demo, _seeds, _budget, _papers, _correctors, _laws, _speed, _zoo, _precision, _production)
     return "\n\n".join(block for part in parts for block in part(results)) + "\n"
 
 
@@ -245,6 +245,64 @@ def _speed_row(row: Record, record: Record) -> tuple[str, ...]:
         f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["num_slots"]),
         f"{row['images_per_second']:.0f}", *ratios, gain, f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})",
         _short(record["machine"]["commit"]),
+    )  # fmt: skip
+
+
+def _zoo(results: Path) -> Iterator[str]:
+    record = _read(results / "zoo-cpu.json")
+    rows, machine = record["rows"], record["machine"]
+    yield "## Networks of other people"
+    yield (
+        "Public checkouts as they are, and the networks of `fastrefine.models`, with random weights at small sizes "
+        f"([how each is called and cut](../benchmarks/zoo_pairs.py)). {rows[0]['K']} steps for every sample, "
+        f"{rows[0]['precision']}, one thread, CPU time, median of rounds in turn. B0, B1: how many times as fast ours is. "
+        "Wanted were 8, 64 and 1,024 samples; where these take long, fewer were measured. Prepared: seconds that the first "
+        "call took longer than a later one. Memory: what our side took at most. Off: the largest difference of an image from "
+        "B1's, in parts of the largest value. Without: rungs of the ladder that were dropped."
+    )
+    yield f"    make bench-zoo ZOO=FOLDER    # {record['command']}"
+    yield (
+        f"{machine['device']} ({', '.join(machine['matrix_units'])}), torch {machine['torch']}, commit "
+        f"{', '.join(dict.fromkeys(_short(row['commit']) for row in rows))}. Other work ran on this machine, so single "
+        "ratios differ by a tenth and more between runs."
+    )
+    yield _table(
+        ("pair", "at", "n", "slots", "B0", "B1", "images/s", "prepared", "memory", "off", "without"),
+        [_zoo_row(row) for row in rows],
+    )  # fmt: skip
+    means = []
+    for base in ("b0", "b1"):
+        ratios = [row[f"ratio_{base}"] for row in rows]
+        means.append(f"{geometric_mean(ratios):.2f}x {base.upper()} ({min(ratios):.2f}x to {max(ratios):.2f}x)")
+    slow = [row for row in rows if row["ratio_b1"] < 0.95]
+    yield f"Geometric means: {', '.join(means)}. {len(slow)} of {len(rows)} rows are below 0.95 of B1, the goal."
+    for failed in record["failed"]:
+        yield f"Not measured: {failed['pair']} at {failed['at']}: {failed['error']}"
+    yield ZOO_REASONS
+
+
+ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
+
+- Small networks: the matrix products that give a sample the same bits in every slot are oneDNN's, and each costs 23
+  microseconds more than MKL's. A step of the 2-D MLP at 64 samples takes 1.55 ms with them, 0.79 ms without, and 0.78 ms in
+  B1. At nearly every shape that was tried MKL's products have equal rows by themselves.
+- Few samples and steps: a call of `refine` costs 3 ms for the 2-D MLP (modes of torch, sums over the weights by which updates
+  are noticed, results), and 13 ms for the examples' dcgan. A step costs 0.12 ms beside the networks. Before it was 4.8 ms and
+  0.18 ms.
+- Images are rendered once more after the last evaluation, by the networks as they were given, and the generator runs to its end
+  where only the activation at the place is wanted: 12 of the 133 ms of the examples' dcgan, 8 samples, 10 steps.
+- BigGAN: the recorded step itself is slower than autograd (57.9 against 52.3 ms at the output, 8 samples, and 65.2 with equal
+  rows), for reasons that were not found yet.
+- Recurrent networks read lengths on the host, so their step is not recorded: then modules before the place run again in every
+  step, and the last evaluation computes a gradient that nobody reads."""
+
+
+def _zoo_row(row: Record) -> tuple[str, ...]:
+    dropped = ", ".join(entry["rung"] for entry in row["ladder"] if not entry["kept"])
+    memory = f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] is not None else "–"
+    return (
+        row["pair"], row["at"], str(row["n"]), str(row["num_slots"]), f"{row['ratio_b0']:.2f}x", f"{row['ratio_b1']:.2f}x",
+        f"{row['images_per_second']:.0f}", f"{row['preparation_seconds']:.1f} s", memory, f"{row['off']:.0e}", dropped or "–",
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ class Scale:
 
 # large activations need few, and SAGAN's parameter gradients at 1024 would not fit; tiny networks need many
 SIZES = {"sagan128": ((64, 128, 256), (16, 64, 256)), "mlp2d": ((512, 2048, 8192), (256, 1024, 8192))}
-CPU = Scale(20, 3, (64, 256), (64, 256), 6.0, 4.0, (1, 200), 2048)
+CPU = Scale(20, 3, (64, 256), (64, 256), 3.0, 1.5, (1, 100), 1024)
 GPU = Scale(
     50, 3, (256, 512, 1024, 2048), (64, 256, 1024), 2.0, 0.5, (8, 200), 8192, race_seconds=30, compile_mode="reduce-overhead"
 )  # fmt: skip

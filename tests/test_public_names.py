@@ -35,7 +35,7 @@ class Detached(nn.Flatten):
 @pytest.fixture(scope="module")
 def known():
     """What the Examples take as given: the embedded pair, a refiner, its result, real images."""
-    pair, real = fr.load_pair("digits"), load_digits().train[:64]
+    pair, real = fr.load_pair("digits"), load_digits().train[:100]
     refiner = fr.Refiner.from_pair(pair, max_steps=3, num_slots=32, real=real)
     coupled = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, track_running_stats=False), nn.Linear(64, 1))
     return {

@@ -142,7 +142,8 @@ class Run:
         """Read counters and status as they are after what was launched so far."""
         self.requested += 1
         seen = [self.machine.pool.counters, self.machine.outputs.status]
-        self.unread.append((self.requested, Transfer(seen, torch.device("cpu"))))
+        reading = Transfer(seen, torch.device("cpu"), copy=self.driver.lag > 0)  # without lag it is read before the next step
+        self.unread.append((self.requested, reading))
         self.pacing.in_flight.append(schedule)
 
     def read(self) -> None:
@@ -156,7 +157,10 @@ class Run:
             number, values = self.unread.popleft()
             pacing.in_flight.popleft()
             counters, status = values.wait()
+            finished = pacing.known[slots.FINISHED]
             self._account(counters.tolist())
+            if pacing.known[slots.FINISHED] == finished:
+                continue  # no block was completed since
             while self.waiting and self._complete(next(iter(self.waiting)), number, status):
                 self.delivery.harvest(self.waiting.pop(next(iter(self.waiting)))[0], self.requested)
 

@@ -19,15 +19,17 @@ class Transfer:
     """Tensors on their way to a device.
 
     side: a stream for the copies, so that they run beside the work that follows, which must not write to the sources;
-    without it they run in line.
+    without it they run in line. copy: False where tensors that lie there already are read before anything writes to them.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device, side: torch.cuda.Stream | None = None):
+    def __init__(
+        self, tensors: Sequence[Tensor], device: torch.device, side: torch.cuda.Stream | None = None, copy: bool = True
+    ):  # fmt: skip
         self._event: torch.cuda.Event | None = None
         self.blocked = False  # whether ``wait`` made the host wait for a device
         source = tensors[0].device
         if source.type != "cuda" or device.type != "cpu":
-            self._tensors = [t.to(device, copy=True) for t in tensors]
+            self._tensors = [t.to(device, copy=copy) for t in tensors]
             return
         current = torch.cuda.current_stream(source)
         stream = side or current

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import sys
 import threading
@@ -48,10 +49,15 @@ def told_when_slow(seconds: float = 5.0) -> Iterator[None]:
     """A line on stderr where what is inside takes longer than that."""
     stream = sys.stderr  # of the caller, for a rung of the ladder may redirect it
     text = "fastrefine: preparing the networks; this is done once for each pair and number of slots"
-    timer = threading.Timer(seconds, lambda: print(text, file=stream, flush=True))
-    timer.daemon = True
-    timer.start()
+    lasts = threading.Lock()
+    lasts.acquire()
+
+    def tell() -> None:
+        if not lasts.acquire(timeout=seconds):
+            print(text, file=stream, flush=True)
+
+    _thread.start_new_thread(tell, ())  # threading's own would make the run wait until it has begun
     try:
         yield
     finally:
-        timer.cancel()
+        lasts.release()

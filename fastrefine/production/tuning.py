@@ -67,7 +67,7 @@ def tune_sampler(
 
     Raises InputError for what does not fit, and for a sampler whose step size is a schedule.
 
-    Example: ``tuned = fr.tune_sampler(refiner, real, budget=20); out = tuned.refiner.sample(1000)``
+    Example: ``tuned = fr.tune_sampler(refiner, real, budget=20); out = tuned.refiner.sample(8)``
     """
     began, budget = time.perf_counter(), checks.count("budget", budget, 2)
     samples, seed = checks.count("samples", samples, 50), FIRST_SEED + checks.count("seed", seed, 0, 2**32)

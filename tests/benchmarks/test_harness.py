@@ -170,7 +170,7 @@ class Wrong(measure.ExpertLoop):
 
     def __call__(self, latents, **stop):
         found = super().__call__(latents, **stop)
-        return found._replace(images=2 * found.images - self.tail(self.prefix(latents)).detach())
+        return found._replace(images=2 * found.images - self.pair(self.pair.prefix(latents))[0].detach())
 
 
 def test_wrong_results_are_noticed_and_chaos_is_not_called_wrong():

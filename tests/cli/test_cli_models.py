@@ -169,6 +169,24 @@ def test_bench_measures_an_export(files):
     rows = json.loads(run("bench", "--generator", files / "g.pt2", "--discriminator", files / "d.pt2", *NORMAL, "--steps", 1,
                           "--seconds", 0.01, "--slots", 8, "--precisions", "float32", "--json"))  # fmt: skip
     assert [row["at"] for row in rows] == ["input", "output"] and all(row["images_per_second"] > 0 for row in rows)
+    for row in rows:
+        assert row["ratio_b1"] == row["images_per_second"] / row["b1_images_per_second"] and row["preparation_seconds"] >= 0
+        assert any(entry["rung"] == "step recorded" and entry["kept"] for entry in row["ladder"])
+
+
+def test_bench_says_in_words_how_the_networks_were_prepared(files):
+    flags = ("--steps", 1, "--seconds", 0.01, "--slots", 8, "--precisions", "float32")
+    told = run("bench", "--pair", files / "pair", "--at", "output", *flags).splitlines()
+    assert told[0].split()[:7] == ["at", "precision", "images/s", "B0", "ratio", "B1", "ratio"]
+    assert told[1].split()[0] == "output" and told[2].startswith("    prepared in ") and "step recorded" in told[2]
+
+
+def test_bench_says_which_rung_was_dropped_and_when_a_plain_loop_is_faster():
+    ladder = [{"rung": "channels_last", "kept": False, "why": "slower"}, {"rung": "step recorded", "kept": True, "why": ""}]
+    row = {"ladder": ladder, "preparation_seconds": 1.26, "ratio_b1": 0.8}
+    wanted = "prepared in 1.3 s; used: step recorded; not used: channels_last (slower); here the careful loop, B1, is faster"
+    assert bench.prepared(row) == wanted
+    assert bench.prepared({**row, "ladder": [], "ratio_b1": 1.2}) == "prepared in 1.3 s; used: plain autograd"
 
 
 @pytest.mark.parametrize(("flags", "error", "told"), [

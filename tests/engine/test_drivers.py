@@ -199,7 +199,7 @@ def test_a_prediction_counts_what_forward_only_steps_in_flight_did_not_do(runtim
 class LateTransfer(Transfer):
     """Copies beside the work that follows may happen at any time until they are waited for."""
 
-    def __init__(self, tensors, device, *side):
+    def __init__(self, tensors, device, *side, copy=True):
         self.late = list(tensors) if side else [t.clone() for t in tensors]
         self.blocked = False
 

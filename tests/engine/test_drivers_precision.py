@@ -64,3 +64,15 @@ def test_the_usual_loop_is_timed_in_float32(monkeypatch):
     monkeypatch.setattr(bench, "_loop", loop)
     bench.Bench(refiner(pair()), 1, 0.01).b0("input")
     assert seen == {(False, "ieee")}
+
+
+def test_the_careful_loop_of_bench_has_frozen_and_folded_networks_that_give_the_same():
+    generator, discriminator = WORKLOADS["dcgan16"].pair()
+    made = fr.Refiner(generator, discriminator, fr.Collaborative(0.1), at="2", prior=fr.Normal(32))
+    g, d = bench.Bench(made, 1, 0.01)._frozen("2")
+    z = torch.randn(3, 32)
+    torch.testing.assert_close(g(z), generator(z), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(d(g(z)), discriminator(generator(z)), rtol=1e-3, atol=1e-5)
+    norms = [[m for m in n.modules() if isinstance(m, torch.nn.BatchNorm2d)] for n in (generator, g, d)]
+    assert 0 < len(norms[1]) < len(norms[0]) and not norms[2]  # what ends before the place stays
+    assert not any(p.requires_grad for n in (g, d) for p in n.parameters())

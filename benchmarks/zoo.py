@@ -1,0 +1,317 @@
+"""``python -m benchmarks.zoo [FOLDER]``: pairs as other people wrote them, against the loops of ``baselines``, on a CPU.
+
+FOLDER holds public checkouts (``zoo_pairs``); without it only the networks of ``fastrefine.models`` are measured. Each pair
+is refined at the input, at an inner place and at the output, for several numbers of samples, K steps for all, in one thread.
+Both sides run in one process in turn, each at its best batch; figures are medians of CPU time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import functools
+import io
+import json
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+import fastrefine as fr
+from benchmarks.baselines import CompiledLoop, ExpertLoop, Hooked, PeersLoop, Refined
+from benchmarks.machine import DTYPES, RESULTS, arithmetic, facts, write_json
+from benchmarks.zoo_pairs import OURS, PUBLIC, ZooPair
+
+KIND = "fastrefine zoo"
+NUMBERS = (8, 64, 1024)
+BATCHES = (64, 256, 1024)
+SHARE = 0.1  # of the largest activation: how far the largest gradient moves an activation in one step
+FEW = 2  # steps after which results must agree where whole trajectories do not
+WRONG = {"float32": 1e-2, "bfloat16": 0.5}  # median over samples of the largest difference, in parts of the largest value
+
+
+class WrongResults(AssertionError):
+    """A loop and ours do not compute the same."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is measured."""
+
+    steps: int = 10
+    numbers: tuple[int, ...] = NUMBERS
+    seconds: float = 0.5  # of one run, about; fewer samples where they would take longer
+    rounds: tuple[int, int] = (3, 9)
+    precision: str = "float32"
+    compile: bool = False  # B2 too
+
+
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    """(CPU seconds of this process, what ``run`` returned)."""
+    began = time.process_time()
+    value = run()
+    return time.process_time() - began, value
+
+
+class Place:
+    """One pair at one place: its loops and refiner, made once, for all numbers of samples."""
+
+    def __init__(self, pair: ZooPair, networks: tuple[nn.Module, nn.Module], at: str, limits: Limits):
+        self.pair, self.networks, self.at, self.limits = pair, networks, at, limits
+        self.cut = functools.partial(Hooked, generate=pair.generate, discriminate=pair.logits, names=tuple(pair.labels(1)))
+        self.step_size = self._step_size()
+        self.refiner: fr.Refiner | None = None
+        self.layout, self.seconds = self._layout()  # of B1; seconds of one of its steps for one sample
+
+    def given(self, n: int) -> tuple[Tensor, ...]:
+        """Latents and labels of n samples."""
+        return self.pair.latents(n), *self.pair.labels(n).values()
+
+    def loop(self, kind: Callable[..., Any], batch: int, steps: int | None = None, **own: Any) -> Any:
+        """A baseline on copies of its own."""
+        steps = self.limits.steps if steps is None else steps
+        if kind is not PeersLoop:
+            own = {"precision": DTYPES[self.limits.precision], **own}
+        return kind(*copy.deepcopy(self.networks), self.at, self.step_size, steps, batch, cut=self.cut, **own)
+
+    def _step_size(self) -> float:
+        """So large that samples move, so small that few are chaotic."""
+        cut = self.cut(*copy.deepcopy(self.networks), self.at)
+        with torch.no_grad():
+            a, *context = cut.prefix(*self.given(8))
+        a = a.detach().requires_grad_()
+        logits = cut(a, *context)[1]
+        (grad,) = torch.autograd.grad(torch.nn.functional.softplus(-logits).sum(), a)
+        return SHARE * float(a.detach().abs().max() / grad.abs().max().clamp(min=1e-20))
+
+    def _layout(self) -> tuple[bool, float]:
+        """(whether B1 is faster in channels_last, CPU seconds of one step for one sample)."""
+        n, found, reference = 16, {}, self.loop(PeersLoop, 16, FEW)(*self.given(16))
+        for channels_last in (False, True):
+            try:
+                loop = self.loop(ExpertLoop, n, FEW, channels_last=channels_last)
+                off = difference(loop(*self.given(n)), reference)["off_median"]
+            except RuntimeError:  # parameters of another rank, or a view that the layout forbids
+                if not channels_last:
+                    raise
+                continue
+            if off <= WRONG[self.limits.precision]:
+                found[channels_last] = min(clock(lambda loop=loop: loop(*self.given(n)))[0] for _ in range(3))
+        if not found:
+            raise WrongResults(f"B1 differs from B0 by {off:.1e} of the largest value after {FEW} steps")
+        best = min(found, key=lambda layout: found[layout])
+        return best, found[best] / n / (FEW + 1)
+
+    def number(self, wanted: int) -> int:
+        """So many samples, or the power of two whose run ends in time, but 8 at least."""
+        fits = self.limits.seconds / (self.seconds * (self.limits.steps + 1))
+        return wanted if fits >= wanted or wanted <= 8 else max(8, 1 << int(fits).bit_length() - 1)
+
+    def numbers(self) -> Iterator[tuple[int, int]]:
+        """(wanted, measured) without repeats."""
+        done: set[int] = set()
+        for wanted in self.limits.numbers:
+            n = self.number(wanted)
+            if n not in done:
+                yield wanted, n
+            done.add(n)
+
+    def ours(self, slots: int | None) -> fr.Refiner:
+        if self.refiner is None:
+            self.refiner = fr.Refiner(
+                *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=self.limits.steps,
+                generate=self.pair.generate, discriminate=self.pair.discriminate, precision=self.limits.precision,
+                discriminator_output=self.pair.output,
+            )  # fmt: skip
+        return self.refiner.replaced(num_slots=slots)
+
+    def row(self, wanted: int, n: int) -> dict[str, Any]:
+        """The row of n samples as it is written."""
+        sizes = [size for size in BATCHES if size <= n] if n > BATCHES[0] else [n]
+        given, labels = self.given(n), self.pair.labels(n).get("labels")
+        runs, batches, missing = {}, {}, {}
+        own = {"channels_last": self.layout}
+        kinds: dict[str, Any] = {"b0": (PeersLoop, {}), "b1": (ExpertLoop, own)}
+        for name, (kind, more) in kinds.items():
+            loops = {size: self.loop(kind, size, **more) for size in sizes}
+            batches[name] = best(loops, lambda loop: loop(*given))
+            runs[name] = functools.partial(loops[batches[name]], *given)
+        if self.limits.compile:
+            try:
+                loop = self.loop(CompiledLoop, batches["b1"], **own)
+                loop(*given)
+                runs["b2"] = functools.partial(loop, *given)
+            except Exception as error:  # torch.compile may fail in any way: the row says how
+                missing["b2"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        forget_peak()
+        before = memory("VmRSS")
+        slots = [size for size in sizes[:2] if size <= 256] if n > BATCHES[0] else [None]
+        refiners = {size: self.ours(size) for size in slots}
+        firsts = {size: clock(lambda r=r: r.refine(given[0], labels=labels)) for size, r in refiners.items()}
+        peak = memory("VmHWM")
+        chosen = best(refiners, lambda r: r.refine(given[0], labels=labels))
+        runs["ours"] = functools.partial(refiners[chosen].refine, given[0], labels=labels)
+        seconds = self._race(runs)
+        ratios = {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in runs if name != "ours"}
+        first, out = firsts[chosen]
+        checked = difference(out, runs["b1"]())
+        if checked["off_median"] > WRONG[self.limits.precision]:
+            checked |= self._after_few(refiners[chosen], given, labels)
+        report = out.report
+        return {
+            "pair": self.pair.name, "checkout": self.pair.checkout, "at": self.at, "n": n, "wanted_n": wanted,
+            "precision": self.limits.precision, "K": self.limits.steps, "step_size": self.step_size, **ratios,
+            "images_per_second": n / statistics.median(seconds["ours"]), "seconds": seconds,
+            "preparation_seconds": max(0.0, first - statistics.median(seconds["ours"])),
+            "peak_memory_mb": None if before is None or peak is None else max(0.0, peak - before),
+            "num_slots": report["num_slots"], "b1_channels_last": self.layout,
+            **{f"{name}_batch": size for name, size in batches.items()}, **checked, "missing": missing,
+            "plain_step_seconds": self.seconds * n,
+            **{key: report.get(key) for key in ("ladder", "repeatable", "route", "driver", "backend")},
+        }  # fmt: skip
+
+    def _race(self, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        """CPU seconds of every run, in turn."""
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        least, most = self.limits.rounds
+        while (done := len(seconds["ours"])) < most:
+            if done >= least and sum(map(sum, seconds.values())) > self.limits.seconds:
+                break
+            for name, run in runs.items():
+                seconds[name].append(clock(run)[0])
+        return seconds
+
+    def _after_few(self, refiner: fr.Refiner, given: tuple[Tensor, ...], labels: Tensor | None) -> dict[str, Any]:
+        """Whole trajectories may be chaotic, for rounding grows: then a few steps tell right from wrong."""
+        ours = refiner.replaced(max_steps=FEW).refine(given[0], labels=labels)
+        found = difference(ours, self.loop(ExpertLoop, len(given[0]), FEW, channels_last=self.layout)(*given))
+        if found["off_median"] > WRONG[self.limits.precision]:
+            raise WrongResults(f"ours and B1 differ after {FEW} steps: {found}")
+        return {f"{key}_after_{FEW}": value for key, value in found.items()}
+
+
+def best(choices: dict[Any, Any], run: Callable[[Any], Any]) -> Any:
+    """The choice that ran fastest, each warmed up once."""
+    if len(choices) == 1:
+        return next(iter(choices))
+    for choice in choices.values():
+        run(choice)
+    return min(choices, key=lambda key: clock(lambda: run(choices[key]))[0])
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as fast ours is: median over rounds."""
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
+def difference(found: fr.Result | Refined, wanted: Refined) -> dict[str, float]:
+    """Largest and median over samples of the largest difference of an image, in parts of the largest value."""
+    images, reference = found.images.float().flatten(1), wanted.images.float().flatten(1)
+    apart = (images - reference).abs().amax(1) / reference.abs().max().clamp(min=1e-30)
+    return {"off": float(apart.max()), "off_median": float(apart.median())}
+
+
+def forget_peak() -> None:
+    """Let the system's record of the largest memory begin anew, where it can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(what: str) -> float | None:
+    """VmRSS or VmHWM of this process in MB, on Linux."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    return next(int(line.split()[1]) / 1024 for line in path.read_text().splitlines() if line.startswith(what))
+
+
+def measure(pair: ZooPair, zoo: Path | None, limits: Limits, at: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a pair as they come; of a place that cannot be measured a row with its ``error``."""
+    quiet = contextlib.redirect_stdout(io.StringIO())  # some networks print while they are built
+    with quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        networks = pair.load(zoo)
+    for place in at or ("input", pair.place, "output"):
+        facts = {"pair": pair.name, "checkout": pair.checkout, "at": place}
+        try:
+            with warnings.catch_warnings(), arithmetic("float32"):
+                warnings.simplefilter("ignore")
+                found = Place(pair, networks, place, limits)
+                for wanted, n in found.numbers():
+                    yield found.row(wanted, n)
+        except Exception as error:  # one pair must not lose the others
+            yield {**facts, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    name = f"{row['pair']:<22} {row['at']:<20}"
+    if "error" in row:
+        return f"{name} {row['error']}"
+    ratios = "  ".join(f"{key[-2:].upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_"))
+    dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
+    without = "; without " + ", ".join(dropped) if dropped else ""
+    return (
+        f"{name} n {row['n']:>4}  {ratios}  {row['images_per_second']:>8.0f} images/s  slots {row['num_slots']:>3}  "
+        f"prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
+    )
+
+
+@click.command()
+@click.argument("zoo", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--pair", "names", multiple=True, help="Only pairs whose name holds this; the output keeps its other rows.")
+@click.option("--at", multiple=True, help="Only at these places [default: input, an inner one, output].")
+@click.option("--n", "numbers", multiple=True, type=int, help="Samples [default: 8, 64, 1024].")
+@click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample.")
+@click.option(
+    "--seconds", default=Limits.seconds, show_default=True, help="Of one run, about: fewer samples where it is longer."
+)
+@click.option("--precision", type=click.Choice(tuple(WRONG)), default="float32", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Race B2, the compiled loop, too.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="[default: benchmarks/results/zoo-cpu.json, or models-cpu.json]"
+)
+def main(
+    zoo: Path | None, names: tuple[str, ...], at: tuple[str, ...], numbers: tuple[int, ...], steps: int, seconds: float,
+    precision: str, compiled: bool, output: Path | None,
+) -> None:  # fmt: skip
+    """Speed on networks as their authors wrote them, from a folder ZOO of checkouts; each row is written as it comes."""
+    torch.set_num_threads(1)
+    limits = Limits(steps, numbers or NUMBERS, seconds, precision=precision, compile=compiled)
+    path = output or RESULTS / ("zoo-cpu.json" if zoo else "models-cpu.json")
+    command = shlex.join(["python", "-m", "benchmarks.zoo", *("ZOO" if part == str(zoo) else part for part in sys.argv[1:])])
+    record: dict[str, Any] = {
+        "kind": KIND, "machine": facts(torch.device("cpu")), "command": command,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": [], "failed": [],
+    }  # fmt: skip
+    pairs = [p for p in (*(PUBLIC if zoo else ()), *OURS) if not names or any(name in p.name for name in names)]
+    if names and path.exists():
+        before, again = json.loads(path.read_text()), {pair.name for pair in pairs}
+        record |= {key: [row for row in before[key] if row["pair"] not in again] for key in ("rows", "failed")}
+    for pair in pairs:
+        try:
+            for row in measure(pair, zoo, limits, at):
+                row["commit"] = record["machine"]["commit"]
+                record["failed" if "error" in row else "rows"].append(row)
+                click.echo(summary(row))
+                write_json(path, record)
+        except Exception as error:  # a checkout that is missing or does not import
+            record["failed"].append({"pair": pair.name, "at": "-", "error": f"{type(error).__name__}: {str(error)[:300]}"})
+            click.echo(summary(record["failed"][-1]))
+    write_json(path, record)
+    click.echo(f"Written: {path}", err=True)
+    sys.exit(0 if record["rows"] else 1)
+
+
+if __name__ == "__main__":
+    main()
