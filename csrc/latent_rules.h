@@ -53,14 +53,14 @@ struct Metropolis : Rule<T> {
     term[1] = e.a >= e.low && e.a <= e.high ? 0 : 1;
   }
 
-  static bool test(const Trial<T>& trial, int number, Scalars<T>& own, const double* hyper) {
+  static bool test(const Trial<T>& trial, int number, Scalars<T>& own, const double* hyper, bool learns = true) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const bool first = trial.step == 0;
     const T energy = trial.loss - static_cast<T>(trial.sums[1] > 0 ? -kInfinity : -0.5 * trial.sums[0]);
     double log_ratio = double(own[0] - energy) + trial.sums[2];
     if (std::isnan(log_ratio)) log_ratio = -kInfinity;
     const bool accept = first || std::log(double(trial.uniform)) < log_ratio;
-    if (!first && trial.step <= hyper[1]) {
+    if (!first && learns && trial.step <= hyper[1]) {
       const double gain = std::pow(double(number), -hyper[3]) * (std::exp(std::min(log_ratio, 0.0)) - hyper[2]);
       const T low = static_cast<T>(hyper[4] * hyper[0]), high = static_cast<T>(hyper[5] * hyper[0]);
       own[1] = clamp(own[1] * static_cast<T>(std::exp(gain)), low, high);
@@ -72,25 +72,51 @@ struct Metropolis : Rule<T> {
 };
 
 template <class T>
-struct Mala : Metropolis<T> {  // vector: the energy's gradient at the standing point
+struct Mala : Metropolis<T> {  // vector: the energy's gradient at the standing point; hyper[6]: global_every, or 0
   static constexpr int vectors = 1;
   T half, root;
-  bool accept;
+  bool accept, anew;
 
-  static void terms(const Element<T>& e, const Scalars<T>& own, bool, const double*, double* term) {
+  // Whether the transition of this number proposes from the prior, which is normal.
+  static bool global(int number, const double* hyper) { return hyper[6] > 0 && number % static_cast<int>(hyper[6]) == 0; }
+  static void terms(const Element<T>& e, const Scalars<T>& own, int step, const double* hyper, double* term) {
     Metropolis<T>::prior_terms(e, term);
     const double before = e.v[0], after = energy_gradient(e), jump = double(e.a) - double(e.position);
-    term[2] = 0.5 * (before + after) * (jump - 0.25 * double(own[1]) * (after - before));
+    term[2] = global(step, hyper) ? 0.5 * double(e.precision) * jump * (double(e.a) + double(e.position))
+                                  : 0.5 * (before + after) * (jump - 0.25 * double(own[1]) * (after - before));
+  }
+  static bool observe(const Trial<T>& trial, Scalars<T>& own, const double* hyper) {
+    return Metropolis<T>::test(trial, trial.step, own, hyper, !global(trial.step, hyper));
+  }
+
+  Mala(const Standing<T>& slot, const double* hyper)
+      : half(T(0.5) * slot.own[1]), root(std::sqrt(slot.own[1])), accept(slot.accept), anew(global(slot.step + 1, hyper)) {}
+  T propose(Element<T>& e) const {
+    e.v[0] = accept ? energy_gradient(e) : e.v[0];
+    const T local = e.position - half * e.v[0] + root * e.normal;
+    return anew ? e.normal : local;
+  }
+};
+
+template <class T>
+struct Pcn : Metropolis<T> {  // the prior is in the proposal. Vector: the loss's gradient at the standing point
+  static constexpr int vectors = 1;
+  T size, root;
+  bool accept;
+
+  static void terms(const Element<T>& e, const Scalars<T>& own, int, const double*, double* term) {
+    const double before = e.v[0], after = e.g, z = e.position, trial = e.a;
+    const double bent = 0.125 * double(own[1]) * (after - before) * (z + trial + before + after);
+    term[0] = term[1] = 0, term[2] = 0.5 * (before + after) * (trial - z) - bent;
   }
   static bool observe(const Trial<T>& trial, Scalars<T>& own, const double* hyper) {
     return Metropolis<T>::test(trial, trial.step, own, hyper);
   }
 
-  Mala(const Standing<T>& slot, const double*)
-      : half(T(0.5) * slot.own[1]), root(std::sqrt(slot.own[1])), accept(slot.accept) {}
+  Pcn(const Standing<T>& slot, const double*) : size(slot.own[1]), root(4 * std::sqrt(slot.own[1])), accept(slot.accept) {}
   T propose(Element<T>& e) const {
-    e.v[0] = accept ? energy_gradient(e) : e.v[0];
-    return e.position - half * e.v[0] + root * e.normal;
+    e.v[0] = accept ? e.g : e.v[0];
+    return ((4 - size) * e.position - 2 * size * e.v[0] + root * e.normal) / (4 + size);
   }
 };
 
@@ -106,7 +132,7 @@ struct Hmc : Metropolis<T> {  // vectors: the energy's gradient at the standing 
   static void pace(Scalars<T>& own, double uniform, const double* hyper) {
     own[1] *= static_cast<T>(1 + hyper[7] * (2 * uniform - 1));
   }
-  static void terms(const Element<T>& e, const Scalars<T>& own, bool, const double*, double* term) {
+  static void terms(const Element<T>& e, const Scalars<T>& own, int, const double*, double* term) {
     Metropolis<T>::prior_terms(e, term);
     const double before = e.normal, after = double(e.v[1]) - 0.5 * double(own[1]) * double(energy_gradient(e));
     term[2] = 0.5 * (before - after) * (before + after);
@@ -139,8 +165,8 @@ struct Dot : Rule<T> {
   T size, gain, shift, pull, radial;
   bool first;
 
-  static void terms(const Element<T>& e, const Scalars<T>&, bool first, const double* hyper, double* term) {
-    const double offset = e.a - (first ? e.a : e.v[0]) + static_cast<T>(hyper[5]), a = e.a, g = e.g;
+  static void terms(const Element<T>& e, const Scalars<T>&, int step, const double* hyper, double* term) {
+    const double offset = e.a - (step == 0 ? e.a : e.v[0]) + static_cast<T>(hyper[5]), a = e.a, g = e.g;
     term[0] = offset * offset, term[1] = g * a, term[2] = offset * a, term[3] = a * a;
   }
   static bool observe(const Trial<T>& trial, Scalars<T>& own, const double* hyper) {

@@ -98,7 +98,7 @@ class Step {
     const Row row = row_of(s, 0, grad && std::isfinite(peaks[s]));
     auto add = [&](std::int64_t begin, std::int64_t i, int lane) {
       double term[R::sums];
-      R::terms(element(row, begin + i, clip, R::recalls ? drawn[i] : 0), own, first, p.hyper.data(), term);
+      R::terms(element(row, begin + i, clip, R::recalls ? drawn[i] : 0), own, step[s], p.hyper.data(), term);
       for (int k = 0; k < R::sums; ++k) lanes[k][lane] += term[k];
     };
     for (std::int64_t begin = 0; begin < p.features; begin += kBatch) {
@@ -367,6 +367,7 @@ auto rule_of(const Params& p) {
   if (p.rule == "ladam") return run<T, Ladam<T>>;
   if (p.rule == "ddls") return p.noise ? run<T, Ddls<T, true>> : run<T, Ddls<T, false>>;
   if (p.rule == "mala") return run<T, Mala<T>>;
+  if (p.rule == "pcn") return run<T, Pcn<T>>;
   if (p.rule == "hmc") return run<T, Hmc<T>>;
   if (p.rule == "dot_adam") return run<T, Dot<T, true>>;
   if (p.rule == "dot_sgd") return run<T, Dot<T, false>>;

@@ -110,7 +110,7 @@ template <class T>
 struct BarzilaiBorwein : Backtracking<T> {  // as backtracking; hyper: size, widen, shrink, least, most, largest, slack
   static constexpr int sums = 2;            // s's and s'y of the last move
 
-  static void terms(const Element<T>& e, const Scalars<T>&, bool, const double*, double* term) {
+  static void terms(const Element<T>& e, const Scalars<T>&, int, const double*, double* term) {
     const double move = double(e.a) - double(e.position);
     term[0] = move * move, term[1] = move * (double(e.g) - double(e.v[0]));
   }

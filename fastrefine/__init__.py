@@ -28,10 +28,11 @@ _HOMES = {
     "production.checkpoints": ("import_pair",),
     "production.hub": ("push_pair",),
     "production.saved_pair": ("Pair", "load_pair", "save_pair"),
+    "production.tuning": ("TunedSampler", "tune_sampler"),
     "priors": ("Normal", "Product", "TruncatedNormal", "Uniform"),
     "diagnosis.reliability": ("reliability_plot",),
     "result": ("Result", "Snapshot", "Status"),
-    "samplers": ("DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow"),
+    "samplers": ("DDLS", "DOT", "HMC", "MALA", "PCN", "Collaborative", "DGflow"),
     "selection": ("MHResult", "best_of_n", "budgeted_rejection", "metropolis_hastings", "rejection_sample"),
     "training.shape": ("shape_discriminator", "tune_discriminator"),
     "networks.cut": ("layers",),
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
     from fastrefine.production.saved_pair import Pair as Pair
     from fastrefine.production.saved_pair import load_pair as load_pair
     from fastrefine.production.saved_pair import save_pair as save_pair
+    from fastrefine.production.tuning import TunedSampler as TunedSampler
+    from fastrefine.production.tuning import tune_sampler as tune_sampler
     from fastrefine.refiner import Refiner as Refiner
     from fastrefine.result import Result as Result
     from fastrefine.result import Snapshot as Snapshot
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from fastrefine.samplers import DOT as DOT
     from fastrefine.samplers import HMC as HMC
     from fastrefine.samplers import MALA as MALA
+    from fastrefine.samplers import PCN as PCN
     from fastrefine.samplers import Collaborative as Collaborative
     from fastrefine.samplers import DGflow as DGflow
     from fastrefine.selection import MHResult as MHResult

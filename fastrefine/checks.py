@@ -19,7 +19,8 @@ COUPLINGS, ON_NOISE = ("refuse", "lockstep", "freeze"), ("refuse", "freeze")
 
 # What the command line, files and Python call samplers, stop rules and priors -> their classes. Here, as above.
 SAMPLERS = {
-    "collaborative": "Collaborative", "ddls": "DDLS", "mala": "MALA", "hmc": "HMC", "dgflow": "DGflow", "dot": "DOT",
+    "collaborative": "Collaborative", "ddls": "DDLS", "mala": "MALA", "pcn": "PCN", "hmc": "HMC", "dgflow": "DGflow",
+    "dot": "DOT",
 }  # fmt: skip
 STOPS = {"none": "FixedSteps", "median": "MedianOfReal", "reference": "ReferenceSample", "uniform": "UniformStep"}
 PRIORS = {"normal": "Normal", "uniform": "Uniform", "truncated_normal": "TruncatedNormal"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ class Options:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "float32"
     keep: str = "last"
+    proposals: int = 1
     generate: Callable[..., Any] | None = None
     discriminate: Callable[..., Any] | None = None
     generator_kwargs: dict[str, Any] | None = None
@@ -64,6 +66,7 @@ class Options:
     deterministic: bool = False
     progress: bool | None = False
     callback: Callback | None = None
+    highest_real_logit: float | None = None
 
     def __post_init__(self) -> None:
         self._become(sampler=as_sampler(self.sampler))
@@ -77,6 +80,8 @@ class Options:
             ("driver", DRIVERS),
         ):  # fmt: skip
             checks.choice(name, getattr(self, name), choices)
+        if self.highest_real_logit is not None:
+            checks.number("highest_real_logit", self.highest_real_logit)
         if self.max_grad_norm is not None:
             checks.number("max_grad_norm", self.max_grad_norm, 0.0, open_low=True)
         for name in ("generator_kwargs", "discriminator_kwargs"):
@@ -85,6 +90,11 @@ class Options:
                 raise InputError(f"{name} is {kwargs!r}; wanted a dict of arguments or None")
         if self.output_key is not None and not isinstance(self.output_key, str | int) and not callable(self.output_key):
             raise InputError(f"output_key is {self.output_key!r}; wanted a key, an index, a callable or None")
+        if checks.count("proposals", self.proposals, 1, 255) > 1 and self.coupling == "lockstep":
+            raise InputError(
+                f"proposals={self.proposals} scores each proposal on its own, and coupling='lockstep' keeps groups together; "
+                "leave proposals out, or give coupling='freeze'"
+            )
         checks.count("pack", self.pack, 1)
         if self.pack > 1 and (self.coupling != "lockstep" or (self.group_size or 0) % self.pack or not self.group_size):
             raise InputError(
@@ -118,10 +128,11 @@ class Options:
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} were given without `real` images")
             if self.needs_real:
-                otherwise = "" if self.sampler.traits.needs_real else "; stop=None needs none"
+                by_stop = not self.sampler.traits.needs_real
+                text = f"{type(self.sampler).__name__} with stop={self.stop!r} reads real logits: "
                 raise InputError(
-                    f"{type(self.sampler).__name__} with stop={self.stop!r} reads real logits: pass real=images to the "
-                    f"Refiner, or --real FOLDER or FILE.npz to a command{otherwise}"
+                    f"{text}pass real=images to the Refiner{'; stop=None needs none' if by_stop else ''}",
+                    f"{text}give --real FOLDER or FILE.npz{'; --stop none needs none' if by_stop else ''}",
                 )
             return
         real = checks.tensor("real", self.real, self.dtype)
@@ -138,6 +149,12 @@ class Options:
         """The number of slots for n samples: as given, or the power of two that holds them, at most 256."""
         slots, group = self.num_slots or min(MOST_SLOTS, 1 << max(n - 1, 0).bit_length()), self.lockstep_group or 1
         return -(-slots // group) * group
+
+    def highest(self, real_logits: Tensor | None) -> float:
+        """The highest of the logits (N,) of real images; without any the one that was given, or infinity."""
+        if real_logits is not None:
+            return float(real_logits.max())
+        return math.inf if self.highest_real_logit is None else self.highest_real_logit
 
     @property
     def lockstep_group(self) -> int | None:

@@ -113,9 +113,9 @@ def comparison(
                 draw.rectangle((left, top, left + width - 1, top + height - 1), outline=(200, 200, 200))
             top += height + GAP
         if notes:
-            draw.text((MARGIN, top - 2), "logit", fill="black", font=font)
+            draw.text((MARGIN, top - 2), "score (logit)", fill="black", font=font)
             for i, note in enumerate(notes[start : start + columns]):
-                draw.text((MARGIN + LABEL + i * (width + GAP) + 2, top), note, fill="black", font=small)
+                draw.text((MARGIN + LABEL + i * (width + GAP) + 2, top), note.replace(" ", "  "), fill="black", font=small)
             top += LINE
         top += GAP
     for line in lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -34,7 +33,10 @@ from fastrefine.stopping import FixedSteps, StopRule
 
 _OPTIONS = {field.name for field in fields(Options)}
 # Options that the preparation of the networks does not read.
-_OF_THE_RUN = {"max_steps", "keep", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback"}
+_OF_THE_RUN = {
+    "max_steps", "keep", "proposals", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback",
+    "highest_real_logit",
+}  # fmt: skip
 
 
 class PairOfNetworks(Protocol):
@@ -76,6 +78,8 @@ class Refiner:
     precision: "float64" | "float32" | "tf32" | "bfloat16" | "float16" of the networks; the refined state is float32
         (float64 under "float64"), and the first and last pass of G run in it.
     keep: "last" | "best" (the iterate with the highest logit).
+    proposals: n, at most 255: each sample starts from the one of n proposals whose logit is the highest, by n forward passes
+        of D without a gradient. Under (seed, id) the prior draws for it what it draws for ids n id ... n id + n - 1.
     driver: how a step repeats: "host" (launched from Python) | "graph" (a CUDA graph, replayed) | "loop" (a loop on the
         device, where csrc was built with nvcc) | "auto": "graph" on CUDA where the step can be captured, else "host".
     compile: pass the step through torch.compile first (minutes, once for each number of slots); rounding differs, and may
@@ -96,14 +100,17 @@ class Refiner:
         on a CPU a refusal of networks whose bits depend on the slot.
     progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds. callback: called whenever
         the counters were read (the host driver: after every step) with {"step", "finished", "total"}.
+    highest_real_logit: the highest logit of a real image under this discriminator, where ``real`` is not given: a run most of
+        whose samples end above it says so. A shaped pair knows it.
 
     A Refiner never changes: ``replaced`` and ``with_discriminator`` give another one. Its options are readable as attributes.
 
     Raises InputError (a ValueError) on values out of range at once, on networks that do not fit at the first use;
     SplitError, CouplingError, GradientError as their docstrings say.
 
-    ``Result.report``: evaluations (useful ones), slot_steps (slots x engine steps), slot_efficiency (their ratio),
-    iterations (engine steps), host_syncs_per_step (reads of the counters, and images that had to be waited for),
+    ``Result.report``: evaluations (useful ones, of proposals too), proposal_evaluations, slot_steps (slots x engine steps),
+    slot_efficiency (useful ones in the slots / slot_steps), iterations (engine steps), host_syncs_per_step (reads of the
+    counters, and images that had to be waited for),
     seconds and images_per_second of the run so far without captures, backend, driver, precision, threads, num_slots,
     route (how the step is computed: "flat" | "autograd"), ladder (the faster forms that were tried: rung, kept, why not),
     repeatable ("bitwise" | "to rounding": a sample's bits in different slots), folded (how many BatchNorms went into the
@@ -130,6 +137,7 @@ class Refiner:
         device: torch.device | str | None = None,
         precision: str = "float32",
         keep: str = "last",
+        proposals: int = 1,
         generator_kwargs: dict[str, Any] | None = None,
         discriminator_kwargs: dict[str, Any] | None = None,
         output_key: OutputKey = None,
@@ -145,6 +153,7 @@ class Refiner:
         deterministic: bool = False,
         progress: bool | None = False,
         callback: Callback | None = None,
+        highest_real_logit: float | None = None,
     ):
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
         if device is None:
@@ -217,7 +226,8 @@ class Refiner:
     def with_discriminator(self, discriminator: nn.Module) -> Refiner:
         """The same refiner with another discriminator; the cut of the generator is shared, real logits are scored anew."""
         _check_networks(self.generator, discriminator, self.options.at)
-        return self._twin(self.options, self._networks.twin(discriminator, self.options))
+        options = replace(self.options, highest_real_logit=None)  # it was the other discriminator's
+        return self._twin(options, self._networks.twin(discriminator, options))
 
     def _twin(self, options: Options, networks: Networks) -> Refiner:
         twin: Refiner = object.__new__(type(self))
@@ -231,36 +241,54 @@ class Refiner:
 
     def sample(
         self, n: int, *, first_id: int = 0, seed: int = 0, labels: Any = None,
-        conditions: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (),
+        conditions: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (), proposals: int | None = None,
     ) -> Result:  # fmt: skip
         """Refine ``n`` samples with latents drawn from the prior by (seed, id), ids first_id ... first_id + n - 1.
 
         labels: (n,) classes or (n, C) vectors, or one class for all. conditions: further inputs of the networks by name, each
         (n, ...); every sample keeps its own, like its label. snapshots: numbers of steps after which the samples
-        are recorded as they stand, in ``Result.snapshots``: several max_steps from one run. Raises InputError without a
-        prior.
+        are recorded as they stand, in ``Result.snapshots``: several max_steps from one run. proposals: in place of the
+        option. Raises InputError without a prior.
+
+        Example: ``refiner.sample(100, proposals=4)``  # each starts from the best of four
         """
         chunk = max(checks.count("n", n, 0), 1)
         parts = self.stream(
-            n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, conditions=conditions, snapshots=snapshots
-        )
+            n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, conditions=conditions, snapshots=snapshots,
+            proposals=proposals,
+        )  # fmt: skip
         return Result.concatenate(list(parts))
 
     def refine(
         self, latents: Tensor, *, labels: Any = None, conditions: Mapping[str, Tensor] | None = None, first_id: int = 0,
-        seed: int = 0, snapshots: Sequence[int] = (),
+        seed: int = 0, snapshots: Sequence[int] = (), proposals: int | None = None,
     ) -> Result:  # fmt: skip
-        """Refine given latents (N, ...), or given images with at="output" and generator=None; otherwise as ``sample``."""
-        z = checks.tensor("latents" if self.generator is not None else "images", latents, self.options.dtype)
+        """Refine given latents (N, ...), or given images with at="output" and generator=None; otherwise as ``sample``.
+
+        With proposals=n each n consecutive ones make one sample, which starts from the best: N // n samples, N a multiple.
+        """
+        if proposals is not None and proposals != self.options.proposals:
+            own = self.replaced(proposals=proposals)
+            return own.refine(latents, labels=labels, conditions=conditions, first_id=first_id, seed=seed, snapshots=snapshots)
+        what = "latents" if self.generator is not None else "images"
+        z = checks.tensor(what, latents, self.options.dtype)
         self._check_latents(z)
-        source = self._source(len(z), first_id, seed, z, labels, conditions)
+        if len(z) % self.options.proposals:
+            raise InputError(
+                f"got {len(z)} {what}; wanted a multiple of proposals={self.options.proposals}, one sample for each"
+            )
+        source = self._source(len(z) // self.options.proposals, first_id, seed, z, labels, conditions)
         return Result.concatenate(list(self._parts(source, max(len(z), 1), snapshots)))
 
     def stream(
         self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None,
-        conditions: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (),
+        conditions: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (), proposals: int | None = None,
     ) -> Iterator[Result]:  # fmt: skip
         """As ``sample``, in consecutive parts of ``chunk`` samples with bounded memory, in order of sample id."""
+        if proposals is not None and proposals != self.options.proposals:
+            return self.replaced(proposals=proposals).stream(
+                n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, conditions=conditions, snapshots=snapshots
+            )
         if self.options.prior is None:
             raise InputError("no prior to draw latents from: pass prior=, e.g. fastrefine.Normal(64), or use refine(latents)")
         checks.count("chunk", chunk, 1)
@@ -280,13 +308,14 @@ class Refiner:
 
     def check(
         self, n: int = 500, *, refined: int = 64, seed: int = 0, labels: Any = None,
-        conditions: Mapping[str, Tensor] | None = None, latents: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None, latents: Tensor | None = None, shaped: bool = False,
     ) -> Check:  # fmt: skip
         """Before a run: may D be used here? Scores of real, raw and refined images, what the networks are like, a verdict.
 
         n: raw proposals. refined: how many of them are refined, too. labels: (n,), or one for all. conditions: (n, ...) by
         name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any.
-        latents: (n, ...), where there is no prior. Networks that do not fit give a check that says so; InputError is raised
+        latents: (n, ...), where there is no prior. shaped: D was shaped already, so it is judged whether it was shaped well
+        and no shaping is advised. Networks that do not fit give a check that says so; InputError is raised
         for bad arguments only.
 
         Example: ``print(refiner.check())``
@@ -338,9 +367,10 @@ class Refiner:
             "step": f"{out.report['route']}, repeatable {out.report['repeatable']}",
         }  # fmt: skip
         tally = Tally()
-        tally.add(out, math.inf if out.real_logits is None else float(out.real_logits.max()))
+        tally.add(out, options.highest(out.real_logits))
         found, notes = findings_of(tally.sums, options, latents is None), [str(one) for one in seen if str(one) not in doubts]
-        return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, summary(tally.sums))
+        run_of = summary(tally.sums)
+        return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, run_of, shaped)
 
     def _inputs_of_check(self, n: int, labels: Any, conditions: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Labels and conditions of n samples: as given, or as the real images have them where the networks take any."""
@@ -372,10 +402,13 @@ class Refiner:
         self, n: int, first_id: int, seed: int, latents: Tensor | None, labels: Any, conditions: Mapping[str, Tensor] | None
     ) -> Source:
         first_id, seed = checks.count("first_id", first_id, 0), checks.count("seed", seed, 0, 2**64 - 1)
-        if first_id + n > 2**32:
-            raise InputError(f"sample ids end at {first_id + n}; noise is defined for ids below 2**32")
+        each = self.options.proposals
+        if (first_id + n) * each > 2**32:
+            own = f", of {each} proposals each" * (each > 1)
+            raise InputError(f"sample ids end at {first_id + n}{own}; noise is defined for ids below 2**32")
         inputs = self.options.own_inputs(labels, conditions, n, seed, first_id)
-        return Source(first_id, n, seed, self.options.prior, latents, inputs)
+        choice = torch.zeros(n, dtype=torch.uint8) if each > 1 else None
+        return Source(first_id, n, seed, self.options.prior, latents, inputs, each, choice)
 
     def _check_latents(self, latents: Tensor) -> None:
         """InputError where given latents (N, ...) are not of the prior that the sampler targets."""

@@ -32,7 +32,8 @@ class Status(enum.IntEnum):
 class Progress:
     """Counts of a run, updated whenever the host reads the counters. A restart with fewer slots keeps them."""
 
-    evaluations: int = 0
+    evaluations: int = 0  # by the slots
+    proposed: int = 0  # evaluations of proposals, forward only, of which each sample starts from the best
     slot_steps: int = 0
     iterations: int = 0
     host_syncs: int = 0  # readings of the counters, and images that the host had to wait for
@@ -54,7 +55,8 @@ class Progress:
     def report(self) -> dict[str, Any]:
         """The dict that users see as ``Result.report``."""
         return {
-            "evaluations": self.evaluations,
+            "evaluations": self.evaluations + self.proposed,
+            "proposal_evaluations": self.proposed,
             "slot_steps": self.slot_steps,
             "slot_efficiency": self.evaluations / self.slot_steps if self.slot_steps else 1.0,
             "iterations": self.iterations,
@@ -98,7 +100,7 @@ class Result:
     logit_falls: (N,) int32 how often an evaluation was below the sample's current logit; many mean too large a step.
     latents: (N, ...) the generator's inputs, refined under at="input". activations: (N, ...) refined.
     labels: (N, ...) or None. conditions: {name: (N, ...)}, as given.
-    acceptance: (N,) accepted share of the Metropolis tests of MALA and HMC, NaN without a test; None for other samplers.
+    acceptance: (N,) accepted share of the Metropolis tests of MALA, PCN and HMC, NaN without a test; None for other samplers.
     step_sizes: (N,) last ones under backtracking or adaptation; None for other samplers.
     scale: "logit" | "critic". report: counts and speed of the run so far, see Refiner.
     snapshots: {number of steps: Snapshot}, where they were asked for.
@@ -176,6 +178,8 @@ class Result:
         means = ", ".join(f"{t.float().mean():.3g}" for t in (self.initial_logits, self.logits, self.steps))
         counts = {status.name: int((self.status == status).sum()) for status in Status}
         ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        if counts["EXHAUSTED"] == len(self) and len(self) and not int(self.steps.sum()):
+            ended = "no steps were allowed"
         return f"Result({len(self)} images of {of}; mean logit before, after, mean steps: {means}; {ended or 'none'})"
 
     def select(self, indices: Any) -> Result:

@@ -51,7 +51,7 @@ _CHAIN = {"noise": True, "clamp": False, "latent": True}
 _DOT = {"noise": False, "clamp": False}
 FIXED: dict[str, dict[str, bool]] = {
     "sgd": {"latent": False}, **dict.fromkeys(_DESCENTS, _DESCENT),
-    "ddls": {"clamp": False, "latent": True}, "mala": _CHAIN, "hmc": _CHAIN, "dot_adam": _DOT, "dot_sgd": _DOT,
+    "ddls": {"clamp": False, "latent": True}, "mala": _CHAIN, "pcn": _CHAIN, "hmc": _CHAIN, "dot_adam": _DOT, "dot_sgd": _DOT,
 }  # fmt: skip
 
 

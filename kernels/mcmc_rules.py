@@ -1,4 +1,4 @@
-"""The chains on latents in Triton: DDLS, MALA and HMC; signatures as in ``rules``, formulas as in ``fastrefine.samplers``."""
+"""The chains on latents in Triton: DDLS, MALA, PCN, HMC; signatures as in ``rules``, formulas as in ``fastrefine.samplers``."""
 
 import triton
 import triton.language as tl
@@ -53,8 +53,11 @@ def metropolis_start(reference_logit, hyper, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _test(loss, first, step, scalars, sums, uniform, transition, hyper, DTYPE: tl.constexpr):
-    """sums: -2 log p0 of the trial, correction of the log ratio. scalars: energy, step size, trials accepted."""
+def _test(loss, first, step, scalars, sums, uniform, transition, learns, hyper, DTYPE: tl.constexpr):
+    """sums: -2 log p0 of the trial, correction of the log ratio. scalars: energy, step size, trials accepted.
+
+    learns: whether the step size is adapted by this trial.
+    """
     energy = loss + (0.5 * sums[0]).to(DTYPE)
     log_ratio = (scalars[0] - energy).to(tl.float64) + sums[1]
     log_ratio = tl.where(log_ratio == log_ratio, log_ratio, float("-inf"))
@@ -66,9 +69,16 @@ def _test(loss, first, step, scalars, sums, uniform, transition, hyper, DTYPE: t
     least, most = (tl.load(hyper + 4) * tl.load(hyper)).to(DTYPE), (tl.load(hyper + 5) * tl.load(hyper)).to(DTYPE)
     size = scalars[1] * tl.exp(gain).to(DTYPE)
     size = tl.where(size < least, least, tl.where(size > most, most, size))
-    adapts = ends & (first == 0) & (step.to(tl.float64) <= tl.load(hyper + 1))
+    adapts = ends & learns & (first == 0) & (step.to(tl.float64) <= tl.load(hyper + 1))
     moved = (accept & (first == 0)).to(DTYPE)
     return accept, (tl.where(accept, energy, scalars[0]), tl.where(adapts, size, scalars[1]), scalars[2] + moved)
+
+
+@triton.jit
+def _global(number, hyper):
+    """Whether MALA's transition of this number proposes from the prior, which is normal."""
+    every = tl.load(hyper + 6).to(tl.int64)
+    return (every > 0) & (number % tl.where(every > 0, every, 1) == 0)
 
 
 @triton.jit
@@ -77,12 +87,13 @@ def mala_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, s
     before, after = vectors[0].to(tl.float64), energy_grad(trial, g, latent).to(tl.float64)
     jump = trial.to(tl.float64) - a.to(tl.float64)
     reverse = 0.5 * (before + after) * (jump - 0.25 * scalars[1].to(tl.float64) * (after - before))
-    return quadratic(trial, latent), reverse
+    of_priors = 0.5 * latent[0].to(tl.float64) * jump * (trial.to(tl.float64) + a.to(tl.float64))
+    return quadratic(trial, latent), tl.where(_global(step, hyper), of_priors, reverse)
 
 
 @triton.jit
 def mala_observe(logit, loss, first, step, scalars, sums, uniform, features, hyper, DTYPE: tl.constexpr):
-    return _test(loss, first, step, scalars, sums, uniform, 1, hyper, DTYPE)
+    return _test(loss, first, step, scalars, sums, uniform, 1, _global(step, hyper) == 0, hyper, DTYPE)
 
 
 @triton.jit
@@ -92,7 +103,33 @@ def mala(
     """vectors: grad U at the standing point."""
     size = scalars[1]
     v = tl.where(accept, energy_grad(trial, g, latent), vectors[0])
-    return a - 0.5 * size * v + tl.sqrt(size) * xi, (v, vectors[1], vectors[2])
+    local = a - 0.5 * size * v + tl.sqrt(size) * xi
+    return tl.where(_global(step + 1, hyper), xi, local), (v, vectors[1], vectors[2])
+
+
+@triton.jit
+def pcn_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, seed, hyper, DTYPE: tl.constexpr):
+    """The prior is in the proposal: 0, and r(z, z') - r(z', z) without the losses."""
+    before, after = vectors[0].to(tl.float64), g.to(tl.float64)
+    z, new = a.to(tl.float64), trial.to(tl.float64)
+    bent = 0.125 * scalars[1].to(tl.float64) * (after - before) * (z + new + before + after)
+    return z * 0, 0.5 * (before + after) * (new - z) - bent
+
+
+@triton.jit
+def pcn_observe(logit, loss, first, step, scalars, sums, uniform, features, hyper, DTYPE: tl.constexpr):
+    return _test(loss, first, step, scalars, sums, uniform, 1, first == first, hyper, DTYPE)
+
+
+@triton.jit
+def pcn(
+    a, trial, g, xi, accept, vectors, scalars, logit, step, latent, pace, hyper, NOISE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """vectors: gradient of the loss at the standing point."""
+    size = scalars[1]
+    v = tl.where(accept, g, vectors[0])
+    point = ((4 - size) * a - 2 * size * v + 4 * tl.sqrt(size) * xi) / (4 + size)
+    return point, (v, vectors[1], vectors[2])
 
 
 @triton.jit
@@ -115,7 +152,7 @@ def hmc_sums(a, trial, g, vectors, scalars, element, step, sample_id, latent, se
 
 @triton.jit
 def hmc_observe(logit, loss, first, step, scalars, sums, uniform, features, hyper, DTYPE: tl.constexpr):
-    return _test(loss, first, step, scalars, sums, uniform, tl.load(hyper + 6).to(tl.int32), hyper, DTYPE)
+    return _test(loss, first, step, scalars, sums, uniform, tl.load(hyper + 6).to(tl.int32), first == first, hyper, DTYPE)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
-from .mcmc_rules import ddls, hmc, hmc_observe, hmc_pace, hmc_sums, mala, mala_observe, mala_sums, metropolis_start
+from . import mcmc_rules as mcmc
 
 
 @dataclass(frozen=True)
@@ -238,12 +238,43 @@ RULES: dict[str, FusedRule] = {
     "momentum": FusedRule(momentum, observe_all, start_zero, vectors=1),
     "adam": FusedRule(adam, observe_all, start_zero, vectors=2),
     "ladam": FusedRule(ladam, ladam_observe, start_zero, scalars=1, vectors=2, late=True),
-    "ddls": FusedRule(ddls, observe_all, start_zero, schedule=True),
+    "ddls": FusedRule(mcmc.ddls, observe_all, start_zero, schedule=True),
     "mala": FusedRule(
-        mala, mala_observe, metropolis_start, 3, 1, rejects=True, sums=mala_sums, terms=2, tests=True, moves=True
+        mcmc.mala,
+        mcmc.mala_observe,
+        mcmc.metropolis_start,
+        3,
+        1,
+        rejects=True,
+        sums=mcmc.mala_sums,
+        terms=2,
+        tests=True,
+        moves=True,
+    ),
+    "pcn": FusedRule(
+        mcmc.pcn,
+        mcmc.pcn_observe,
+        mcmc.metropolis_start,
+        3,
+        1,
+        rejects=True,
+        sums=mcmc.pcn_sums,
+        terms=2,
+        tests=True,
+        moves=True,
     ),
     "hmc": FusedRule(
-        hmc, hmc_observe, metropolis_start, 3, 2, rejects=True, sums=hmc_sums, terms=2, pace=hmc_pace, tests=True, moves=True
+        mcmc.hmc,
+        mcmc.hmc_observe,
+        mcmc.metropolis_start,
+        3,
+        2,
+        rejects=True,
+        sums=mcmc.hmc_sums,
+        terms=2,
+        pace=mcmc.hmc_pace,
+        tests=True,
+        moves=True,
     ),
     "dot_adam": FusedRule(dot_adam, dot_observe, start_zero, 2, 3, sums=dot_sums, terms=4, moves=True),
     "dot_sgd": FusedRule(dot_sgd, dot_observe, start_zero, 2, 1, sums=dot_sums, terms=4, moves=True),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastrefine import metrics
 from fastrefine.errors import InputError
 from fastrefine.metrics import classifier_score, covered, frechet_distance, frechet_standard_error, kernel_distance
 
@@ -135,13 +136,25 @@ def test_kernel_distance_agrees_with_torchmetrics():
     assert abs(found.value - kernel_distance(b, a, subset_size=200, seed=1).value) < 3 * found.standard_error
 
 
-def test_kernel_distance_is_unbiased_and_its_standard_error_is_no_artefact_of_a_whole_set():
+def test_kernel_distance_is_unbiased_and_its_standard_error_is_its_spread_over_samples():
     random = np.random.RandomState(0)
     pairs = [(random.standard_normal((100, 4)), random.standard_normal((100, 4))) for _ in range(60)]
-    found = [kernel_distance(a, b, subsets=20) for a, b in pairs]  # 1000, the usual subset, would be the whole set
-    values = np.array([f.value for f in found])
+    values = np.array([kernel_distance(a, b, subsets=20).value for a, b in pairs])  # 1000, the usual subset, is the whole set
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(60)
-    assert 0.7 * values.std() < np.mean([f.standard_error for f in found]) < 2 * values.std()
+    # as if other images of one generator were judged by the same real ones; of equal distributions it is on the safe side
+    for shift, n, most in ((0.0, 200, 2.0), (0.8, 200, 1.35), (0.8, 800, 1.35)):
+        y = random.standard_normal((150, 4))
+        found = [kernel_distance(random.standard_normal((n, 4)) + shift, y, subsets=40) for _ in range(40)]
+        spread = np.std([one.value for one in found], ddof=1)
+        assert 0.65 * spread < np.mean([one.standard_error for one in found]) < most * spread, (shift, n)
+
+
+def test_the_bootstrap_of_many_rows_scales_what_it_finds_in_some(monkeypatch):
+    random = np.random.RandomState(0)
+    a, b = random.standard_normal((900, 4)) + 0.8, random.standard_normal((300, 4))
+    whole = kernel_distance(a, b).standard_error
+    monkeypatch.setattr(metrics, "RESAMPLED", 300)
+    assert kernel_distance(a, b).standard_error == pytest.approx(whole, rel=0.35)
 
 
 def test_covered_counts_what_lies_within_the_reach_of_a_neighbour():

@@ -56,8 +56,8 @@ def doctor() -> None:
 
 
 for command in (
-    production.refine, production.verify, production.merge, checkpoints.import_, models.evaluate, models.check, models.shape,
-    models.distil, models.layers, models.bench, reports.grid, reports.report,
+    production.refine, production.verify, production.merge, checkpoints.import_, checkpoints.push, models.evaluate,
+    models.check, models.shape, models.distil, models.layers, models.bench, reports.grid, reports.report,
 ):  # fmt: skip
     cli.add_command(command)
 

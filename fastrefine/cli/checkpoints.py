@@ -1,4 +1,4 @@
-"""The command that makes a saved pair of somebody's checkpoint. Torch is imported when it runs."""
+"""The commands that make a saved pair of somebody's checkpoint, and share one. Torch is imported when they run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ANY = click.Path(exists=True, path_type=Path)
 @click.option("--allow-pickle", is_flag=True, help="Unpickle FILE in a process of its own; this runs any code in it.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="Of StudioGAN: the .yaml of the run.")
 @options(ORIGIN, JUDGEMENT)
-@click.option("--image-range", type=(float, float), help="Of the generator's images (default: -1 1).")
+@click.option("--image-range", type=(float, float), help="Lowest and highest value of the generator's images (default: "
+              "-1 1).")  # fmt: skip
 @click.option("--num-classes", type=click.IntRange(min=1), help="How many classes the labels have.")
 @click.option("--no-check", is_flag=True, help="Write the pair without trying it.")
 def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:
@@ -46,7 +47,29 @@ def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     import_pair(source, outdir, check=not no_check, tell=lambda line: click.echo(line, err=True), **both, **given)
     use = f"--pair {outdir}{' --trust-code' * ('code' in given or _needs_trust(outdir))}"
-    click.echo(f"wrote {outdir}. To go on: fastrefine layers {use}, then fastrefine refine {use} ...")
+    click.echo(
+        f"wrote {outdir}. To go on: fastrefine layers {use} (places for --at), then fastrefine check {use} --real IMAGES"
+    )
+
+
+@click.command()
+@click.argument("pair", metavar="PAIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("name", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+def push(pair: Path, name: str, private: bool) -> None:
+    """Put the saved pair PAIR into the repository USER/NAME of the Hugging Face Hub, with a model card.
+
+    The repository is made if it is not there. Only config.json, the weights and README.md are written; a README.md in PAIR is
+    the model card. Log in first: `hf auth login`, or the variable HF_TOKEN.
+
+    \b
+    fastrefine push shaped me/my-gan
+    fastrefine refine --pair me/my-gan --max-steps 0 --ids 0-99 --outdir raw
+    """
+    from fastrefine.production.hub import push_pair
+
+    address = push_pair(pair, name, private=private)
+    click.echo(f"wrote {address}. To use it anywhere: fastrefine refine --pair {name} ...")
 
 
 def _needs_trust(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from fastrefine.cli.production import (
 )
 
 PATH = click.Path(exists=True, path_type=Path)
+OF_STEPS = ("sampler", "step_size", "sampler_args", "max_steps", "stop", "keep", "real")  # flags without effect on raw samples
 JUDGED = 4096  # real images at most whose logits give the stop rule of shaping
 
 
@@ -67,51 +68,73 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     for layer in found:
         shape = "x".join(map(str, layer.shape))
         click.echo(f"{layer.name:<{width}}  {shape:<16}{layer.tail_flops / 1e6:>12.3f}{layer.tail_share:>8.1%}")
+    click.echo("give one of them as --at; begin in the middle", err=True)
 
 
 @click.command()
 @options(GENERATOR, DISCRIMINATOR, CONDITIONS, REFINEMENT)
 @click.option("--samples", type=click.IntRange(min=2), default=500, show_default=True, help="Raw proposals to score.")
 @click.option("--refined", type=click.IntRange(min=1), default=64, show_default=True, help="Of these, how many to refine.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bool, **flags: Any) -> None:
     """Before a run: does the discriminator judge well enough to refine with it? Ends in a verdict and the next command.
 
     Shows the scores of real images (--real), of raw and of refined samples, the stop threshold, calibration, and what the
-    networks are like. With --real, --stop is median here unless it is given.
+    networks are like. With --real, --stop is median here unless it is given, or the pair has a rule of its own.
 
     \b
     fastrefine check --pair digits --real digits
     """
-    typed = typed_flags(ctx, but=("samples", "refined", "seed", "as_json", "conditions"))
+    own = ("samples", "refined", "seed", "as_json", "conditions")
+    typed, networks = typed_flags(ctx, own), typed_flags(ctx, (*own, *OF_STEPS))
     more = ["--conditions", flags["conditions"]] if flags["conditions"] else []  # for refine alone
-    if flags["real"] and ctx.get_parameter_source("stop") == ParameterSource.DEFAULT:
-        flags["stop"] = "median"
-        typed += ["--stop", "median"]
+    real = flags["real"]
+    import dataclasses
     import warnings
 
     import torch
 
     from fastrefine.errors import FastrefineWarning, InputError
+    from fastrefine.production.evaluation import shaped_on_some, shaped_on_them
+    from fastrefine.production.images import held_out_part, shaped_on, training_part, unscaled
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
         worker = worker_of(ctx, flags, labels=True)
-    labels, classes = None, worker.configuration.num_classes
+    c, refiner = worker.configuration, worker.refiner
+    if real and ctx.get_parameter_source("stop") == ParameterSource.DEFAULT and "stop" not in worker.pair.defaults:
+        refiner = refiner.replaced(stop="median")
+        typed += ["--stop", "median"]
+    labels, classes = None, c.num_classes
     if worker.labelled:
         classes = classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
         if not classes:
             raise InputError("the networks take labels: give --real images that have some")
-        labels = torch.arange(samples) % classes if worker.refiner.real_labels is None else None
+        labels = torch.arange(samples) % classes if refiner.real_labels is None else None
         more += ["--class", "random", "--num-classes", str(classes)]
-    found = worker.refiner.check(
-        samples, refined=refined, seed=seed, labels=labels, conditions=worker.conditions_of(samples)
-    )  # fmt: skip
+    shaped = bool(c.pair) and shaped_on(c.pair) is not None
+    conditions = worker.conditions_of(samples)
+    found = refiner.check(samples, refined=refined, seed=seed, labels=labels, conditions=conditions, shaped=shaped)
+    held_out = held_out_part(real) if real else ""
+    if real and not held_out:
+        held_out = real if training_part(real) != real else "HELD_OUT_IMAGES"
+    if shaped and real:
+        truth = unscaled(refiner.real, c.value_range)
+        if n := shaped_on_some(c.pair, truth):
+            told = shaped_on_them("D", n, truth, real, "this check")
+            found = dataclasses.replace(found, notes=(*found.notes, told))
+        else:
+            held_out = real
+    if real:  # what is held out stays so
+        typed = [training_part(word) if before == "--real" else word for before, word in zip(["", *typed], typed, strict=False)]
+    run, raw, ids = _unused("run"), _unused("raw"), " --ids 0-999 --outdir "
     commands = {
         "fastrefine shape": f"fastrefine shape {shlex.join(typed)} --outdir {_unused('shaped')}",
-        "fastrefine refine": f"fastrefine refine {shlex.join([*typed, *more])} --ids 0-999 --outdir {_unused('run')}",
+        "fastrefine refine": f"fastrefine refine {shlex.join([*typed, *more])}{ids}{run}",
+        "fastrefine refine --max-steps 0": f"fastrefine refine {shlex.join([*networks, *more])} --max-steps 0{ids}{raw}",
+        "fastrefine evaluate": f"fastrefine evaluate {run} --real {shlex.quote(held_out)} --baseline {raw}",
     }
     click.echo(json.dumps(found.entry(commands)) if as_json else found.table(commands))
 
@@ -124,17 +147,23 @@ def _unused(name: str) -> str:
 
 @click.command()
 @options(GENERATOR, DISCRIMINATOR, REFINEMENT)
-@click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--learning-rate", type=float, default=1e-4, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--iterations", type=click.IntRange(min=1), default=300, show_default=True, help="Updates of the discriminator.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Real images in an update, and as many refined ones.")  # fmt: skip
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of Adam.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
+@click.option("--held-out", type=click.Path(), help="Real images for the verdict, which it is not shaped on (default: the "
+              "held-out part of --real, if it has one).")  # fmt: skip
 @click.option("--outdir", type=FOLDER, required=True, help="New or empty: the new pair (without --pair: "
               "discriminator.safetensors) and curve.csv go there.")  # fmt: skip
 @click.pass_context
 def shape(
-    ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, outdir: Path, **flags: Any
-) -> None:
+    ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, held_out: str | None, outdir: Path,
+    **flags: Any,
+) -> None:  # fmt: skip
     """Train the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator is not changed.
+
+    Ends in a verdict as that of `fastrefine check`, on held-out real images where there are any.
 
     With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. It keeps the place,
     sampler, steps and stop rule that it was shaped for. Otherwise pass the same --discriminator with
@@ -150,17 +179,21 @@ def shape(
         if (outdir / name).exists():
             raise click.UsageError(f"{outdir} holds a {what} already; wanted a new or empty --outdir")
     import csv
+    import dataclasses
 
     import numpy as np
     from safetensors.torch import save_file
 
     import fastrefine as fr
-    from fastrefine.production.evaluation import SHAPED_ON
-    from fastrefine.production.images import digests, some, unscaled
+    from fastrefine.diagnosis.check import of_memory
+    from fastrefine.production.images import SHAPED_ON, digests, held_out_part, some, unscaled
 
     trusts = flags["trust_code"]
+    typed = typed_flags(ctx, ("pair", "outdir"))
     worker = worker_of(ctx, flags, labels=True)
     refiner, c = worker.refiner, worker.configuration
+    held_out = held_out or held_out_part(c.real)
+    others = worker.real_images(held_out) if held_out else None
     curve: list[dict[str, float]] = []
 
     at = some(len(refiner.real), JUDGED)  # their logits are computed anew after every update
@@ -171,34 +204,51 @@ def shape(
         seed=seed, progress=None, callback=curve.append,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
+    judged = judged.with_discriminator(shaped.cpu())
+    seen = judged.real_logits("the verdict")
     if c.pair:
         worker.pair.saved(
-            outdir, discriminator=shaped.cpu(), at=c.at, sampler=c.sampler, stop=c.stop, max_steps=c.max_steps
+            outdir, discriminator=shaped, at=c.at, sampler=c.sampler, stop=c.stop, max_steps=c.max_steps,
+            highest_real_logit=float(seen.max()),
         )  # fmt: skip
     else:
         part = outdir / "discriminator.part"
-        save_file({name: tensor.contiguous().clone() for name, tensor in shaped.cpu().state_dict().items()}, part)
+        save_file({name: tensor.contiguous().clone() for name, tensor in shaped.state_dict().items()}, part)
         part.replace(outdir / "discriminator.safetensors")
     np.save(outdir / SHAPED_ON, digests(unscaled(refiner.real, c.value_range)))
     with (outdir / "curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(curve[0]))
         writer.writeheader()
         writer.writerows(curve)
-    judged_by = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
-    use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{judged_by}"
-    use += " --trust-code" * (trusts or bool(c.generate or c.discriminate))
+    first, last = curve[0], curve[-1]
+    click.echo(
+        f"wrote {outdir}: mean logit of refined images from {first['fake_logit']:.3f} to {last['fake_logit']:.3f}, of real "
+        f"ones from {first['real_logit']:.3f} to {last['real_logit']:.3f} over {iterations} iterations"
+    )
+    by, memory = f"the images that it was shaped on, which flatters it: no --held-out was given, and {c.real} has none", []
+    if others is not None:
+        images, classes = others
+        at = some(len(images), JUDGED)
+        judged = judged.replaced(real=images[at], real_labels=None if labels is None or classes is None else classes[at])
+        by, memory = f"{len(judged.real)} held-out real images ({held_out})", of_memory(seen, judged.real_logits("the verdict"))
+    found = judged.check(shaped=True)
+    found = dataclasses.replace(found, findings=(*found.findings, *memory))
+    for name, words in {"judged by": by, **found.judgements(), "verdict": found.verdict}.items():
+        click.echo(f"{name:<16}{words}")
+    needed = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
+    trusted = " --trust-code" * (trusts or bool(c.generate or c.discriminate))
+    use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted} --ids 0-999 --outdir run"
+    further = f"fastrefine shape --pair {shlex.quote(str(outdir))} {shlex.join(typed)} --outdir {_unused(str(outdir))}"
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
+        further = "fastrefine shape"
         if c.discriminator.code.endswith(".pt2"):
             use += f" and --discriminator package.module:callable, of which {c.discriminator.code} is an export"
         elif c.discriminator.key:
             use += " and no --discriminator-key"
-    first, last = curve[0], curve[-1]
-    click.echo(
-        f"wrote {outdir}: mean logit of refined images from {first['fake_logit']:.3f} to {last['fake_logit']:.3f}, of real "
-        f"ones from {first['real_logit']:.3f} to {last['real_logit']:.3f} over {iterations} iterations\n"
-        f"to refine with it: {use}"
-    )
+    if found.findings:
+        click.echo(f"{'what to do':<16}{found.next({'fastrefine shape': further})}")
+    click.echo(f"to refine with it: {use}")
 
 
 @click.command()
@@ -206,11 +256,11 @@ def shape(
 @click.option("--pairs", type=click.IntRange(min=1), default=20_000, show_default=True, help="Samples to learn from.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True,
               help="Further ones shape the discriminator on --real first.")  # fmt: skip
-@click.option("--iterations", type=click.IntRange(min=1), default=6000, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--learning-rate", type=float, default=1e-2, show_default=True)
+@click.option("--iterations", type=click.IntRange(min=1), default=6000, show_default=True, help="Updates of the map.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in an update.")
+@click.option("--learning-rate", type=float, default=1e-2, show_default=True, help="Of Adam.")
 @click.option("--flops", type=float, default=0.15, show_default=True, help="Of the map, as a share of the generator's.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--samples", type=click.IntRange(min=2), default=4000, show_default=True, help="Of the table of quality.")
 @click.option("--features", metavar="CODE", help="Network of the Frechet distance, as for `evaluate`; default: trained on "
               "--real, if it is labelled.")  # fmt: skip
@@ -265,15 +315,16 @@ def distil(
               "weights loaded.")  # fmt: skip
 @click.option("--train", help="Labelled real images for the classifier (default: the training images of --real).")
 @click.option("--baseline", type=PATH, help="Unrefined images, for comparison.")
-@click.option("--limit", type=click.IntRange(min=4), help="Images of each set at most, drawn from all of them.")
+@click.option("--limit", type=click.IntRange(min=4), help="Images of each set at most, drawn from all of them (default: "
+              "all).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
 ) -> None:
     """Frechet distance, KID, score, precision and recall of DIR (a run, pictures or .npz) against real images.
 
-    Figures have a 95 % interval, and names that say on which features and on how many images they are: compare only figures
-    of one name.
+    Figures have a 95 % interval, and names that say on which features and on how many images they are. The column "real"
+    says with how many real images they were compared. Compare only figures that agree in all three.
 
     \b
     fastrefine evaluate run --real held-out/ --baseline unrefined
@@ -288,10 +339,11 @@ def evaluate(
         click.echo(f"{found.num_samples} images against {found.num_real} real ones, 95 % intervals")
         width = max(map(len, found.figures))
         beside = "" if found.baseline is None else f"baseline, n={found.num_baseline}"
-        click.echo(f"{'':<{width}}  {'images':<28}{beside}".rstrip())
+        click.echo(f"{'':<{width}}  {'real':<8}{'images':<28}{beside}".rstrip())
         for name, figure, raw in found.pairs():
             cells = [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in (figure, *([] if raw is None else [raw]))]
-            click.echo(f"{name:<{width}}  " + "".join(f"{cell:<28}" for cell in cells).rstrip())
+            real_ones = str(evaluation.real_compared(name, found.num_real) or "-")
+            click.echo(f"{name:<{width}}  {real_ones:<8}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     for line in found.warnings:
         click.echo(f"warning: {line}", err=True)
 
@@ -301,7 +353,7 @@ def evaluate(
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Updates of every sample.")
 @click.option("--layers", "names", help="Comma-separated; default: --at, or input, output and those between "
               "that save work.")  # fmt: skip
-@click.option("--precisions", default="float32,bfloat16", show_default=True)
+@click.option("--precisions", default="float32,bfloat16", show_default=True, help="Comma-separated, as for refine.")
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="For each figure, about.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context

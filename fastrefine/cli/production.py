@@ -69,7 +69,8 @@ def network_options(name: str, call: str) -> list[Callable[..., Any]]:
 ORIGIN = [
     *network_options("generator", "generate"),
     click.option("--prior", type=JsonObject('\'{"name": "normal", "shape": [128]}\''),
-                 help='e.g. {"name": "normal", "shape": [128]} (default: the pair\'s).'),
+                 help='Where latents are drawn, e.g. {"name": "normal", "shape": [128]} (default: as the pair or checkpoint '
+                 'says).'),
 ]  # fmt: skip
 GENERATOR = [
     click.option("--pair", help="digits | mnist (embedded), a folder of fastrefine.save_pair, or USER/NAME of the Hub."),
@@ -85,18 +86,22 @@ CONDITIONS = [
 JUDGEMENT = [
     *network_options("discriminator", "discriminate"),
     click.option("--output-key", help="Key or index of the logit in what D returns."),
-    click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic"))),
+    click.option("--discriminator-output", type=click.Choice(("logit", "probability", "critic")), help="What D returns: a "
+                 "logit, a probability (D ends in a sigmoid), or the score of a Wasserstein critic (default: the pair's, or "
+                 "logit)."),
     click.option("--coupling", type=click.Choice(COUPLINGS), help="Of networks that mix the samples of a batch (default: the "
                  "pair's, or refuse)."),
     click.option("--group-size", type=click.IntRange(min=1), help="Samples that --coupling sees as one batch."),
     click.option("--pack", type=click.IntRange(min=1), help="Samples that D judges as one (PacGAN)."),
     click.option("--on-noise", type=click.Choice(ON_NOISE), help="Of networks that draw random numbers (default: the "
                  "pair's, or refuse)."),
-    click.option("--at", help="input | a layer's name | output (default: the pair's, or input); see `fastrefine layers`."),
+    click.option("--at", help="Where to refine: input | a layer's name | output (default: the pair's, or input); see "
+                 "`fastrefine layers`."),
 ]  # fmt: skip
 DISCRIMINATOR = [
     *JUDGEMENT,
-    click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option("--slots", "num_slots", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in one "
+                 "batch; fewer need less memory."),
     click.option("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)."),
 ]  # fmt: skip
 REFINEMENT = [
@@ -104,16 +109,41 @@ REFINEMENT = [
     click.option("--step-size", type=float, help=f"Default: the pair's, or {STEP_SIZE}."),
     click.option("--sampler-args", type=KEYWORDS, help="Further arguments of the sampler, as JSON."),
     click.option("--max-steps", type=click.IntRange(min=0), help="Default: the pair's, or 50."),
-    click.option("--stop", help="none | median | reference | uniform | a logit (default: the pair's, or none)."),
-    click.option("--keep", type=click.Choice(CHOICES["keep"]), default="last", show_default=True),
+    click.option(
+        "--stop", help="When a sample is done: none | median | reference | uniform | a logit (default: the pair's, or none)."
+    ),
+    click.option(
+        "--keep",
+        type=click.Choice(CHOICES["keep"]),
+        default="last",
+        show_default=True,
+        help="Which image of a sample: the last, or that of its highest logit.",
+    ),
+    click.option(
+        "--best-of",
+        type=click.IntRange(1, 255),
+        default=1,
+        show_default=True,
+        help="Start each sample from the raw proposal of so many whose logit is the highest.",
+    ),
     click.option(
         "--real",
         type=click.Path(),
         help="Real images, for --stop and --select: a folder of pictures or of MNIST's "
         "idx files, .npz, .npy, .safetensors, or digits; MNIST_FOLDER:test and digits:test are the held-out ones.",
     ),
-    click.option("--image-range", type=(float, float), help="Of the generator's images (default: the pair's, or -1 1)."),
-    click.option("--precision", type=click.Choice(CHOICES["precision"]), default="float32", show_default=True),
+    click.option(
+        "--image-range",
+        type=(float, float),
+        help="Lowest and highest value of the generator's images (default: the pair's, or -1 1).",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(CHOICES["precision"]),
+        default="float32",
+        show_default=True,
+        help="Numbers that the networks compute with.",
+    ),
 ]
 
 
@@ -140,13 +170,16 @@ def options(*groups: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]],
 @click.option("--select", type=click.Choice(SELECTIONS), default="none", show_default=True,
               help="Choose among the refined proposals of each image: Metropolis-Hastings or rejection.")  # fmt: skip
 @click.option("--chain-length", type=click.IntRange(min=1), default=10, show_default=True, help="Proposals for each image.")
-@click.option("--budget", type=float, default=0.25, show_default=True, help="For obrs: accepted share.")
-@click.option("--percentile", type=float, default=95.0, show_default=True, help="For drs.")
+@click.option(
+    "--budget", type=float, default=0.25, show_default=True, help="For obrs: share of the proposals that is accepted."
+)
+@click.option("--percentile", type=float, default=95.0, show_default=True,
+              help="For drs, 0 to 100: a higher one accepts fewer proposals.")  # fmt: skip
 @click.option("--calibrate", type=click.Choice(CHOICES["calibrate"][1:]),
               help="Of the logits that --select reads, on real images and a pilot pass.")  # fmt: skip
 @click.option("--held-out", type=click.Path(), help="Real images for --calibrate, best such that D was not trained on "
               "(default: --real).")  # fmt: skip
-@click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True)
+@click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True, help="Of the files of images.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a file.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="JSON as in a manifest's \"configuration\"; flags given beside it win.")  # fmt: skip
@@ -337,6 +370,8 @@ def _kept(outdir: Path) -> str:
 
 
 def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:
+    from fastrefine.diagnosis.tally import ended
+
     speed = outcome.refined / outcome.seconds if outcome.refined else None
     if as_json:
         click.echo(json.dumps({**outcome.__dict__, "images_per_second": speed, "outdir": str(outdir)}))
@@ -345,10 +380,10 @@ def _tell(outcome: Outcome, outdir: Path, as_json: bool) -> None:
     run = outcome.summary
     if run["images"]:
         before, after = ("none" if run[name] is None else f"{run[name]:.3f}" for name in ("logit_before", "logit_after"))
-        ended = ", ".join(f"{share:.1%} {name}" for name, share in run["status"].items() if share)
         whole = "the run" if run["complete"] else f"{run['images']} of {run['of']} images of the run"
+        moved = f"mean logit {before} before, {after} after" if run["mean_steps"] else f"mean logit {after}"
         click.echo(
-            f"{whole}: mean logit {before} before, {after} after; {run['mean_steps']:.2f} steps on average; {ended}; "
+            f"{whole}: {moved}; {run['mean_steps']:.2f} steps on average; {ended(run)}; "
             f"{run['seconds']:.1f} s of work, {run['images_per_second']:.1f} images/s", err=True,
         )  # fmt: skip
     for finding in run["findings"]:

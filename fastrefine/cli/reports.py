@@ -9,6 +9,7 @@ import click
 
 from fastrefine.cli.production import RUN, options
 
+COMPARED = 5000  # images of a run that a report compares, unless --limit says otherwise
 OF_A_RUN = [
     click.argument("run", metavar="RUN", type=RUN),
     click.option("--baseline", metavar="RAW", type=RUN, help="The same ids with --max-steps 0: the images before. Default: "
@@ -48,12 +49,12 @@ def grid(
               "reliability.")  # fmt: skip
 @click.option("--features", metavar="CODE", help="Network of the features, as for `evaluate`.")
 @click.option("--train", help="Labelled real images for the default features (default: --real).")
-@click.option("--limit", type=click.IntRange(min=2), default=5000, show_default=True,
-              help="Images that are compared with those before and with real ones: the first ones.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=2), help="How many images are compared: of RUN the first ones (default: "
+              f"{COMPARED}), of --real at most as many (default: all).")  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True)
 def report(
     run: Path, baseline: Path | None, device: str | None, allow_pickle: bool, trust_code: bool, real: str | None,
-    features: str | None, train: str | None, limit: int, output: Path,
+    features: str | None, train: str | None, limit: int | None, output: Path,
 ) -> None:  # fmt: skip
     """Write a page about RUN: pictures, scores, quality, settings. One HTML file, which needs no network.
 
@@ -65,8 +66,8 @@ def report(
     from fastrefine.production.report import Report
     from fastrefine.production.report_page import write
 
-    pairs = BeforeAfter(run, baseline, limit, device=device, allow_pickle=allow_pickle, trust_code=trust_code)
-    missing = write(Report(pairs, real, features=features, train=train), output, ["fastrefine", *sys.argv[1:]])
+    pairs = BeforeAfter(run, baseline, limit or COMPARED, device=device, allow_pickle=allow_pickle, trust_code=trust_code)
+    missing = write(Report(pairs, real, limit, features=features, train=train), output, ["fastrefine", *sys.argv[1:]])
     click.echo(f"wrote {output}: {len(pairs.every['ids'])} images")
     for line in missing:
         click.echo(f"warning: the page is without {line}", err=True)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrefine.diagnosis.calibration import Diagnosis, diagnosis_of
-from fastrefine.diagnosis.findings import SHAPE, Finding
-from fastrefine.result import Result
+from fastrefine.diagnosis.findings import SHAPE, SHAPE_FIRST, Finding
+from fastrefine.diagnosis.tally import ended
+from fastrefine.result import Result, Status
 
 WHY = 90  # characters of the reason why a faster form is not used; --json has all of it
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ABOVE, BLIND = 0.45, 0.55  # of the separation: below the first D prefers generated images, up to the other it is blind
+HEART = 0.6  # of the pairs of a training and a held-out real image, in which D scores the training one higher
+FAR = 0.95  # of the pairs of a real and a refined image: with more, refinement does not come near the real scores
 GOOD = (
     "nothing speaks against it: D scores real images above generated ones. Whether refined images are better, only an "
     "evaluation shows; D has never seen refined ones unless it was shaped"
 )
-REFINE = (
-    "refine, and compare with max_steps=0 by features that D was not trained on; if they are no better, " + SHAPE[0],
-    "refine, and compare with --max-steps 0 by `fastrefine evaluate`: `fastrefine refine`; if they are no better, " + SHAPE[1],
+GOOD_SHAPED = (
+    "nothing speaks against it: D was shaped, it scores real images above raw ones, and refined images come up to them. "
+    "Whether refined images are better, only an evaluation shows"
 )
+COMPARE = (
+    "refine, and compare with max_steps=0 by features that D was not trained on",
+    "refine, and compare with the same samples unrefined: `fastrefine refine`, then `fastrefine refine --max-steps 0`, then "
+    "`fastrefine evaluate`",
+)
+REFINE = f"{COMPARE[0]}; if they are no better, {SHAPE[0]}", f"{COMPARE[1]}; if they are no better, {SHAPE[1]}"
 UNKNOWN = Finding(
     "no_real", "D cannot be judged without real images", "pass real= to the Refiner and check again", "give --real as well"
 )
@@ -50,7 +59,7 @@ class Check:
     ``tally.summary`` of the refined samples. networks: {name: words} about coupling, noise and statistics. ranges: (low,
     high) of "real" and "generated" images.
     ladder: as in ``Result.report``. findings: what speaks against a run, the weightiest first; empty where nothing does.
-    notes: what was remarked while the networks were prepared.
+    notes: what was remarked while the networks were prepared. shaped: whether D was said to be shaped.
     """
 
     setting: str
@@ -64,6 +73,7 @@ class Check:
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     ladder: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    shaped: bool = False
 
     @property
     def usable(self) -> bool:
@@ -73,13 +83,15 @@ class Check:
     @property
     def verdict(self) -> str:
         """The weightiest finding, or that there is none."""
-        return self.findings[0].text if self.findings else GOOD
+        return self.findings[0].text if self.findings else GOOD_SHAPED if self.shaped else GOOD
 
     def next(self, commands: Mapping[str, str] | None = None) -> str:
-        """What to do now; commands: for users of the command line, the whole of "fastrefine shape" and "fastrefine refine"."""
+        """What to do now; commands: for users of the command line, short commands such as "fastrefine shape" -> the whole."""
+        python, text = COMPARE if self.shaped else REFINE
+        if self.findings:
+            python, text = self.findings[0].python, self.findings[0].command
         if commands is None:
-            return self.findings[0].python if self.findings else REFINE[0]
-        text = self.findings[0].command if self.findings else REFINE[1]
+            return python
         for short, whole in commands.items():
             text = text.replace(f"`{short}`", f"`{whole}`")
         return text
@@ -96,7 +108,25 @@ class Check:
         for name, one in self.scores.items():
             reached = "-" if one.reached is None else f"{one.reached:.0%}"
             lines.append(f"{name:<16}{one.count:>8}{''.join(f'{q:>10.3g}' for q in one.quantiles)}{reached:>15}")
-        rows = {}
+        rows = self.judgements()
+        rows |= self.networks
+        if self.ranges:
+            rows["range"] = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in self.ranges.items())
+        if self.ladder:
+            whys = [textwrap.shorten(e["why"], WHY, placeholder=" ...") for e in self.ladder]
+            tried = [e["rung"] + f" not ({why})" * (not e["kept"]) for e, why in zip(self.ladder, whys, strict=True)]
+            rows["faster forms"] = ", ".join(dict.fromkeys(tried))
+        lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
+        others = [*(finding.text for finding in self.findings[1:]), *self.notes]
+        lines += ["", *(f"also            {text}" for text in others)] * bool(others) + [""]
+        verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
+        told = self.next(commands).replace(" `fastrefine ", "\n" + " " * 16 + "`fastrefine ")  # a line for each whole command
+        told = told.replace("`; if ", "`;\n" + " " * 16 + "if ")
+        return "\n".join([*lines, *verdict, f"next            {told}"])
+
+    def judgements(self) -> dict[str, str]:
+        """In words, by name: stop threshold, separation, calibration and refinement, as far as they are known."""
+        rows: dict[str, str] = {}
         if self.thresholds is not None:
             low, middle, high = self.thresholds
             rows["stop threshold"] = f"{middle:.3g}" if low == high else f"{low:.3g} to {high:.3g}, median {middle:.3g}"
@@ -106,22 +136,10 @@ class Check:
             may = "may be selected by" if d.trusted else "calibrate before selecting"
             rows["calibration"] = f"ece {d.ece:.3f}, z {d.z:.1f}, brier {d.brier:.3f}: {may}"
         if self.run:
-            ended = ", ".join(f"{share:.0%} {name}" for name, share in self.run["status"].items() if share)
             before, after = (self.run[name] for name in ("logit_before", "logit_after"))
             change = "" if before is None else f", mean logit {before:.3g} before, {after:.3g} after"
-            rows["refinement"] = f"{self.run['mean_steps']:.1f} steps on average{change}; {ended}"
-        rows |= self.networks
-        if self.ranges:
-            rows["range"] = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in self.ranges.items())
-        if self.ladder:
-            whys = [textwrap.shorten(e["why"], WHY, placeholder=" ...") for e in self.ladder]
-            tried = [e["rung"] + f" not ({why})" * (not e["kept"]) for e, why in zip(self.ladder, whys, strict=True)]
-            rows["faster forms"] = ", ".join(dict.fromkeys(tried))
-        lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
-        told = [*(finding.text for finding in self.findings[1:]), *self.notes]
-        lines += ["", *(f"also            {text}" for text in told)] * bool(told) + [""]
-        verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
-        return "\n".join([*lines, *verdict, f"next            {self.next(commands)}"])
+            rows["refinement"] = f"{self.run['mean_steps']:.1f} steps on average{change}; {ended(self.run)}"
+        return rows
 
     def entry(self, commands: Mapping[str, str]) -> dict[str, Any]:
         """As JSON values, in the words of the command line."""
@@ -138,11 +156,11 @@ class Check:
 
 def checked(
     setting: str, raw: Result, refined: Result, thresholds: Tensor | None, real: Tensor | None, networks: dict[str, str],
-    doubts: Sequence[str], notes: Sequence[str], found: Sequence[Finding], run: dict[str, Any],
+    doubts: Sequence[str], notes: Sequence[str], found: Sequence[Finding], run: dict[str, Any], shaped: bool,
 ) -> Check:  # fmt: skip
     """The check from results of no step and of a run, thresholds (n,), and real images (N, ...).
 
-    doubts: of the networks' statistics. found, run: findings and summary of the refined samples.
+    doubts: of the networks' statistics. found, run: findings and summary of the refined samples. shaped: whether D was.
     """
     of = {"raw": raw.logits, "refined": refined.logits}
     separation = None
@@ -157,12 +175,49 @@ def checked(
     ranges = {"real": real} if real is not None else {}
     mend = ("mend that first, then check again",) * 2
     findings = [*(Finding("statistics", text, *mend) for text in doubts), *_of_separation(separation), *found]
+    if shaped:
+        out_of_reach = _of_reach(refined, bounds is not None)
+        findings = [_further(one) for one in findings if one.code != "exhausted"] + out_of_reach
     return Check(
         setting, tuple(findings or ([UNKNOWN] if separation is None else [])), scores, bounds, separation,
         diagnosis_of(raw) if raw.scale == "logit" else None, run, networks,
         {name: (float(x.min()), float(x.max())) for name, x in (ranges | {"generated": raw.images}).items()},
-        tuple(refined.report["ladder"]), tuple(notes),
+        tuple(refined.report["ladder"]), tuple(notes), shaped,
     )  # fmt: skip
+
+
+def of_memory(training: Tensor, held_out: Tensor) -> list[Finding]:
+    """Whether D knows the images by heart that it was shaped on; logits (N,) of them, and (M,) of other real images."""
+    share = separation_of(training, held_out)
+    if share is None or share < HEART:
+        return []
+    text = f"D knows its training images by heart: one of them scores above a held-out real image in {share:.0%} of pairs"
+    return [Finding("by_heart", text, *("shape for fewer iterations, or on more real images",) * 2)]
+
+
+def _of_reach(refined: Result, threshold: bool) -> list[Finding]:
+    """Whether the steps come up to the scores of real images; threshold: whether there is a logit at which samples stop."""
+    n, reached = len(refined), int((refined.status == Status.REACHED).sum())
+    if threshold:
+        far, text = reached < n / 2, f"only {reached} of {n} refined images reached the stop threshold"
+    elif refined.real_logits is None:
+        return []
+    else:
+        share = separation_of(refined.real_logits, refined.logits)
+        far, text = share is not None and share > FAR, f"a real image still scores above a refined one in {share:.0%} of pairs"
+    if not far:
+        return []
+    fewer = "; or, if D was shaped for long, shape the D that it was made of for fewer iterations"
+    return [Finding(
+        "out_of_reach", f"{text}: the steps do not come up to the scores that D gives real images",
+        "pass more max_steps, or a larger step_size" + fewer, "give more --max-steps, or a larger --step-size" + fewer,
+    )]  # fmt: skip
+
+
+def _further(found: Finding) -> Finding:
+    """The advice to shape, for a D that is shaped already."""
+    python, command = (text.replace(SHAPE_FIRST, "shape D for longer") for text in (found.python, found.command))
+    return replace(found, python=python, command=command)
 
 
 def separation_of(real: Tensor, raw: Tensor) -> float | None:

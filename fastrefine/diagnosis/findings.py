@@ -78,14 +78,16 @@ def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
             "pass more max_steps or a larger step_size, or " + SHAPE[0] + "; for a fixed number of steps leave stop out",
             "give more --max-steps or a larger --step-size, or " + SHAPE[1] + "; for a fixed number of steps --stop none",
         ))  # fmt: skip
-    if before > n / 2:
+    if max_steps and before > n / 2:  # unrefined images are what the generator makes, whatever D says
         found.append(Finding(
             "above_real", f"{before} of {n} proposals passed the highest real logit before their first step: D prefers "
             "generated images to real ones", *SHAPE,
         ))  # fmt: skip
-    elif above > n / 2:
+    elif max_steps and above > n / 2:
         found.append(Finding(
-            "over_refined", f"{above} of {n} logits passed the highest real logit: too many or too large steps?",
-            'pass stop=fastrefine.stopping.MedianOfReal(), or fewer max_steps', "give --stop median, or fewer --max-steps",
+            "over_refined", f"{above} of {n} logits passed the highest real logit: D takes these images for more real than "
+            "every real one, so they were probably refined too far",
+            "pass stop=fastrefine.stopping.MedianOfReal() with real images, or fewer max_steps",
+            "give --stop median with --real, or fewer --max-steps",
         ))  # fmt: skip
     return found

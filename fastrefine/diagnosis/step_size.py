@@ -62,7 +62,7 @@ def diagnose_steps(result: Result, sampler: Sampler) -> StepDiagnosis:
     """Diagnose the step size of ``sampler`` from one of its results, whose latents were drawn from the prior.
 
     Fixed steps without noise are too large where most updates lower the logit. Fewer falls do not prove that they are good
-    (docs/samplers.md shows steps that ruin samples with a sixth). Steps of MALA and HMC are too large where fewer than a
+    (docs/samplers.md shows steps that ruin samples with a sixth). Steps of MALA, PCN and HMC are too large where fewer than a
     tenth of the proposals are accepted, and needlessly small where nearly all are. Nearly all are also accepted where HMC's
     trajectories come back to their start, as they may under a normal prior with jitter=0. DDLS with noise_scale 1 has a mean
     logit of at least the prior's in the limit, and DGflow ascends: their steps are too large where the mean logit fell by
@@ -96,7 +96,8 @@ def _spread(count: float, total: float, square: float) -> float:
 def _problem(sampler: Sampler, falls: float, gain: float, least: float, acceptance: float | None) -> Finding | None:
     """Why the step size is too large, or None; least: the smallest fall of the mean logit that counts."""
     traits, smaller = sampler.traits, ("pass a smaller step_size", "give a smaller --step-size")
-    if acceptance is not None and acceptance < RARE:
+    every = getattr(sampler, "global_every", None)  # moves to fresh draws may all be rejected, and say nothing of the step
+    if acceptance is not None and acceptance < RARE * (1 - 1 / every if every else 1):
         advice = "adapt= finds one by itself", "--sampler-args '{\"adapt\": 100}' finds one by itself"
         if getattr(sampler, "adapt", 0):
             advice = ("adapt for longer, or from a smaller one",) * 2

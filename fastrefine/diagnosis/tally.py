@@ -62,3 +62,11 @@ def summary(sums: Sums) -> dict[str, Any]:
         "mean_steps": sums["updates"] / n if n else 0.0,
         "status": {status.name: sums[status.name] / n if n else 0.0 for status in Status},
     }  # fmt: skip
+
+
+def ended(run: Mapping[str, Any]) -> str:
+    """How the samples of a ``summary`` ended, in words: the share of each status, or that no steps were wanted."""
+    status = run["status"]
+    if status[Status.EXHAUSTED.name] == 1 and not run["mean_steps"]:
+        return "no steps were allowed, so images are as the generator makes them"
+    return ", ".join(f"{share:.1%} {name}".replace(".0%", "%") for name, share in status.items() if share)

@@ -108,6 +108,8 @@ class Run:
     def admit(self, block: Block) -> None:
         """Put a block of proposals into the pool."""
         self.machine.admit(block)
+        if self.proposals.source.choice is not None:
+            self.progress.proposed += self.proposals.source.proposals * (block.admitted.stop - block.admitted.start)
         if block.admitted == slice(0, block.size):
             block = replace(block, activation=None)
         self.waiting[block.index] = (block, self.requested)

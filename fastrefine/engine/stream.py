@@ -73,7 +73,7 @@ class SampleStream:
                     initial.use(target)
                     kept: dict[str, Any] = {"initial": initial}
                     kept |= {} if known is None else {"real_logits": known.logits, "real_labels": known.labels}
-                    highest = torch.inf if known is None else float(known.logits.max())
+                    highest = options.highest(None if known is None else known.logits)
                     if source.count == 0:
                         yield replace(self._empty(target), **kept)
                         return
@@ -145,7 +145,7 @@ class SampleStream:
         lockstep = options.coupling == "lockstep"
         real = self.networks.real if options.needs_real else None
         proposals = Proposals(
-            source, target.generator, stop, real, options.max_steps, target.num_slots, options.dtype, options.device,
+            source, target, stop, real, options.max_steps, target.num_slots, options.dtype, options.device,
             whole_blocks=lockstep,
         )  # fmt: skip
         rule = Rule(sampler, source.seed, options.keep == "best", lockstep, options.max_grad_norm, self.snapshots)

@@ -21,8 +21,8 @@ __all__ = ["RULES", "copy_context", "refine_step"]
 
 RULES = frozenset(
     {
-        "sgd", "backtracking", "barzilai_borwein", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "hmc", "dot_adam",
-        "dot_sgd",
+        "sgd", "backtracking", "barzilai_borwein", "adaptive", "momentum", "adam", "ladam", "ddls", "mala", "pcn", "hmc",
+        "dot_adam", "dot_sgd",
     }
 )  # fmt: skip
 

@@ -83,7 +83,8 @@ def choose(device: torch.device, rule: str | None) -> str:
         if device.type != home and not (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise BackendError(f"backend {forced!r} runs on {home} tensors, these are on {device.type}")
         if forced != "reference" and not _has(_load(forced), rule):
-            raise BackendError(f"backend {forced!r} has no kernel for the rule {rule!r}; use backend 'reference'")
+            wanted = "this sampler with this prior" if rule is None else f"the rule {rule!r}"
+            raise BackendError(f"backend {forced!r} has no kernel for {wanted}; use backend 'reference'")
         return forced
     for name in _PREFERRED.get(device.type, ("reference",)):
         if name == "reference" or _has(_load(name), rule):

@@ -88,7 +88,8 @@ def import_pair(
     facts = {**_conventions(g, d), **facts, **({"prior": prior} if prior else {}), **saved}
     if "prior" not in facts:
         raise InputError(
-            'the generator does not say what its latents are; pass e.g. --prior \'{"name": "normal", "shape": [128]}\''
+            'the generator does not say what its latents are; pass e.g. --prior \'{"name": "normal", "shape": [128]}\', with '
+            "the shape of one latent: [128, 1, 1] where the generator begins with a convolution, as a DCGAN does"
         )
     outdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outdir.parent, suffix=".part") as folder:

@@ -27,7 +27,7 @@ CHOICES = {
     "coupling": ("", *checks.COUPLINGS), "on_noise": ("", *checks.ON_NOISE),
     "calibrate": ("", "isotonic", "platt", "beta", "temperature"),
 }  # fmt: skip
-COUNTS = {"num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
+COUNTS = {"best_of": 1, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
 USUAL_RANGE = (-1.0, 1.0)
 # How the networks are called: arguments of Refiner, which a pair keeps.
 CALLS = (
@@ -68,6 +68,7 @@ class Configuration:
     are not given as the pair says, or as RUN. real: real images, for stop, steps and select.
     ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, "random" (drawn by seed), or
     "balanced" (image i is of class i modulo num_classes).
+    best_of: the raw proposals of which each refined sample starts from the best (``proposals`` of Refiner).
     select: among chain_length proposals of each image; budget: of obrs. calibrate: a method of ``fastrefine.calibrate`` for the
     logits that select reads, fitted on real images, those of held_out if given, else of real. image_range: of the generator's
     images; None: the pair's, or -1 to 1 (``saved_pair.configured``). conditions: a file with further inputs of the networks,
@@ -84,6 +85,7 @@ class Configuration:
     max_steps: int | None = None
     stop: str | float = ""
     keep: str = "last"
+    best_of: int = 1
     real: str = ""
     discriminator_output: str = ""
     num_slots: int = 256

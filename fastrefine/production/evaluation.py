@@ -24,7 +24,7 @@ from fastrefine.models.digits import Classifier
 from fastrefine.networks.calls import attempt
 from fastrefine.production import image_features
 from fastrefine.production.configuration import Network
-from fastrefine.production.images import FILES, digests, load_labelled, some, training_part
+from fastrefine.production.images import FILES, digests, held_out_part, load_labelled, shaped_on, some, training_part
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
 from fastrefine.production.saved_pair import build
@@ -35,7 +35,6 @@ SCORED_IN = 10  # parts, for torch-fidelity's Inception score
 COVERED = 10_000  # images at most, for precision and recall
 BLOCK = 500  # images at once
 SURE = 1.96  # standard errors to each side hold 95 %
-SHAPED_ON = "shaped_on.npy"  # in a pair's folder: digests of the images that its discriminator was shaped on
 # Our names of figures, and torch-fidelity's, which are used where the features are those of its Inception.
 PUBLISHED = {
     "frechet_distance": "frechet_inception_distance", "kernel_distance": "kernel_inception_distance_mean",
@@ -169,9 +168,9 @@ def measure(
     Precision and recall are of at most 10,000 images drawn from each set. The score is left out where the network gives no
     logits.
 
-    The intervals hold about 95 %. Frechet distance and score: 1.96 standard errors of ``resamples`` bootstrap samples of the
-    images (the real ones stay). KID: 1.96 standard errors, see ``metrics.kernel_distance``. Precision, recall: of the share in
-    the images whose share it is. They do not tell of the bias of the Frechet distance, which depends on N.
+    The intervals hold about 95 %: 1.96 standard errors of ``resamples`` bootstrap samples of the images (the real ones stay).
+    Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance,
+    which depends on N.
 
     Raises InputError on sets of different shape, or of fewer than four images.
 
@@ -183,7 +182,7 @@ def measure(
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
     distance = metrics.frechet_distance(ours, theirs)
-    kernel = metrics.kernel_distance(ours, theirs, kid_subset)
+    kernel = metrics.kernel_distance(ours, theirs, kid_subset, resamples=resamples)
     found = {
         "frechet_distance": _around(distance, metrics.frechet_standard_error(ours, theirs, resamples), least=0.0),
         "kernel_distance": _around(*kernel),
@@ -192,6 +191,14 @@ def measure(
         found["classifier_score"] = _score(_mixed(probabilities), SCORED_IN if features.published else 1, resamples)
     found |= _precision_recall(ours, theirs, resamples)
     return {_named(metric, features, len(images)): figure for metric, figure in found.items()}
+
+
+def real_compared(name: str, num_real: int) -> int:
+    """With how many of ``num_real`` real images a figure of ``measure`` was compared; 0: with none, as a score is."""
+    metric = _metric(name)
+    if metric == "classifier_score":
+        return 0
+    return min(num_real, COVERED) if metric in ("precision", "recall", "f_score") else num_real
 
 
 def _named(metric: str, features: Features, n: int) -> str:
@@ -254,11 +261,14 @@ class Evaluation:
         return [(name, figure, other) for (name, figure), other in zip(self.figures.items(), others, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: every figure is {"value": ..., "low": ..., "high": ...}."""
+        """JSON values: every figure is {"value", "low", "high", "num_real"}, the last as ``real_compared`` gives it."""
         found = {**self.__dict__}
         for name in ("figures", "baseline"):
             if found[name] is not None:
-                found[name] = {key: figure._asdict() for key, figure in found[name].items()}
+                found[name] = {
+                    key: {**figure._asdict(), "num_real": real_compared(key, self.num_real)}
+                    for key, figure in found[name].items()
+                }
         return found
 
 
@@ -317,16 +327,25 @@ def _seen_in_shaping(images: Path, real: str, truth: Tensor) -> list[str]:
     """A warning where the pair of a run was shaped on some of the images that it is judged by."""
     try:
         pair = json.loads((images / MANIFEST).read_text())["configuration"]["pair"]
-        seen = np.load(Path(pair) / SHAPED_ON, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError):
         return []  # nothing is known of it
-    n = int(np.isin(digests(truth), seen).sum())
-    if not n:
-        return []
-    return [
-        f"the discriminator of {pair} was shaped on {n} of these {len(truth)} real images, which flatters the figures; wanted "
-        f"held-out ones as --real{f', {real}:test' if training_part(f'{real}:test') != f'{real}:test' else ''}"
-    ]
+    n = shaped_on_some(pair, truth)
+    return [shaped_on_them(f"the discriminator of {pair}", n, truth, real, "the figures")] if n else []
+
+
+def shaped_on_some(pair: str, truth: Tensor) -> int:
+    """On how many of the real images (N, C, H, W) in [-1, 1] the discriminator of a pair's folder was shaped."""
+    seen = shaped_on(pair)
+    return 0 if seen is None else int(np.isin(digests(truth), seen).sum())
+
+
+def shaped_on_them(who: str, n: int, truth: Tensor, real: str, what: str) -> str:
+    """The warning that n of the real images were used in shaping; what: is flattered by it."""
+    instead = held_out_part(real)
+    return (
+        f"{who} was shaped on {n} of these {len(truth)} real images, which flatters {what}; wanted held-out ones as --real"
+        f"{instead and f', {instead}'}"
+    )
 
 
 def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None = None, raw_n: int | None = None) -> list[str]:
@@ -356,8 +375,13 @@ def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None 
 
 
 def _by_metric(figures: dict[str, Figure]) -> dict[str, float]:
-    ours = {published: name for name, published in PUBLISHED.items()}
-    return {ours.get(name, name.partition("[")[0]): figure.value for name, figure in figures.items()}
+    return {_metric(name): figure.value for name, figure in figures.items()}
+
+
+def _metric(name: str) -> str:
+    """Our name of the metric of a figure."""
+    ours = {published: metric for metric, published in PUBLISHED.items()}
+    return ours.get(name, name.partition("[")[0])
 
 
 def images_of(path: Path, limit: int | None = None) -> Tensor:

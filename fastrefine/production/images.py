@@ -18,6 +18,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")  # of pictures
 FILES = (".npz", ".npy", ".safetensors")
 WANTED = f"wanted a folder of pictures or of MNIST's idx files, {', '.join(FILES[:-1])} or {FILES[-1]}, or digits"
 PARTS = ("train", "test")  # "digits:test": the held-out images
+SHAPED_ON = "shaped_on.npy"  # in a pair's folder: digests of the images that its discriminator was shaped on
 
 
 def load_images(path: str | Path, limit: int | None = None, *, signed: bool = False) -> Tensor:
@@ -88,6 +89,24 @@ def training_part(path: str) -> str:
     """ "digits:train" of "digits:test", and so on; other paths as they are."""
     source, part = _parted(path)
     return f"{source}:train" if part == "test" else path
+
+
+def held_out_part(path: str) -> str:
+    """ "digits:test" of "digits" or "digits:train", and so on; "" where there is none, or ``path`` is it."""
+    source, part = _parted(path)
+    there = (source == "digits" and not Path(source).exists()) or is_mnist(source)
+    if Path(source).suffix == ".npz" and Path(source).is_file():
+        with np.load(source, allow_pickle=False) as content:
+            there = "x_test" in content.files
+    return f"{source}:test" if there and part != "test" else ""
+
+
+def shaped_on(pair: str) -> np.ndarray | None:
+    """The ``digests`` of the images that the discriminator of the folder ``pair`` was shaped on; None: nothing is known."""
+    try:
+        return np.load(Path(pair) / SHAPED_ON, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
 
 
 def digests(images: Tensor) -> np.ndarray:

@@ -28,20 +28,22 @@ Figures = dict[str, tuple[float, float | None, float | None]]  # name -> value, 
 class Report:
     """What the page shows of a run; each part is computed when it is asked for, and raises InputError where it cannot be.
 
-    real: real images, as ``load_labelled`` reads them, or None. features, train: as for ``fastrefine evaluate``.
+    real: real images, as ``load_labelled`` reads them, or None; limit: how many at most, None: all. features, train: as for
+    ``fastrefine evaluate``.
     """
 
-    def __init__(self, pairs: BeforeAfter, real: str | None = None, *, features: str | None = None, train: str | None = None):
-        self.pairs, self.real, self.code, self.train = pairs, real, features, train or real
+    def __init__(self, pairs: BeforeAfter, real: str | None = None, limit: int | None = None, *, features: str | None = None,
+                 train: str | None = None):  # fmt: skip
+        self.pairs, self.real, self.limit, self.code, self.train = pairs, real, limit, features, train or real
         self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}  # what the run told of itself at its end
         self.findings: list[Any] = self.summary.get("findings") or pairs.manifest.get("findings") or []
 
     @cached_property
     def truth(self) -> tuple[Tensor, Tensor | None]:
-        """Real images (M, C, H, W) in [-1, 1], at most as many as there are images, and their labels."""
+        """Real images (M, C, H, W) in [-1, 1], and their labels."""
         if self.real is None:
             raise InputError("no real images were given; pass --real")
-        return load_labelled(self.real, max(len(self.pairs.ids), 2), signed=True)
+        return load_labelled(self.real, self.limit, signed=True)
 
     @cached_property
     def features(self) -> evaluation.Features:
@@ -127,7 +129,7 @@ def draw(pairs: BeforeAfter, output: Path, rows: Sequence[str]) -> None:
         before = pairs.before
         with contextlib.suppress(InputError):  # a baseline is enough for the pictures
             logits = list(zip(pairs.logits_before.tolist(), after.columns["logits"].tolist(), strict=True))
-    title = f"{pairs.folder.path.name}: the first {len(pairs.ids)} images"
+    title = f"Run {pairs.folder.path.name}: its first {len(pairs.ids)} samples"
     pictures.grid(output, before.pixels, after.pixels, logits, title, rows)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from fastrefine import __version__, pictures
 from fastrefine.diagnosis.reliability import reliability_plot
 from fastrefine.errors import InputError
+from fastrefine.production import evaluation
 from fastrefine.production.configuration import Configuration
 from fastrefine.production.report import Report
 from fastrefine.production.run_folder import MANIFEST
@@ -46,7 +47,8 @@ SETTINGS = {
     "sampler": "the rule by which a sample moves", "max_steps": "steps that a sample may take",
     "stop": "when a sample is done", "real": "real images that the stopping rule looked at",
     "prior": "where latents are drawn",
-    "keep": "which state of a sample is kept", "ids": "the samples", "seed": "of all random numbers",
+    "keep": "which state of a sample is kept", "best_of": "raw proposals of each sample, which starts from the best",
+    "ids": "the samples", "seed": "of all random numbers",
     "classes": "labels of the images", "select": "how one of several proposals is chosen", "precision": "of the arithmetic",
     "num_slots": "samples advanced together", "format": "of the files", "shard_size": "images in a file",
     "image_range": "of the generator's images", "discriminator_output": "what the discriminator returns",
@@ -107,6 +109,7 @@ class _Page:
             "nearest": self.part("nearest real images", self.nearest), "features": metrics and report.features.name,
             "scores": _histogram(shown, "score (logit)"), "steps": _bars(steps, self.pairs.folder.configuration.max_steps or 0),
             "status": [(name, count, count / numbers["images"], STATUS[name]) for name, count in numbers["status"].items()],
+            "unrefined": pairs.folder.configuration.max_steps == 0,
             "metrics": metrics, "distance": distance, "verdict": _verdict(distance),
             "num_real": metrics and len(report.truth[0]),
             "reliability": self.part("reliability", lambda: report.reliability),
@@ -169,7 +172,7 @@ class _Page:
         others = list(before.values()) if before is not None else [None] * len(after)
         return [
             {"name": name, "words": next((text for start, text in METRICS.items() if name.startswith(start)), ""),
-             "before": other, "after": figure}
+             "before": other, "after": figure, "real": evaluation.real_compared(name, len(self.report.truth[0]))}
             for (name, figure), other in zip(after.items(), others, strict=True)
         ]  # fmt: skip
 

@@ -61,6 +61,7 @@ class Pair:
     specs: where the networks come from.
     calls: how they are called, as arguments of Refiner: those of ``configuration.CALLS`` that were saved.
     checkout: the folder in which the modules of the networks lie, "" where they are installed.
+    highest_real_logit: as for Refiner, where it was saved.
 
     Example: ``fr.Refiner.from_pair(fr.load_pair("digits"), sampler=fr.Collaborative(0.3), max_steps=20)``
     """
@@ -72,6 +73,7 @@ class Pair:
     specs: tuple[Network, Network]
     calls: dict[str, Any] = field(default_factory=dict)
     checkout: str = ""
+    highest_real_logit: float | None = None
 
     @property
     def at(self) -> str:
@@ -109,7 +111,7 @@ class Pair:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of Refiner by name, without the networks."""
-        names = ("sampler", "at", "max_steps", "stop", "prior", "discriminator_output")
+        names = ("sampler", "at", "max_steps", "stop", "prior", "discriminator_output", "highest_real_logit")
         return {**{name: getattr(self, name) for name in names}, **self.calls}
 
     def _said(self, name: str) -> Any:
@@ -153,6 +155,7 @@ def save_pair(
     output_key: str | int | None = None, coupling: str = "refuse", group_size: int | None = None,
     pack: int = 1, on_noise: str = "refuse", sampler: Sampler | str | Mapping[str, Any] | None = None,
     stop: StopRule | float | str | None = None, max_steps: int | None = None, checkout: str | Path = "",
+    highest_real_logit: float | None = None,
 ) -> Path:  # fmt: skip
     """Write a pair into ``folder`` (created), for ``load_pair`` and ``fastrefine refine --pair FOLDER``; returns the folder.
 
@@ -165,6 +168,7 @@ def save_pair(
     ``Refiner``. None: Collaborative(0.1), no rule, 50 steps.
     checkout: the folder in which the modules of ``code`` lie, if they are not installed. Who loads the pair names it in
     PYTHONPATH, or passes ``trust_code=True``.
+    highest_real_logit: as for ``Refiner``; ``fastrefine shape`` writes that of the images that it shaped on.
 
     Of wrapped networks (DataParallel, torch.compile) the network inside is saved. Of a distilled generator ``code`` and
     ``arguments`` make the generator that it was distilled from. Raises InputError where the weights do not
@@ -225,6 +229,9 @@ def save_pair(
     config |= {"prior": priors.described(as_prior(prior))}
     config |= {name: getattr(defaults, name) for name in RUN if getattr(defaults, name) != getattr(PLAIN, name)}
     config |= {"checkout": trust.checkout} if checkout else {}
+    if highest_real_logit is not None:
+        checks.number("highest_real_logit", highest_real_logit)
+        config["highest_real_logit"] = float(highest_real_logit)
     config |= {name: value for name, value in kept.items() if name not in CALLS or value != getattr(PLAIN, name)}
     text = json.dumps(config, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,6 +268,7 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
         config = json.loads(file.read_text())
         g, d = (Network(**config[name]) for name in ROLES)
         given, checkout = dict(config["prior"]), str(config.get("checkout", ""))
+        highest = config.get("highest_real_logit")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is no configuration of a pair ({type(error).__name__}: {error})") from error
     here, places = [], [folder]
@@ -275,13 +283,15 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
     trust = Trust(trust_code, file=file, checkout=checkout)
     said = {name: config[name] for name in (*DEFAULTS, *RUN) if name in config}
     try:
+        if highest is not None:
+            checks.number("highest_real_logit", highest)
         checked, prior = Configuration(pair=str(folder), **said), as_prior(given)
         if checked.sampler:
             as_sampler(checked.sampler)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     defaults = {name: getattr(checked, name) for name in said if getattr(checked, name) != getattr(PLAIN, name)}
-    return Pair(*_loaded(here, trust, allow_pickle), prior, defaults, (g, d), _calls(checked, trust), checkout)
+    return Pair(*_loaded(here, trust, allow_pickle), prior, defaults, (g, d), _calls(checked, trust), checkout, highest)
 
 
 def _calls(configuration: Configuration, trust: Trust) -> dict[str, Any]:
@@ -344,7 +354,9 @@ def configured(
         pair = Pair(*_loaded(specs, trust, allow_pickle), prior, {}, specs)
     said = pair.defaults | {name: getattr(filled, name) for name in DEFAULTS}
     calls = pair.calls | _calls(configuration, trust)
-    return replace(pair, prior=prior, defaults=said, calls=calls), filled
+    same = calls == pair.calls and filled.discriminator_output == pair.discriminator_output
+    highest = pair.highest_real_logit if same else None  # of D as the pair calls it
+    return replace(pair, prior=prior, defaults=said, calls=calls, highest_real_logit=highest), filled
 
 
 def build(network: Network, name: str, trust: Trust = UNTRUSTED) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 import warnings
 from collections import Counter
@@ -87,14 +86,14 @@ class Worker:
         if c.classes in CLASSES and c.num_classes < 1:
             raise InputError(f"{c.classes} classes need num_classes, how many there are")
         self.labelled = c.classes is not None or required or (labels and c.num_classes > 0 and any(takes for takes, _ in taken))
-        real, classes = self._real(c.real) if c.real else (None, None)
+        real, classes = self.real_images(c.real) if c.real else (None, None)
         if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):
             raise InputError(f"the networks take labels, and {c.real} has none: wanted class folders, or arr_1 in a .npz")
         self.real_classes = classes
         self.refiner = Refiner.from_pair(
             pair, sampler=c.sampler, max_steps=c.max_steps, stop=c.stop, real=real,
             real_labels=classes if self.labelled else None, num_slots=c.num_slots, device=device, precision=c.precision,
-            keep=c.keep, callback=self._on_step,
+            keep=c.keep, proposals=c.best_of, callback=self._on_step,
         )  # fmt: skip
         self._bar: ProgressBar | None = None
         self._before = 0  # images of this worker's earlier streams
@@ -238,7 +237,7 @@ class Worker:
             counts = Counter(Status(int(s)).name for s in columns["status"])
             facts: dict[str, Any] = {"status": dict(counts), "num_slots": min(out.report["num_slots"] for out in outs)}
             for out in outs:
-                tally.add(out, math.inf if out.real_logits is None else float(out.real_logits.max()))
+                tally.add(out, self.refiner.options.highest(out.real_logits))
             facts |= {"tally": {name: value for name, value in tally.sums.items() if value}}
             if self.chooser is not None:
                 columns["selected"] = torch.cat(selected).numpy()
@@ -328,7 +327,7 @@ class Worker:
             real = stopping.RealLogits(self.refiner.real_logits(f"select={c.select}"), self.refiner.real_labels)
             held_out = real.logits if c.calibrate else None
         if c.held_out:
-            images, classes = self._real(c.held_out)
+            images, classes = self.real_images(c.held_out)
             reads = self.labelled and self.pair.takes_labels("discriminate")[0]
             if reads and classes is None:
                 raise InputError(f"the discriminator takes labels, and {c.held_out} has none")
@@ -354,7 +353,7 @@ class Worker:
             warnings.warn(Finding("uncalibrated", text, more, more).warning(), stacklevel=3)
         return chooser
 
-    def _real(self, path: str) -> tuple[Tensor, Tensor | None]:
+    def real_images(self, path: str) -> tuple[Tensor, Tensor | None]:
         """Real images of a file in the generator's range, and their labels."""
         usual = self.configuration.value_range == USUAL_RANGE
         real, classes = load_labelled(path, signed=not usual)

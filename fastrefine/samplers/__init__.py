@@ -8,8 +8,9 @@ from fastrefine.samplers.dot import DOT
 from fastrefine.samplers.hmc import HMC
 from fastrefine.samplers.mala import MALA
 from fastrefine.samplers.named import as_sampler, described
+from fastrefine.samplers.pcn import PCN
 
 __all__ = [
-    "DDLS", "DOT", "HMC", "MALA", "Collaborative", "DGflow", "Evaluation", "Kernel", "Latent", "Networks", "Sample", "Sampler",
-    "State", "Traits", "as_sampler", "described",
+    "DDLS", "DOT", "HMC", "MALA", "PCN", "Collaborative", "DGflow", "Evaluation", "Kernel", "Latent", "Networks", "Sample",
+    "Sampler", "State", "Traits", "as_sampler", "described",
 ]  # fmt: skip

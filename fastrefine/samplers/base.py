@@ -78,6 +78,17 @@ class Latent:
         bounded = torch.isfinite(width)
         return torch.where(bounded, folded.clamp(low, high), a), odd & bounded
 
+    def draw(self, xi: Tensor) -> Tensor:
+        """Independent latents (S, F) of the prior, made of standard normals xi (S, F) element by element; in float64."""
+        if self.is_normal:
+            return xi
+        precision, low, high = self.table.double()
+        normal = precision == 1
+        u = torch.special.ndtr(xi.double())
+        least, most = torch.special.ndtr(low), torch.special.ndtr(high)
+        bounded = torch.where(normal, torch.special.ndtri(least + (most - least) * u), low + (high - low) * u)
+        return torch.where(normal & torch.isinf(high - low), xi, bounded.clamp(low, high).to(xi.dtype))
+
     @property
     def is_normal(self) -> bool:
         """Whether every element is standard normal and unbounded."""

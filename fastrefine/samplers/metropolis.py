@@ -22,7 +22,7 @@ class Energy(NamedTuple):
 
 @dataclass(frozen=True)
 class MetropolisSampler(Sampler):
-    """Base of MALA and HMC: chains that leave p(z) ~ p0(z) exp(logit_scale d(G(z))) invariant, whatever the step size.
+    """Base of MALA, PCN and HMC: chains that leave p(z) ~ p0(z) exp(logit_scale d(G(z))) invariant, whatever the step size.
 
     State: position, logit, energy and its gradient of the standing point, step size, and how often a trial was accepted.
     """
@@ -48,6 +48,11 @@ class MetropolisSampler(Sampler):
             reads_prior=True,
         )  # fmt: skip
 
+    @property
+    def largest(self) -> float:
+        """The largest step size that the adaptation may reach, as a multiple of the first."""
+        return step_control.LARGEST
+
     def bind(self, networks: Networks) -> MetropolisSampler:
         return replace(self, latent=networks.latent())
 
@@ -63,9 +68,12 @@ class MetropolisSampler(Sampler):
 
     def test(
         self, a: Tensor, evaluation: Evaluation, energy: Energy, correction: Tensor, state: State, step: Tensor,
-        noise: NoiseSource,
+        noise: NoiseSource, learns: Tensor | None = None,
     ) -> State:  # fmt: skip
-        """Accept ``a`` with probability min(1, exp(U - U' + correction)), correction (S,) float64; adapt the step size."""
+        """Accept ``a`` with probability min(1, exp(U - U' + correction)), correction (S,) float64; adapt the step size.
+
+        learns: (S,) bool, the trials that the step size is adapted by. None: all.
+        """
         length = self.traits.transition_steps
         first, ends = step == 0, step % length == 0
         log_ratio = (state["energy"] - energy.value).double() + correction
@@ -73,8 +81,9 @@ class MetropolisSampler(Sampler):
         accept = first | (ends & (torch.log(noise.uniform().double()) < log_ratio))
         size = state["step_size"]
         if self.adapt:
-            adapted = step_control.robbins_monro(size, step // length, log_ratio, self.target, self.step_size)
-            size = torch.where(ends & ~first & (step <= self.adapt), adapted, size)
+            adapted = step_control.robbins_monro(size, step // length, log_ratio, self.target, self.step_size, self.largest)
+            adapts = ends & ~first & (step <= self.adapt)
+            size = torch.where(adapts if learns is None else adapts & learns, adapted, size)
         return {
             "position": torch.where(per_slot(accept), a, state["position"]),
             "logit": torch.where(accept, evaluation.logit, state["logit"]),
@@ -86,5 +95,5 @@ class MetropolisSampler(Sampler):
 
     def numbers(self) -> tuple[float, ...]:
         """What the fused rules know of the adaptation."""
-        bounds = step_control.DECAY, step_control.SMALLEST, step_control.LARGEST
+        bounds = step_control.DECAY, step_control.SMALLEST, self.largest
         return self.step_size, float(self.adapt), self.target, *bounds

@@ -15,8 +15,9 @@ from fastrefine.samplers.dgflow import DGflow
 from fastrefine.samplers.dot import DOT
 from fastrefine.samplers.hmc import HMC
 from fastrefine.samplers.mala import MALA
+from fastrefine.samplers.pcn import PCN
 
-_CLASSES: dict[str, type[Sampler]] = {kind.__name__: kind for kind in (Collaborative, DDLS, DGflow, DOT, HMC, MALA)}
+_CLASSES: dict[str, type[Sampler]] = {kind.__name__: kind for kind in (Collaborative, DDLS, DGflow, DOT, HMC, MALA, PCN)}
 
 
 def as_sampler(given: Sampler | str | Mapping[str, Any]) -> Sampler:

@@ -41,11 +41,14 @@ def barzilai_borwein(step_size: Tensor, accepted: Tensor, moved: Tensor, bent: T
     return torch.where(accepted, fitted, SHRINK * size).to(step_size.dtype)
 
 
-def robbins_monro(step_size: Tensor, test: Tensor, log_ratio: Tensor, target: float, first: float) -> Tensor:
+def robbins_monro(
+    step_size: Tensor, test: Tensor, log_ratio: Tensor, target: float, first: float, largest: float = LARGEST
+) -> Tensor:
     """Step sizes (S,) after the k-th Metropolis test of each chain (Robbins & Monro 1951, on log eps).
 
     log eps += k^-DECAY (min(1, exp(log_ratio)) - target). test: (S,) whole numbers k, 0 counts as 1. log_ratio: (S,)
-    float64, never NaN. target: wanted share of accepted trials. first: the step size at the start.
+    float64, never NaN. target: wanted share of accepted trials. first: the step size at the start. largest: of the step
+    sizes, as a multiple of the first.
     """
     gain = test.clamp(min=1).double() ** -DECAY * (torch.exp(log_ratio.clamp(max=0)) - target)
-    return torch.clamp(step_size * torch.exp(gain).to(step_size.dtype), SMALLEST * first, LARGEST * first)
+    return torch.clamp(step_size * torch.exp(gain).to(step_size.dtype), SMALLEST * first, largest * first)

@@ -75,8 +75,8 @@ def distil(
         leaves shaping out.
 
     Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, on
-    DDLS, MALA and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map does no
-    better than none.
+    DDLS, MALA, PCN and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map
+    does no better than none.
 
     Example: ``g = fr.distil(refiner, pairs=2000); g(torch.randn(4, 32)).shape  # (4, 1, 8, 8), as the generator's``
     """

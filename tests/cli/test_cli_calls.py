@@ -279,7 +279,9 @@ def test_shape_keeps_the_calls_in_the_new_pair(folder, tmp_path):
         "shape", "--pair", folder / "plain", "--generate", f"{HERE}:generate", "--discriminate", f"{HERE}:alone", "--real",
         folder / "real.npz", "--iterations", 2, "--batch-size", 8, "--max-steps", 1, "--outdir", tmp_path / "shaped",
     ))  # fmt: skip
-    assert out.splitlines()[-1].endswith(f"fastrefine refine --pair {tmp_path / 'shaped'} --trust-code")
+    assert out.splitlines()[-1].endswith(
+        f"fastrefine refine --pair {tmp_path / 'shaped'} --trust-code --ids 0-999 --outdir run"
+    )
     with pytest.raises(fr.InputError, match="--trust-code"):
         fr.load_pair(tmp_path / "shaped")
     pair = fr.load_pair(tmp_path / "shaped", trust_code=True)

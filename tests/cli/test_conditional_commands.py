@@ -140,8 +140,8 @@ def test_check_and_the_command_that_it_ends_in_give_labels(folder, tmp_path):
     liked = (fr.load_pair(folder / "pair").discriminator.out.weight.detach().view(1, 4, 4, 1) > 0).byte().numpy() * 255
     np.savez(tmp_path / "liked.npz", arr_0=np.repeat(liked, 30, 0), arr_1=np.arange(30) % CLASSES)
     fine = ("--real", tmp_path / "liked.npz", "--stop", -99, "--max-steps", 0)
-    last = told(fastrefine("check", *given, *fine, "--samples", 30)).splitlines()[-1]
-    (command,) = [part for part in last.split("`") if part.startswith("fastrefine refine ")]
+    out = told(fastrefine("check", *given, *fine, "--samples", 30))
+    command = next(part for part in out.split("`") if part.startswith("fastrefine refine "))
     words = shlex.split(command)[1:-1]
     assert words[-7:-1] == ["--class", "random", "--num-classes", "3", "--ids", "0-999"]
     told(fastrefine(*words, tmp_path / "run", "--ids", "0-29"))

@@ -4,12 +4,13 @@ import json
 import shlex
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastrefine as fr
-from fastrefine.diagnosis.check import separation_of
+from fastrefine.diagnosis.check import of_memory, separation_of
 from tests.support import flat_pairs
 from tests.support.commands import fastrefine, told
 from tests.support.refiners import pair, refiner
@@ -147,3 +148,77 @@ def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path, monkeypa
     found = json.loads(fastrefine(*given, "--json", "--samples", 20).stdout)
     assert found["findings"][0]["code"] == "inverted" and not found["usable"] and found["scores"]["raw"]["count"] == 20
     assert "--outdir shaped2`" in found["next"], "a folder that is there is not proposed again"
+
+
+# --- of a shaped pair
+
+
+def test_a_shaped_discriminator_is_judged_as_one():
+    found = flat_pairs.refiner(**FAR).check(shaped=True)
+    assert found.usable and "D was shaped" in found.verdict and "shape" not in found.next()
+    for options in ({}, {"stop": None}):  # four steps do not come up to the real images
+        found = flat_pairs.refiner(**options).check(shaped=True)
+        assert [one.code for one in found.findings] == ["out_of_reach"] and "max_steps" in found.next()
+        assert "fewer iterations" in found.next() and "shape D first" not in found.next()
+    assert "only 0 of 64" in flat_pairs.refiner().check(shaped=True).verdict
+    found = flat_pairs.refiner(liked=0.0).check(shaped=True)
+    assert found.findings[0].code == "inverted" and found.next().startswith("shape D for longer")
+
+
+def test_training_images_that_score_higher_than_held_out_ones_are_told():
+    high, low = torch.randn(200), torch.randn(200) - 1
+    assert of_memory(low, high) == [] == of_memory(low, low)
+    (found,) = of_memory(high, low)
+    assert found.code == "by_heart" and f"{separation_of(high, low):.0%} of pairs" in found.text
+
+
+def commands_of(out):
+    return [shlex.split(part) for part in out.split("`") if part.startswith("fastrefine ")]
+
+
+def test_shape_ends_in_a_verdict_and_check_of_the_new_pair_in_commands_that_fit_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, real = flat_pairs.saved(tmp_path)
+    np.save("other.npy", -flat_pairs.real_images().numpy())
+    few = ("--slots", 8, "--iterations", 2, "--batch-size", 8)
+    said = told(
+        fastrefine("shape", "--pair", folder, "--real", real, *few, "--stop", -2, "--max-steps", 30, "--outdir", "fine")
+    )
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines())
+    assert rows["judged"].startswith("by       the images that it was shaped on, which flatters it")
+    assert "100% of pairs" in rows["separation"] and "100% REACHED" in rows["refinement"] and "ece" in rows["calibration"]
+    assert rows["verdict"].startswith("nothing speaks against it: D was shaped") and "do" not in rows
+    assert said.splitlines()[-1] == "to refine with it: fastrefine refine --pair fine --ids 0-999 --outdir run"
+    assert fr.load_pair("fine").highest_real_logit == pytest.approx(float(
+        fr.load_pair("fine").discriminator(flat_pairs.real_images()).max().detach()))  # fmt: skip
+
+    out = told(fastrefine("check", "--pair", "fine", "--real", real, "--slots", 8))
+    assert (
+        "stop Threshold" in out
+        and "D was shaped on 60 of these 60 real images" in out
+        and "shape " not in out[out.index("next") :]
+    )
+    refine, raw, evaluate = commands_of(out)
+    assert refine[:4] == ["fastrefine", "refine", "--pair", "fine"] and "--stop" not in refine, "the pair has its own rule"
+    assert raw[raw.index("--max-steps") :][:2] == ["--max-steps", "0"] and "--real" not in raw
+    assert evaluate == ["fastrefine", "evaluate", "run", "--real", "HELD_OUT_IMAGES", "--baseline", "raw"]
+    for command in (refine, raw):
+        told(fastrefine(*command[1:], "--ids", "0-19"))
+    held_out = told(fastrefine("check", "--pair", "fine", "--real", "other.npy", "--slots", 8))
+    assert "was shaped on" not in held_out and commands_of(held_out)[2][3:5] == ["--real", "other.npy"]
+
+    said = told(fastrefine("shape", "--pair", folder, "--real", real, "--held-out", "other.npy", *few, "--stop", "median",
+                           "--max-steps", 4, "--outdir", "poor"))  # fmt: skip
+    assert "judged by       60 held-out real images (other.npy)" in said and "verdict         only 0 of 64 refined" in said
+    assert "what to do      give more --max-steps" in said
+    out = told(fastrefine("check", "--pair", "poor", "--real", real, "--slots", 8))
+    assert "stop MedianOfReal" in out and "only 0 of 64 refined images" in out
+
+
+def test_what_is_held_out_stays_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = told(fastrefine("check", "--pair", "digits", "--real", "digits:test", "--samples", 100, "--step-size", 0.3))
+    refine, raw, evaluate, shape = commands_of(out)
+    for command in (refine, shape):
+        assert "digits:train" in command and "0.3" in command
+    assert evaluate[3:5] == ["--real", "digits:test"] and raw[2:6] == ["--pair", "digits", "--max-steps", "0"]

@@ -8,7 +8,7 @@ import torch
 
 from fastrefine import ops
 from fastrefine.ops import slots
-from fastrefine.samplers import DDLS, DOT, HMC, MALA, Evaluation, Latent
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, PCN, Evaluation, Latent
 from tests.support.step_machine import SAMPLERS, bound, compare, device_of, record
 
 S, F = 2, 5
@@ -35,7 +35,8 @@ def machine(backend, sampler, last_step, dtype=torch.float64):
 
 
 SMOOTH = {
-    "mala": MALA(0.5, adapt=4), "hmc": HMC(0.5, leapfrog=2, adapt=4, jitter=0.5), "ddls": DDLS((0.3, 0.2), 0.8),
+    "mala": MALA(0.5, adapt=4), "hmc": HMC(0.5, leapfrog=2, adapt=4, jitter=0.5),
+    "mala_global": MALA(0.5, adapt=4, global_every=2), "pcn": PCN(0.5, adapt=4), "ddls": DDLS((0.3, 0.2), 0.8),
     "dot_adam": DOT(0.1, lipschitz=3.0), "dot_sgd": DOT(0.1, "sgd", lipschitz=3.0, projection="published"),
 }  # fmt: skip
 WIDE = 12  # features on the smooth target

@@ -7,7 +7,7 @@ import torch
 
 from fastrefine import ops
 from fastrefine.ops import slots
-from fastrefine.samplers import DDLS, DOT, HMC, MALA, DGflow, Evaluation, Latent
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, PCN, DGflow, Evaluation, Latent
 from tests.support.step_machine import SAMPLERS, Recorder, bound, device_of, needs_gpu, random_evaluation, record
 
 S, F, P = 2, 5, 4
@@ -62,9 +62,14 @@ def changed(sampler):
         return replace(sampler, step_size=0.07, clamp=(-1.0, 0.75)), None
     numbers = {
         DDLS: dict(step_size=(0.2, 0.1), noise_scale=(0.3, 0.6, 0.5)), MALA: dict(step_size=0.07, adapt=2, target=0.2),
+        PCN: dict(step_size=0.07, adapt=2, target=0.2),
         HMC: dict(step_size=0.07, adapt=3, leapfrog=3, jitter=0.9), DOT: dict(step_size=0.07, lipschitz=1.5),
     }  # fmt: skip
     other = replace(sampler, **numbers[type(sampler)])
+    if getattr(sampler, "global_every", None):
+        return replace(other, global_every=3), None
+    if isinstance(sampler, PCN):  # of one table alone, which it does not read
+        return other, None
     precision, low, high = sampler.latent.table
     latent = Latent(torch.stack([1.5 - precision, low.clamp(min=-2) * 0.5, high.clamp(max=3) * 0.5]))
     if isinstance(sampler, DDLS):

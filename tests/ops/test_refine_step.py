@@ -124,16 +124,19 @@ FREE = Latent(torch.tensor([[0.0], [-torch.inf], [torch.inf]]))
 FIELDS = {  # what the sampler of the reference may have wrong
     "ddls": [{"step_size": (0.3, 0.3)}, {"noise_scale": (1.0, 0.5)}, {"latent": FREE}],
     "mala": [{"target": 0.6}, {"adapt": 4}, {"step_size": 0.3003}, {"latent": FREE}],
+    "mala_global": [{"global_every": 3}, {"global_every": None}],
+    "pcn": [{"target": 0.6}, {"adapt": 4}, {"step_size": 0.3003}],
     "hmc": [{"target": 0.7}, {"adapt": 2}, {"leapfrog": 1}, {"leapfrog": 3}, {"latent": FREE}, {"jitter": 0.501}],
     "dot_adam": [{"projection": "none"}, {"lipschitz": 2.01}, {"step_size": 0.3003}],
     "dot_sgd": [{"projection": "radial"}, {"lipschitz": 2.01}],
     "dot_clip": [{"latent": FREE}],
 }
+TESTED = "mala", "mala_global", "pcn", "hmc"
 FORMULAS = {  # and what may be wrong of its formulas: where, by what, for whom
-    "a uniform of another stream": (Noise, "uniform", lambda own: UNIFORM(own, Stream.PROPOSAL), ("mala", "hmc")),
+    "a uniform of another stream": (Noise, "uniform", lambda own: UNIFORM(own, Stream.PROPOSAL), TESTED),
     "a jitter of another stream": (Noise, "jitter", lambda own, ago: 2 * UNIFORM(own).double() - 1, ("hmc",)),
     "a jitter of each step": (Noise, "jitter", lambda own, ago: JITTER(own, 0), ("hmc",)),
-    "no correction of the ratio": (MetropolisSampler, "test", lambda *x: TEST(*x[:4], 0 * x[4], *x[5:]), ("mala", "hmc")),
+    "no correction of the ratio": (MetropolisSampler, "test", lambda *x: TEST(*x[:4], 0 * x[4], *x[5:]), TESTED),
     "clipped for folded": (Latent, "fold", lambda own, a: (a.clamp(*own.table[1:]), FOLD(own, a)[1]), ("ddls", "hmc")),
     "momenta that never turn": (Latent, "fold", lambda own, a: (FOLD(own, a)[0], torch.zeros_like(a).bool()), ("hmc",)),
     "no prior score": (Latent, "score", lambda own, a: torch.zeros_like(a), ("ddls", "mala", "hmc")),

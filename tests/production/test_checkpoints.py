@@ -148,7 +148,7 @@ def test_the_command_says_what_a_pair_of_a_function_needs(tmp_path):
         "import", tmp_path / "c.pt", "--outdir", tmp_path / "p", "--generator", f"{HERE}:factory", "--discriminator",
         ARGS["discriminator"], "--prior", '{"name": "normal", "shape": [4]}', "--no-check",
     )  # fmt: skip
-    assert f"refine --pair {tmp_path / 'p'} --trust-code" in told(done)
+    assert f"check --pair {tmp_path / 'p'} --trust-code" in told(done)
 
 
 def test_refine_chooses_a_network_of_a_checkpoint_by_its_role(tmp_path):

@@ -326,7 +326,7 @@ def test_the_command_prints_json(tmp_path, capsys):
     out, err = capsys.readouterr()
     found = json.loads(out)
     name, other = (f"frechet_distance[{__name__}:grey, n={n}]" for n in (60, 50))
-    assert set(found["figures"][name]) == {"value", "low", "high"} and other in found["baseline"]
+    assert set(found["figures"][name]) == {"value", "low", "high", "num_real"} and other in found["baseline"]
     assert (found["num_samples"], found["num_real"], found["num_baseline"]) == (60, 1400, 50)
     assert "60 images, and the baseline has 50" in err and len(found["warnings"]) == err.count("warning: ") == 2
 

@@ -92,7 +92,8 @@ def test_a_shaped_pair_is_for_what_it_was_shaped_for(tmp_path):
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert (config["max_steps"], config["stop"], config["sampler"]["step_size"]) == (4, "median", 0.3)
     command = "refine", "--pair", tmp_path / "s", "--ids", "0-7"
-    assert "--real FOLDER" in str(fastrefine(*command, "--outdir", tmp_path / "run").exception)
+    error = fastrefine(*command, "--outdir", tmp_path / "run").exception
+    assert "--real FOLDER" in error.command and "real=" not in error.command and "real=images" in str(error)
     told(fastrefine(*command, "--max-steps", 0, "--outdir", tmp_path / "raw"))  # unrefined images need no real ones
 
 

@@ -81,6 +81,24 @@ def test_a_pair_is_pushed_and_fetched(there, pair, tmp_path):
     assert done.exception is None and "act2" in done.output
 
 
+def test_the_command_pushes_what_python_pushes(there, pair, tmp_path):
+    fr.push_pair(pair, "me/python")
+    done = fastrefine("push", pair, "me/command", "--private")
+    assert done.exception is None and done.output.startswith("wrote https://huggingface.co/me/command. To use it anywhere")
+    assert there.made == [("me/python", False, None), ("me/command", True, None)]
+    one, other = (tmp_path / "there" / "me" / name for name in ("python", "command"))
+    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+    for file in ("config.json", "generator.safetensors", "discriminator.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    done = fastrefine("refine", "--pair", "me/command", "--max-steps", 0, "--ids", "0-3", "--outdir", tmp_path / "raw")
+    assert done.exception is None and "4 images" in done.output
+    for given, says in (((tmp_path, "me/none"), "no saved pair"), ((pair, "none"), "wanted user/name")):
+        with pytest.raises(fr.InputError, match=says):
+            raise fastrefine("push", *given).exception
+    shown = fastrefine("push", "--help").output
+    assert "USER/NAME" in shown and "--private" in shown and "hf auth login" in shown
+
+
 def test_a_model_card_of_ones_own_is_kept(there, pair, tmp_path):
     (pair / "README.md").write_text("my words")
     fr.push_pair(pair, "me/digits")

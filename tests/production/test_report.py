@@ -87,12 +87,11 @@ def test_its_numbers_follow_from_the_files_of_the_run(page, runs):
 def test_the_table_of_quality_is_that_of_the_evaluation(page, runs):
     digits = load_digits()
     images = evaluation.images_of(runs / "run")
-    real = digits.train[np.sort(np.random.RandomState(2020).permutation(1400)[:N])]
     features = evaluation.trained_features(digits.train, digits.train_labels)
     name = next(name for name in re.findall(r'data-figure="(frechet[^"]*)"', page))
-    expected = frechet_distance(features(images)[0], features(real)[0])
+    expected = frechet_distance(features(images)[0], features(digits.train)[0])
     assert float(figure(page, html.escape(name))) == pytest.approx(expected, rel=1e-2)
-    assert features.name in page and f"{N} images against {N} real ones" in page
+    assert features.name in page and f"{N} images against 1,400 real ones" in page
 
 
 def test_the_command_on_the_page_makes_the_run_again(page, runs, tmp_path):
@@ -231,3 +230,27 @@ def test_the_embedded_pair_still_makes_the_images_of_the_run(runs):
     pair, pairs = load_pair("digits"), BeforeAfter(runs / "run", None, 4)
     z = pairs.worker.refiner.prior.sample(torch.arange(4), 0)
     assert np.abs(pictures.levels(pair.generator(z)).astype(int) - pairs.before.pixels).max() <= 1
+
+
+def test_report_and_evaluate_compare_with_the_same_real_images(page, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation.trained_features, "__defaults__", (60, 0))
+
+    def found(*limit):
+        asked = ("evaluate", runs / "run", "--real", "digits", "--baseline", runs / "raw", *limit)
+        return json.loads(fastrefine(*asked, "--json").stdout), told(fastrefine(*asked))
+
+    (whole, table), (limited, _) = found(), found("--limit", N)
+    assert (whole["num_real"], limited["num_real"]) == (1400, N)
+    told(fastrefine("report", runs / "run", "--baseline", runs / "raw", "--real", "digits", "--limit", N,
+                    "--output", tmp_path / "report.html"))  # fmt: skip
+    for text, numbers in ((page, whole), ((tmp_path / "report.html").read_text(), limited)):
+        assert f"against {report_page._number(numbers['num_real'])} real ones" in text
+        for name, one in numbers["figures"].items():
+            assert figure(text, name).startswith(report_page._number(one["value"])), name
+            scored = name.startswith("classifier_score")
+            assert one["num_real"] == numbers["baseline"][name]["num_real"] == (0 if scored else numbers["num_real"])
+    rows = {line.split()[0].partition("[")[0]: line.split()[2] for line in table.splitlines() if "[" in line}
+    assert rows == {name: "-" if "score" in name and "f_" not in name else "1400" for name in rows} and len(rows) == 6
+    many = {name.partition("[")[0]: evaluation.real_compared(name, 50_000) for name in whole["figures"]}
+    assert many["recall"] == evaluation.COVERED and many["frechet_distance"] == 50_000
+    assert evaluation.real_compared("inception_score_mean", 50_000) == 0

@@ -1,4 +1,4 @@
-"""MALA and HMC keep their target's law for every step size, and mutants that these tests must find.
+"""MALA, PCN and HMC keep their target's law for every step size, and mutants that these tests must find.
 
 A chain that starts in the target's exact law stays in it, however large its steps and however few: what is tested is the
 acceptance rule, not how fast chains mix. Where the law after K steps is known from elsewhere, chains start from the prior.
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import fastrefine as fr
 from tests.support.closed_forms import ALPHA, BACKENDS, Gaussians, Line, M, Mixture, N, Quadratic, S, chains, gaussian, optimal
@@ -61,7 +62,10 @@ def stationary(sampler, name, transitions=4, backend="reference"):
 
 
 STEPS = {
-    "gaussian": [fr.MALA(0.1), fr.MALA(1.3), fr.HMC(0.2, 3), fr.HMC(1.1, 4), fr.HMC(0.9, 1), fr.HMC(0.8, 4, jitter=0.5)],
+    "gaussian": [
+        *(fr.MALA(0.1), fr.MALA(1.3), fr.MALA(1.3, global_every=2), fr.PCN(0.3), fr.PCN(1.5), fr.PCN(4.0)),
+        *(fr.HMC(0.2, 3), fr.HMC(1.1, 4), fr.HMC(0.9, 1), fr.HMC(0.8, 4, jitter=0.5)),
+    ],
     "truncated exponential": [fr.MALA(0.02), fr.MALA(0.3), fr.HMC(0.3, 3), fr.HMC(1.0, 4), fr.HMC(0.8, 4, jitter=0.5)],
     "truncated normal": [fr.MALA(0.02), fr.MALA(0.4), fr.HMC(0.3, 3), fr.HMC(0.9, 4), fr.HMC(0.8, 4, jitter=0.5)],
 }
@@ -72,7 +76,9 @@ def in_turn(cases):
     return [(*case, BACKENDS[i % 2]) for i, case in enumerate(cases)]
 
 
-CASES = in_turn((name, sampler) for name, samplers in STEPS.items() for sampler in samplers)
+# Fused rules propose from normal priors alone
+ON_BOXES = [(name, fr.MALA(0.3, global_every=2), "reference") for name in list(TARGETS)[1:]]
+CASES = ON_BOXES + in_turn((name, sampler) for name, samplers in STEPS.items() for sampler in samplers)
 
 
 def label(value):
@@ -100,6 +106,33 @@ def test_hmc_from_the_prior_arrives_at_the_target(name, backend):
     prior, d = TARGETS[name]
     out = chains(fr.HMC(0.4, 3), d, prior(F), N // F, 3 * 8, backend=backend)
     assert target_law(name).p_value(out.latents) > ALPHA
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_moves_to_fresh_draws_of_the_prior_alone_arrive_at_the_target(name):
+    prior, d = TARGETS[name]  # at least a third of the proposals of one element is accepted, wherever the chain is
+    out = chains(fr.MALA(0.1, global_every=1), d, prior(1), N // F, 40)
+    assert target_law(name).p_value(out.latents) > ALPHA
+
+
+class OfTheFirst(nn.Module):
+    """A logit of the first four elements alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.d = optimal()
+
+    def forward(self, z):
+        return self.d(z[:, :4])
+
+
+def test_pcn_accepts_as_often_with_500_times_as_many_elements_and_mala_does_not():
+    of = {}
+    for sampler in (fr.PCN(1.0), fr.MALA(1.0)):
+        of[type(sampler)] = [float(chains(sampler, OfTheFirst(), fr.Normal(f), 200, 10).acceptance.mean()) for f in (4, 2000)]
+    few, many = of[fr.PCN]
+    assert few > 0.5 and abs(few - many) < 0.05  # 4.5 standard errors of 2,000 tests
+    assert of[fr.MALA][1] < 0.1 < of[fr.MALA][0]
 
 
 # Mutants
@@ -162,6 +195,88 @@ class AlwaysMALA(fr.MALA):
 
     def kernel(self):
         return None
+
+
+class NoPriors(fr.MALA):
+    """A fresh draw of the prior is accepted by the ratio of the target, as if it were drawn evenly."""
+
+    def test(self, a, evaluation, energy, correction, state, step, *rest):
+        anew = step % self.global_every == 0
+        return super().test(a, evaluation, energy, torch.where(anew, 0.0, correction), state, step, *rest)
+
+    def kernel(self):
+        return None
+
+
+class LocalRatio(fr.MALA):
+    """A fresh draw of the prior is accepted as if it were a Langevin step."""
+
+    def observe(self, *args):
+        return fr.MALA.observe(dataclasses.replace(self, global_every=None), *args)
+
+    def kernel(self):
+        return None
+
+
+class AlwaysAnew(fr.MALA):
+    """A fresh draw of the prior is always taken."""
+
+    def test(self, a, evaluation, energy, correction, state, step, *rest):
+        anew = step % self.global_every == 0
+        return super().test(a, evaluation, energy, torch.where(anew, torch.inf, correction), state, step, *rest)
+
+    def kernel(self):
+        return None
+
+
+class OtherPrior(fr.MALA):
+    """Fresh draws are half normals folded into the box."""
+
+    def bind(self, networks):
+        class Folding(fr.samplers.Latent):
+            def draw(self, xi):
+                return self.fold(0.5 * xi)[0]
+
+        return dataclasses.replace(self, latent=Folding(networks.latent().table))
+
+    def kernel(self):
+        return None
+
+
+class NoReversePCN(fr.PCN):
+    """The ratio of V alone: that of the proposal without a gradient."""
+
+    def test(self, a, evaluation, energy, correction, *rest):
+        return super().test(a, evaluation, energy, torch.zeros_like(correction), *rest)
+
+    def kernel(self):
+        return None
+
+
+class PriorTwice(fr.PCN):
+    """The test counts the prior, which is in the proposal already."""
+
+    def energy(self, evaluation):
+        return super().energy(evaluation)._replace(value=evaluation.loss - evaluation.log_prior)
+
+    def kernel(self):
+        return None
+
+
+class LangevinNoise(fr.PCN):
+    """Noise of MALA's size with the Crank-Nicolson drift."""
+
+    def propose(self, state, step, noise):
+        a, _ = super().propose(state, step, noise)
+        size = state["step_size"][:, None]
+        return a + (torch.sqrt(size) - 4 * torch.sqrt(size) / (4 + size)) * noise.normal(), state
+
+    def kernel(self):
+        return None
+
+
+class UpsidePCN(Upside, fr.PCN):
+    pass
 
 
 class FoldedMALA(fr.MALA):
@@ -278,6 +393,14 @@ MUTANTS = {
     "MALA with the ratio upside down": (UpsideMALA(0.5), "gaussian"),
     "MALA with one uniform": (OneUniformMALA(1.3), "gaussian"),
     "MALA that accepts everything": (AlwaysMALA(0.1), "gaussian"),
+    "fresh draws without the ratio of the priors": (NoPriors(0.1, global_every=1), "gaussian"),
+    "fresh draws with MALA's ratio": (LocalRatio(0.5, global_every=2), "gaussian"),
+    "fresh draws always taken": (AlwaysAnew(0.1, global_every=4), "gaussian"),
+    "fresh draws of another prior": (OtherPrior(0.1, global_every=1), "truncated exponential"),
+    "PCN without the reverse density": (NoReversePCN(1.5), "gaussian"),
+    "PCN with the prior twice": (PriorTwice(0.5), "gaussian"),
+    "PCN with MALA's noise": (LangevinNoise(1.5), "gaussian"),
+    "PCN with the ratio upside down": (UpsidePCN(0.5), "gaussian"),
     "MALA that folds": (FoldedMALA(0.3), "truncated exponential"),
     "HMC with the ratio upside down": (UpsideHMC(0.5, 3), "gaussian"),
     "HMC with one uniform": (OneUniformHMC(1.1, 4), "gaussian"),
@@ -298,7 +421,7 @@ def test_mutants_of_the_metropolis_samplers_are_found(mutant):
 
 
 @pytest.mark.parametrize("scale", [0.96, 1.04])
-@pytest.mark.parametrize("sampler", [fr.MALA(0.5), fr.HMC(0.5, 3)], ids=label)
+@pytest.mark.parametrize("sampler", [fr.MALA(0.5), fr.MALA(0.5, global_every=2), fr.PCN(0.5), fr.HMC(0.5, 3)], ids=label)
 def test_a_logit_scale_4_percent_off_is_found(sampler, scale):
     assert stationary(dataclasses.replace(sampler, logit_scale=scale), "gaussian", 8)[0] < ALPHA
 
@@ -321,22 +444,33 @@ def hop(sampler, transitions=5, backend="reference"):
         start=start,
     )
 
-    def nearest(x):
-        return ((x[:, None].numpy() - mixture.centres) ** 2).sum(2).argmin(1)
-
-    return mixture.p_value(out.latents.double()), np.mean(nearest(start) != nearest(out.latents))
+    return mixture.p_value(out.latents.double()), np.mean(mixture.nearest(start) != mixture.nearest(out.latents))
 
 
-@pytest.mark.parametrize(("sampler", "backend"), in_turn([(fr.HMC(0.17, 2),), (fr.MALA(0.08),)]), ids=label)
+HOPPING = [fr.HMC(0.17, 2), fr.MALA(0.08), fr.PCN(0.08), fr.MALA(0.08, global_every=2)]
+LAME = [NoReverse(0.08), UpsideMALA(0.08), NoKinetic(0.17, 2), NoReversePCN(0.08), NoPriors(0.08, global_every=2)]
+
+
+@pytest.mark.parametrize(("sampler", "backend"), in_turn((sampler,) for sampler in HOPPING), ids=label)
 def test_a_mixture_of_25_unequal_gaussians_is_stationary(sampler, backend):
     p, hopped = hop(sampler, backend=backend)
     assert p > ALPHA
     assert hopped > 0.1
 
 
-@pytest.mark.parametrize("mutant", [NoReverse(0.08), UpsideMALA(0.08), NoKinetic(0.17, 2)], ids=label)  # fmt: skip
+@pytest.mark.parametrize("mutant", LAME, ids=label)
 def test_mutants_are_found_on_the_mixture(mutant):
     assert hop(mutant)[0] < ALPHA
+
+
+def test_from_the_prior_moves_to_fresh_draws_bring_the_shares_of_modes_in_a_tenth_of_the_steps():
+    """MALA alone is .016 away after 100 steps and .005 after 300; three standard errors of the largest share are .008."""
+    mixture, away = Mixture(), []
+    for sampler in (fr.MALA(0.02, global_every=2), fr.MALA(0.02)):
+        out = chains(sampler, Gaussians(mixture), fr.Normal(2), 10_000, 30, backend="cpu")
+        counts = np.bincount(mixture.nearest(out.latents), minlength=25)
+        away.append(np.abs(counts / 10_000 - mixture.shares).max())
+    assert away[0] < 0.01 < 0.02 < away[1]
 
 
 def test_draws_of_the_mixture_pass_their_own_test_and_other_weights_do_not():
@@ -363,7 +497,9 @@ def test_tiny_steps_are_accepted_and_huge_ones_rejected(name, sampler, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sampler", [fr.MALA(0.01), fr.MALA(5.0, target=0.8), fr.HMC(4.0, 2, target=0.4)], ids=label)
+@pytest.mark.parametrize(
+    "sampler", [fr.MALA(0.01), fr.MALA(5.0, target=0.8), fr.PCN(0.01), fr.HMC(4.0, 2, target=0.4)], ids=label
+)
 def test_adaptation_reaches_the_target_acceptance_and_ends(sampler, backend):
     unit = sampler.traits.transition_steps
     adapt, after = 120 * unit, 40 * unit

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import fastrefine as fr
 from fastrefine.noise import Stream, normal, uniform
 from tests.support.closed_forms import BACKENDS, serving
+from tests.support.step_machine import device_of
 
 DIM, STEPS, SEED, N = 4, 12, 2**40 + 9, 9
 
@@ -99,8 +101,17 @@ def adapted(size, first, tests, accept, sampler):
     return min(max(size, 1e-6 * first), 1e6 * first)
 
 
+def from_prior(prior, xi):
+    """A latent of the prior by its inverse distribution function, of the uniforms that the normals xi stand for."""
+    if isinstance(prior, fr.Normal):
+        return xi
+    low, high = bounds(prior)
+    law = stats.uniform(low, high - low) if isinstance(prior, fr.Uniform) else stats.truncnorm(low, high)
+    return torch.from_numpy(law.ppf(stats.norm.cdf(xi.numpy())))
+
+
 def mala(sampler, prior, value, z, identity):
-    """Roberts & Tweedie 1996."""
+    """Roberts & Tweedie 1996; every k-th transition Metropolis & Hastings' with independent proposals of the prior."""
     eps, accepted = sampler.step_size, 0
 
     def log_q(to, start, score):
@@ -108,15 +119,45 @@ def mala(sampler, prior, value, z, identity):
 
     u, g = gradient(value, z)
     for k in range(1, STEPS + 1):
-        trial = z - eps / 2 * g + math.sqrt(eps) * draws("normal", identity, k - 1, DIM)
+        xi, anew = draws("normal", identity, k - 1, DIM), bool(sampler.global_every) and k % sampler.global_every == 0
+        trial = from_prior(prior, xi) if anew else z - eps / 2 * g + math.sqrt(eps) * xi
         probability = 0.0
         if inside(prior, trial):
             u2, g2 = gradient(value, trial)
-            probability = math.exp(min(0.0, u - u2 + log_q(z, trial, g2) - log_q(trial, z, g)))
+            back, there = log_q(z, trial, g2), log_q(trial, z, g)
+            if anew:
+                back, there = log_prior(prior, z).item(), log_prior(prior, trial).item()
+            probability = math.exp(min(0.0, u - u2 + back - there))
+        if draws("uniform", identity, k, 1) < probability:
+            z, u, g, accepted = trial, u2, g2, accepted + 1
+        if k <= sampler.adapt and not anew:
+            eps = adapted(eps, sampler.step_size, k, probability, sampler)
+    return z, {"acceptance": accepted / STEPS, "step_sizes": eps}
+
+
+def pcn(sampler, prior, value, z, identity):
+    """Cotter et al. 2013, the Crank-Nicolson Langevin proposal of step delta; its density in the ratio as it is written."""
+    eps, accepted = sampler.step_size, 0
+
+    def proposal(start, grad):
+        delta = eps / 2
+        slope = grad - start  # of V alone
+        return ((2 - delta) * start - 2 * delta * slope) / (2 + delta), math.sqrt(8 * delta) / (2 + delta)
+
+    def log_q(to, start, grad):
+        mean, sd = proposal(start, grad)
+        return -((to - mean) ** 2).sum().item() / (2 * sd**2)
+
+    u, g = gradient(value, z)
+    for k in range(1, STEPS + 1):
+        mean, sd = proposal(z, g)
+        trial = mean + sd * draws("normal", identity, k - 1, DIM)
+        u2, g2 = gradient(value, trial)
+        probability = math.exp(min(0.0, u - u2 + log_q(z, trial, g2) - log_q(trial, z, g)))
         if draws("uniform", identity, k, 1) < probability:
             z, u, g, accepted = trial, u2, g2, accepted + 1
         if k <= sampler.adapt:
-            eps = adapted(eps, sampler.step_size, k, probability, sampler)
+            eps = min(adapted(eps, sampler.step_size, k, probability, sampler), 4.0)
     return z, {"acceptance": accepted / STEPS, "step_sizes": eps}
 
 
@@ -180,6 +221,10 @@ RUNS = {
     "mala": (fr.MALA(1.2), "normal", mala),
     "mala on a box": (fr.MALA(0.15, logit_scale=0.8), "uniform", mala),
     "mala, adapted": (fr.MALA(0.5, adapt=8), "truncated", mala),
+    "mala, global": (fr.MALA(0.9, global_every=5), "normal", mala),
+    "mala, global, adapted": (fr.MALA(0.5, 0.8, 5, adapt=8), "normal", mala),
+    "pcn": (fr.PCN(1.2), "normal", pcn),
+    "pcn, adapted": (fr.PCN(0.5, 0.8, adapt=8), "normal", pcn),
     "hmc": (fr.HMC(0.8, 3), "normal", hmc),
     "hmc of one length": (fr.HMC(0.8, 3, jitter=0), "normal", hmc),
     "hmc on a box": (fr.HMC(0.9, 4, logit_scale=0.8, jitter=0.5), "uniform", hmc),
@@ -230,7 +275,7 @@ def test_samplers_equal_their_published_formulas(name, backend):
 
 
 def test_the_runs_meet_acceptance_and_rejection_and_walls(monkeypatch):
-    for name in ("mala", "mala on a box", "hmc", "hmc on a box", "hmc, adapted"):
+    for name in ("mala", "mala on a box", "mala, global", "pcn", "hmc", "hmc on a box", "hmc, adapted"):
         assert 0.1 < published(name)[1]["acceptance"].mean() < 0.95
     plain, seen = reflect, []
     monkeypatch.setitem(globals(), "reflect", lambda *args: seen.append(plain(*args)) or seen[-1])
@@ -239,6 +284,40 @@ def test_the_runs_meet_acceptance_and_rejection_and_walls(monkeypatch):
         published.__wrapped__(name)
         assert sum(bounces for _, bounces in seen) > 0.02 * len(seen)
     assert (published("dot on a box")[0].abs() == 1).any()
+
+
+@pytest.mark.parametrize("prior", ["uniform", "truncated"])
+def test_moves_to_fresh_draws_of_a_bounded_prior_equal_the_formula(prior, monkeypatch):
+    """By the PyTorch formulas alone: C++ and Triton draw from a normal prior, and are refused by name for others."""
+    monkeypatch.setitem(RUNS, "global on a box", (fr.MALA(0.15, global_every=2, adapt=6), prior, mala))
+    published.cache_clear()
+    latents, numbers = published("global on a box")
+    published.cache_clear()
+    out = run("global on a box")
+    torch.testing.assert_close(out.latents, latents, rtol=0, atol=1e-8)
+    torch.testing.assert_close(out.acceptance.double(), numbers["acceptance"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.step_sizes.double(), numbers["step_sizes"], rtol=1e-9, atol=0)
+    device_of("cpu")
+    with fr.use_backend("cpu"), pytest.raises(fr.BackendError, match="this sampler with this prior; use backend 'reference'"):
+        refiner(RUNS["global on a box"][0], PRIORS[prior], num_slots=5).sample(N, seed=SEED)
+    assert refiner(RUNS["global on a box"][0], PRIORS[prior], num_slots=5).sample(N).report["backend"] == "reference"
+
+
+def test_fresh_draws_of_a_prior_do_not_depend_on_slots_or_chunks():
+    own = refiner(fr.MALA(0.3, global_every=2), PRIORS["normal"], num_slots=16)
+    whole = own.sample(30, seed=SEED)
+    parts = list(own.replaced(num_slots=4).stream(30, seed=SEED, chunk=7))
+    torch.testing.assert_close(torch.cat([part.latents for part in parts]), whole.latents, rtol=0, atol=1e-9)
+
+
+def test_pcn_refuses_priors_that_are_not_normal():
+    for prior in ("uniform", "truncated"):
+        with pytest.raises(fr.InputError, match="standard normal priors.*fr.MALA or fr.HMC"):
+            refiner(fr.PCN(0.1), PRIORS[prior]).sample(2)
+    with pytest.raises(fr.InputError, match="at most 4"):
+        fr.PCN(4.5)
+    with pytest.raises(fr.InputError, match="global_every is 0"):
+        fr.MALA(0.1, global_every=0)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -81,15 +81,22 @@ class Mixture:
         rng = np.random.default_rng(seed)
         return torch.from_numpy(self.centres[rng.choice(25, n, p=self.weights)] + self.sd * rng.standard_normal((n, 2)))
 
+    @property
+    def shares(self) -> np.ndarray:
+        """(25,) mass of the cells around the centres."""
+        middles = np.concatenate([[-np.inf], (self.axis[1:] + self.axis[:-1]) / 2, [np.inf]])
+        mass = np.diff(stats.norm.cdf((middles - self.axis[:, None]) / self.sd), axis=1)  # (own centre, nearest centre)
+        return np.einsum("ij,ik,jl->kl", self.weights.reshape(5, 5), mass, mass).ravel()
+
+    def nearest(self, x: Tensor) -> np.ndarray:
+        """(n,) which centre is the nearest."""
+        return np.argmin(((x.numpy()[:, None] - self.centres) ** 2).sum(2), 1)
+
     def p_value(self, x: Tensor) -> float:
         """Smallest p value of: chi-square of the cells around the centres; the squared distance to the nearest centre;
         chi-square of 20 x 20 cells of Rosenblatt's transform (F(x), F(y | x)), which is uniform."""
-        x = x.numpy()
-        middles = np.concatenate([[-np.inf], (self.axis[1:] + self.axis[:-1]) / 2, [np.inf]])
-        mass = np.diff(stats.norm.cdf((middles - self.axis[:, None]) / self.sd), axis=1)  # (own centre, nearest centre)
-        cells = np.einsum("ij,ik,jl->kl", self.weights.reshape(5, 5), mass, mass).ravel()
-        nearest = np.argmin(((x[:, None] - self.centres) ** 2).sum(2), 1)
-        components = stats.chisquare(np.bincount(nearest, minlength=25), cells * len(x)).pvalue
+        nearest, x = self.nearest(x), x.numpy()
+        components = stats.chisquare(np.bincount(nearest, minlength=25), self.shares * len(x)).pvalue
 
         points = np.linspace(-3, 3, 60_001)
         near = np.min(np.abs(points[:, None] - self.axis), 1) ** 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrefine import ops
 from fastrefine.ops import registry, slots
-from fastrefine.samplers import DDLS, DOT, HMC, MALA, Collaborative, DGflow, Evaluation, Latent
+from fastrefine.samplers import DDLS, DOT, HMC, MALA, PCN, Collaborative, DGflow, Evaluation, Latent
 
 FIRST_ID = 2**31 + 5  # ids are 32-bit words of a counter: beyond the signed range
 SAMPLERS = {
@@ -24,6 +24,8 @@ SAMPLERS = {
     "noise": DGflow(0.3, gamma=0.5),
     "ddls": DDLS((0.3, 0.2), (1.0, 0.5, 0.0)),
     "mala": MALA(0.3, adapt=3),
+    "mala_global": MALA(0.3, global_every=2, adapt=3),
+    "pcn": PCN(0.3, adapt=3),
     "hmc": HMC(0.3, leapfrog=2, adapt=4, jitter=0.5),
     "dot_adam": DOT(0.3, lipschitz=2.0),
     "dot_sgd": DOT(0.3, "sgd", lipschitz=2.0, projection="published"),
@@ -64,8 +66,8 @@ def bound(sampler, features, dtype, device):
     table = torch.tensor([[1, 0, 1], [-torch.inf, -1, -1.5], [torch.inf, 1, 1.5]], dtype=dtype)
     if isinstance(sampler, DOT) and features == 1:  # every direction is radial: what is left would be rounding alone
         sampler = replace(sampler, projection="none")
-    if isinstance(sampler, DOT) and sampler.projection != "none":
-        table = table[:, :1]  # the radial part is of normal priors alone
+    if isinstance(sampler, PCN) or getattr(sampler, "projection", "none") != "none" or getattr(sampler, "global_every", None):
+        table = table[:, :1]  # of normal priors alone
     table = table if sampler.latent is None else sampler.latent.table.to(dtype)
     latent = Latent(table.repeat(1, features)[:, :features].contiguous().to(device))
     return sampler.over(latent) if isinstance(sampler, DDLS) else replace(sampler, latent=latent)
