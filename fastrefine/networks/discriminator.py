@@ -113,7 +113,7 @@ class PreparedDiscriminator:
     def mean(self, values: Tensor) -> Tensor:
         """(n,): the mean over the heads of the mean over each head's entries, of values (n, P)."""
         if len(self._sizes) == 1:
-            return values.mean(1)
+            return values.squeeze(1) if self._sizes == [1] else values.mean(1)
         return torch.stack([head.mean(1) for head in values.split(self._sizes, 1)]).mean(0)
 
 

@@ -8,6 +8,7 @@ in depends on its neighbours, so both are replaced by forms that give every row 
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 
 Modules = tuple[torch.nn.Module, ...]
-_FOLDED, _DERIVED = "_folded", "_derived"  # names of constants: computed from nothing, or from tensors that the trace met
+# names of constants: computed from nothing, or from tensors that the trace met; views of weights
+_FOLDED, _DERIVED, _VIEW = "_folded", "_derived", "_view"
 BLOCK_BYTES = 2**23  # largest single result of a block of rows on a CPU
 LANES = 16  # floats of an AVX-512 register, in which oneDNN keeps output channels
 VECTOR = 32  # elements of two AVX-512 float registers: the stride of ATen's vectorised loops
@@ -56,8 +58,44 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     for node in graph.graph.nodes:
         if _has_a_size_of_values(node):
             raise ValueError(f"sizes depend on values: {node.target}")
+    _leave_out_what_changes_nothing(graph)
     fold_constants(graph, modules)
     return graph
+
+
+def _leave_out_what_changes_nothing(graph: fx.GraphModule) -> None:
+    """Detached and viewed as it was, and copies of memory that nobody writes to: each costs a small network 1 % of its step."""
+    written = effects_of(graph).written
+    for node in list(graph.graph.nodes):
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source is None or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if _is_view(node.target) or node.target is aten._unsafe_view.default:
+            while not _alike(node, source) and _is_view(source.target) and isinstance(source.args[0], fx.Node):
+                source = source.args[0]
+        elif node.target is not aten.clone.default or node in written or source in written:
+            continue
+        if _alike(node, source):
+            node.replace_all_uses_with(source)
+    for node in reversed(graph.graph.nodes):
+        if not node.users and (_is_view(node.target) or node.target in (aten.clone.default, aten._unsafe_view.default)):
+            graph.graph.erase_node(node)
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors of the same elements, in the same order, are one another's equal."""
+    found, wanted = node.meta["val"], other.meta.get("val")
+    kinds = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in (found, wanted) if isinstance(t, Tensor)]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
+
+
+def callable_of(graph: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
+    """The graph as a function. Looked up and called as a module's, it costs a small network a tenth of its step."""
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and "." not in node.target:
+            vars(graph)[node.target] = getattr(graph, node.target)
+    _LazyGraphModule.force_recompile(graph)
+    return graph.forward
 
 
 class _OneHot(TorchFunctionMode):
@@ -85,40 +123,70 @@ def _has_a_size_of_values(node: fx.Node) -> bool:
 def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
     """Compute once what depends on no input and no weight, such as coordinates or a kernel that is sent to the device.
 
-    Random numbers and memory that the step writes to stay as they are.
+    So are views of weights, which follow them, and fills of a known shape. Random numbers and memory that the step writes to
+    stay as they are.
     """
     weights, known, written = _storages(_weights(modules)), {}, set()
+    views: dict[fx.Node, Tensor] = {}  # of weights
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(graph)
-            if isinstance(value, Tensor) and not _storages([value]) & weights:
-                known[node] = value
+            if isinstance(value, Tensor):
+                (views if _storages([value]) & weights else known)[node] = value
         elif node.op == "call_function":
-            given = [known[n] for n in node.all_input_nodes if n in known]
+            inputs = _value_inputs(node)
+            given = [known[n] for n in inputs if n in known]
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-                written |= _storages(given)
-            elif len(given) == len(node.all_input_nodes) and _gives_the_same_each_time(node.target):
-                own_args, own_kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-                with torch.no_grad():
-                    known[node] = node.target(*own_args, **own_kwargs)
+                written |= _storages([*given, *(views[n] for n in inputs if n in views)])
+            elif len(given) == len(inputs) and _gives_the_same_each_time(node.target):
+                known[node] = _computed(node, known)
+            elif _is_view(node.target) and inputs[0] in views and len(given) + 1 == len(inputs):
+                views[node] = _computed(node, known | views)
     kept: dict[fx.Node, bool] = {}  # -> whether a tensor that the trace met has part in it
     for node, value in known.items():
-        inputs = node.all_input_nodes
+        inputs = _value_inputs(node)
         if not _storages(tree_leaves(value)) & written and all(n in kept for n in inputs):
             kept[node] = any(kept[n] for n in inputs) or (node.op == "get_attr" and value.numel() > 1)
+    names = {node: _DERIVED if derived else _FOLDED for node, derived in kept.items()}
+    names |= {node: _VIEW for node, value in views.items() if not _storages([value]) & written}
     changed = False
-    for node in reversed(kept):
-        if node.op == "call_function" and isinstance(known[node], Tensor) and any(user not in kept for user in node.users):
-            name = f"{_DERIVED if kept[node] else _FOLDED}{len(list(graph.buffers()))}"
-            graph.register_buffer(name, known[node])
+    for node in reversed(names):
+        value = known[node] if node in known else views[node]
+        if node.op == "call_function" and isinstance(value, Tensor) and any(user not in names for user in node.users):
+            name = next(n for i in itertools.count() if not hasattr(graph, n := f"{names[node]}{i}"))
+            graph.register_buffer(name, value)
             with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.get_attr(name), lambda user: user not in kept)
+                node.replace_all_uses_with(graph.graph.get_attr(name), lambda user: user not in names)
             changed = True
         if not node.users:
             graph.graph.erase_node(node)
             changed = True
     if changed:
         graph.recompile()
+
+
+_FILLS = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default}
+
+
+def _value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values the result depends on: of a fill of a known shape none."""
+    return [n for n in node.all_input_nodes if node.target not in _FILLS or n is not node.args[0]]
+
+
+def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def value(n: fx.Node) -> Any:
+        like = n.meta.get("val")
+        return values[n] if n in values or not isinstance(like, Tensor) else torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=like.device
+        )
+
+    own_args, own_kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    with torch.no_grad():
+        return node.target(*own_args, **own_kwargs)  # type: ignore[operator]
+
+
+def _is_view(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.is_view
 
 
 def _gives_the_same_each_time(target: Any) -> bool:
@@ -217,44 +285,63 @@ def _to_channels_first(pixels: Tensor, bias: Tensor | None, like: tuple[Tensor, 
     return found.clone(memory_format=torch.contiguous_format)
 
 
-def with_equal_rows(graph: fx.GraphModule, state: torch.dtype) -> fx.GraphModule:
+def with_equal_rows(graph: fx.GraphModule, state: torch.dtype, modules: Modules = ()) -> fx.GraphModule:
     """A copy of a graph recorded on a CPU, without what gives rows different bits by their place in the batch."""
-    twin = copy.deepcopy(graph.graph)
-    for node in twin.nodes:
-        if node.op == "call_function":
-            node.target, node.args = _equal_form(node.target, node.args, node.kwargs, state)
-    return _LazyGraphModule(graph, twin)
+    made = _LazyGraphModule(graph, copy.deepcopy(graph.graph))
+    for node in list(made.graph.nodes):
+        name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+        if node.target is aten.mm.default or (node.target is aten.addmm.default and not node.kwargs):
+            bias, x, weight = (None, *node.args)[-3:]
+            with made.graph.inserting_before(node):
+                _equal_product(made, node, bias, x, weight, state)
+        elif name and (torch.Tag.pointwise in node.target.tags or name in _UNTAGGED):
+            is_sum = name in ("add", "add_", "sub", "sub_") and not node.kwargs and len(node.args) == 2
+            if name not in _EXACT and not is_sum:  # a scaled sum may be fused into one rounding by scalar code
+                node.target, node.args = _aligned, (node.target, *node.args)
+    fold_constants(made, modules)
+    made.recompile()
+    return made
 
 
-def _equal_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
-    # oneDNN has no float64; a product per row is slow but serves verification
-    product = _row_products if state == torch.float64 else _onednn_product
-    if target is aten.mm.default:
-        return product, (None, *args)
-    if target is aten.addmm.default and not kwargs:
-        return product, args
-    name = target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
-    if name and (torch.Tag.pointwise in target.tags or name in _UNTAGGED):
-        is_sum = name in ("add", "add_", "sub", "sub_") and not kwargs and len(args) == 2
-        if name not in _EXACT and not is_sum:  # a scaled sum may be fused into one rounding by scalar code
-            return _aligned, (target, *args)
-    return target, args
+def _equal_product(
+    made: fx.GraphModule, node: fx.Node, bias: fx.Node | None, x: fx.Node, weight: fx.Node, state: torch.dtype
+) -> None:
+    """In place of ``node`` bias + x @ weight, in a form that accumulates every row alike, wherever it stands."""
+    call = made.graph.call_function
+    inner, columns = _value(made, weight).shape
+    own = bias if bias is None or _value(made, bias).shape == (columns,) else None  # oneDNN adds one value for each column
+    if inner == 1:
+        product, own = call(aten.mul.Tensor, (x, weight)), None
+    elif state == torch.float64:  # which oneDNN does not know; a product per row is slow but serves verification
+        product, own = call(_row_products, (x, weight)), None
+    elif _value(made, x).dtype in (torch.float16, torch.bfloat16):
+        product = call(_half_product, (own, x, weight))
+    else:
+        turned = call(aten.t.default, (weight,))
+        product = call(torch.ops.mkldnn._linear_pointwise.default, (x, turned, own, "none", [], ""))
+    if own is not bias:
+        product = call(aten.add.Tensor, (product, bias))
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    made.graph.erase_node(node)
 
 
-def _onednn_product(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """bias + x @ weight: oneDNN accumulates every row alike, wherever it stands. Many CPUs lack its half precisions."""
-    if bias is not None and (bias.dim() != 1 or len(bias) != weight.shape[1]):  # oneDNN knows one value for each column only
-        return _onednn_product(None, x, weight) + bias
-    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        wide = _onednn_product(None if bias is None else bias.float(), x.float(), weight.float())
-        return wide.to(x.dtype)
+def _value(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """A tensor of the shape and dtype of a node's result."""
+    return operator.attrgetter(node.target)(graph) if node.op == "get_attr" else node.meta["val"]  # type: ignore[arg-type]
+
+
+def _half_product(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """In half precision. Many CPUs lack oneDNN's half precisions."""
+    if x.dtype == torch.float16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        own = None if bias is None else bias.float()
+        return torch.ops.mkldnn._linear_pointwise(x.float(), weight.float().t(), own, "none", [], "").to(x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
 
 
-def _row_products(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """bias + x @ weight, one row at a time."""
-    out = torch.bmm(x[:, None, :], weight.expand(len(x), -1, -1))[:, 0]
-    return out if bias is None else out + bias
+def _row_products(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight, one row at a time."""
+    return torch.bmm(x[:, None, :], weight.expand(len(x), -1, -1))[:, 0]
 
 
 def _aligned(function: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
@@ -302,9 +389,9 @@ class Recording(NamedTuple):
     step: fx.GraphModule
     forward: fx.GraphModule
 
-    def with_equal_rows(self, state: torch.dtype) -> Recording:
+    def with_equal_rows(self, state: torch.dtype, modules: Modules) -> Recording:
         """Copies in which a row has the same bits at every place in the batch."""
-        return Recording(*(None if graph is None else with_equal_rows(graph, state) for graph in self))  # type: ignore[arg-type]
+        return Recording(*(None if graph is None else with_equal_rows(graph, state, modules) for graph in self))  # type: ignore[arg-type]
 
 
 def first_outputs(graph: fx.GraphModule, count: int, effects: Effects) -> fx.GraphModule:

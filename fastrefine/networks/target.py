@@ -270,7 +270,7 @@ class Target:
         with torch.enable_grad(), self._in_place():
             leaf = view.detach().requires_grad_()
             logit, loss = self._values(*given, view=leaf)
-            grad = self._gradient(loss.sum() / self._pack, leaf)
+            grad = self._gradient(self._total(loss), leaf)
         return logit.detach(), loss.detach(), grad.detach()
 
     def view_of(self, state: torch.dtype) -> dict[str, Any]:
@@ -299,8 +299,11 @@ class Target:
         with torch.enable_grad(), self._in_place():
             leaf = a.detach().requires_grad_()
             logit, loss = self._values(leaf, *context)
-            grad = self._gradient(loss.sum() / self._pack, leaf)
+            grad = self._gradient(self._total(loss), leaf)
         return Evaluation(logit.detach(), loss.detach(), grad.detach())
+
+    def _total(self, loss: Tensor) -> Tensor:
+        return loss.sum() if self._pack == 1 else loss.sum() / self._pack
 
     def _in_place(self) -> contextlib.AbstractContextManager[None]:
         tail = self.form.tail
@@ -378,7 +381,8 @@ class Target:
             known = self._recordings[kind[1]]
             graph = known.step if with_grad else known.forward
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
-            self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else graph
+            compiled = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else None
+            self.calls[kind] = compiled or recording.callable_of(graph)
         given = (a, *context) if view is None else (view, a, *context)
         return attempt("recorded step", lambda: self._by_blocks(self.calls[kind], given), a)
 
@@ -424,14 +428,28 @@ class Target:
         made = self.ladder.climb("last step without gradient", without_gradient, error, tolerance) or made
         if context and not self.coupled:
             made = self.ladder.climb("prefix cached", without_prefix, error, tolerance) or made
-        if a.device.type == "cpu" and not self.compiled:  # a compiler rounds as it likes
-            made = self.ladder.climb("equal rows", lambda: made.with_equal_rows(a.dtype), error, tolerance) or made
-        if not self.compiled and not self.coupled:
-            carry = carried(made)
-            found, shifted = run(made, order, carry), run(made, order.flip(0).roll(1), carry)
-            same = [torch.equal(torch.nan_to_num(f), torch.nan_to_num(s)) for f, s in zip(found, shifted, strict=True)]
-            self.repeatable = "bitwise" if all(same) else "to rounding"
+        if self.compiled or self.coupled:  # a compiler rounds as it likes; samples of a group keep their places
+            return made
+
+        if a.device.type == "cpu" and not self._has_equal_rows(made, on_view):
+            made = self.ladder.climb("equal rows", lambda: made.with_equal_rows(a.dtype, self._modules), error, tolerance) or made
+        self.repeatable = "bitwise" if self._has_equal_rows(made, on_view) else "to rounding"
         return made
+
+    def _has_equal_rows(self, made: Recording, on_view: bool) -> bool:
+        """Whether each sample of the probe batch has the same bits in every slot."""
+        a, context = self._reference
+        given, count = ((self._as_view(a), a) if on_view else (a,)), min(len(a), self._block)
+        known: list[Tensor] = []
+        for shift in range(count):
+            rows = (torch.arange(self._block, device=a.device) + shift) % count
+            carry = [value[rows].contiguous() for value in context]
+            carry = carry if made.prefix is None else [value.contiguous() for value in made.prefix(*carry)]
+            found = [torch.nan_to_num(value) for value in made.step(*(value[rows] for value in given), *carry)]
+            known = known or [value[:count].clone() for value in found]
+            if not all(torch.equal(value, own[rows]) for value, own in zip(found, known, strict=True)):
+                return False
+        return True
 
     def _as_view(self, a: Tensor) -> Tensor:
         """The activation in the dtype and element order of the view."""
@@ -448,11 +466,11 @@ class Target:
     def _values(self, a: Tensor, *context: Tensor, view: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(logit, loss), each (n,): a map's loss is the mean of its patches' losses, its logit the mean logit.
 
-        An activation that overflowed has no logit, even where a squashing discriminator gives it one.
+        An activation that overflowed has no logit, even where a squashing discriminator gives it one: it adds NaN.
         """
         patches = self._patches(a, context, view)
         loss = self._loss(patches * self._loss_scale if self._loss_scale != 1 else patches)
-        return torch.where(a.isfinite().all(1), self.discriminator.mean(patches), torch.nan), self.discriminator.mean(loss)
+        return self.discriminator.mean(patches) + 0 * a.detach().sum(1), self.discriminator.mean(loss)
 
     def forget(self) -> None:
         """Drop what was traced, compiled or captured."""
