@@ -126,8 +126,9 @@ def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
     So are views of weights, which follow them, and fills of a known shape. Random numbers and memory that the step writes to
     stay as they are.
     """
-    weights, known, written = _storages(_weights(modules)), {}, set()
-    views: dict[fx.Node, Tensor] = {}  # of weights
+    weights, written = _storages(_weights(modules)), set[int]()
+    known: dict[fx.Node, Any] = {}
+    views: dict[fx.Node, Any] = {}  # of weights
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(graph)
@@ -165,7 +166,7 @@ def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
         graph.recompile()
 
 
-_FILLS = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default}
+_FILLS = {getattr(aten, name).default for name in ("ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full")}
 
 
 def _value_inputs(node: fx.Node) -> list[fx.Node]:
@@ -176,8 +177,10 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
 def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     def value(n: fx.Node) -> Any:
         like = n.meta.get("val")
-        return values[n] if n in values or not isinstance(like, Tensor) else torch.empty_strided(
-            like.shape, like.stride(), dtype=like.dtype, device=like.device
+        return (
+            values[n]
+            if n in values or not isinstance(like, Tensor)
+            else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         )
 
     own_args, own_kwargs = fx.node.map_arg((node.args, node.kwargs), value)

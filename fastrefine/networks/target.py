@@ -432,7 +432,8 @@ class Target:
             return made
 
         if a.device.type == "cpu" and not self._has_equal_rows(made, on_view):
-            made = self.ladder.climb("equal rows", lambda: made.with_equal_rows(a.dtype, self._modules), error, tolerance) or made
+            equal = functools.partial(made.with_equal_rows, a.dtype, self._modules)
+            made = self.ladder.climb("equal rows", equal, error, tolerance) or made
         self.repeatable = "bitwise" if self._has_equal_rows(made, on_view) else "to rounding"
         return made
 

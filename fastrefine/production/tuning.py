@@ -36,6 +36,8 @@ class TunedSampler:
     refiner: with the best setting; sampler, max_steps: of it. Where nothing beat them, they are as they were. quality:
     distances on the search's last seed, lower is better: "raw" samples, "before" (the settings given) and "after".
     evaluations: of D, in the whole search; seconds: it took. trials: a dict for each setting of each round.
+
+    Example: ``tuned = fr.tune_sampler(refiner, real, budget=4); print(tuned.sampler, tuned.quality["after"])``
     """
 
     refiner: Refiner = field(repr=False)
