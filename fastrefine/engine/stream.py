@@ -67,7 +67,7 @@ class SampleStream:
         with ProgressBar(source.count, "refining", "images", options.progress) as bar:
             while True:
                 try:
-                    with self._modes(None, size), told_when_slow():
+                    with self._modes(None, size), told_when_slow(not self.networks.is_prepared):
                         target = self.networks.prepare(source.latents, source.inputs, source.seed, size)
                         bound, known = self.networks.bound, copy.deepcopy(self.networks.real)  # the caller's own
                     initial.use(target)
@@ -77,7 +77,7 @@ class SampleStream:
                     if source.count == 0:
                         yield replace(self._empty(target), **kept)
                         return
-                    with self._modes(target, size), told_when_slow():
+                    with self._modes(target, size), told_when_slow(not self.networks.is_prepared):
                         blocks = self._run(target, source, bar, bound).parts()
                     while True:
                         # modes are entered around each block alone: between two parts the caller's are in force

@@ -45,8 +45,11 @@ def findings_of(sums: Sums, options: Options, drawn: bool = True) -> list[Findin
 
 
 @contextlib.contextmanager
-def told_when_slow(seconds: float = 5.0) -> Iterator[None]:
-    """A line on stderr where what is inside takes longer than that."""
+def told_when_slow(may_be: bool, seconds: float = 5.0) -> Iterator[None]:
+    """A line on stderr where what is inside, if it ``may_be`` slow at all, takes longer than that."""
+    if not may_be:  # a thread costs a millisecond
+        yield
+        return
     stream = sys.stderr  # of the caller, for a rung of the ladder may redirect it
     text = "fastrefine: preparing the networks; this is done once for each pair and number of slots"
     lasts = threading.Lock()

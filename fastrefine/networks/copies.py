@@ -293,9 +293,12 @@ def _sums(t: Tensor) -> list[Tensor]:
     """Int64 scalars where ``t`` lies, of its bits: equal whatever the number of threads. Of sparse and quantized ones none."""
     if t.layout is not torch.strided or t.is_quantized:
         return []
-    t = torch.view_as_real(t) if t.is_complex() else t
-    bits = t.view(_BITS[t.element_size()]).reshape(-1)
-    return [bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]  # the other half alone: for what was swapped
+    bits = (torch.view_as_real(t) if t.is_complex() else t).view(_BITS[t.element_size()]).reshape(-1)
+    together = 8 // bits.element_size()  # neighbours summed as one number, by which a swap of two is seen
+    bits = bits.clone() if bits.storage_offset() % together else bits
+    whole = len(bits) // together * together
+    rest = [bits[whole:].sum(dtype=torch.int64)] if whole < len(bits) else []
+    return [bits[:whole].view(torch.int64).sum(), *rest]
 
 
 def device_of(*modules: Any) -> torch.device:

@@ -86,6 +86,10 @@ def _entries(output: Any) -> list[tuple[Any, Any]]:
     return []
 
 
+class _Found(BaseException):
+    """Ends a forward pass whose rest is not needed; no network catches it."""
+
+
 class Tail(nn.Module):
     """``tail(a, *inputs)``: images of activations. at: "input", or a module's name, whose output the activation replaces.
 
@@ -131,8 +135,9 @@ class Tail(nn.Module):
 
         def keep(output: Any) -> None:
             found.append(first_tensor(output).clone())  # type: ignore[union-attr]
+            raise _Found
 
-        with self._hook(keep):
+        with self._hook(keep), contextlib.suppress(_Found):
             self.call(self.generator, *inputs)
         return found[0]
 

@@ -71,6 +71,11 @@ class Networks:
         self.bound: tuple[Sampler, StopRule] | None = None
         self._kind: Any = None
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a step was recorded, or cannot be."""
+        return self.target is not None and self.target.is_recorded
+
     def prepare(self, latents: Tensor | None, inputs: dict[str, Tensor], seed: int, num_slots: int) -> Target:
         """The target for latents (N, ...) like these, or like the prior's, with inputs (N, ...) like these, in num_slots slots.
 

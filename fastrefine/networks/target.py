@@ -339,6 +339,11 @@ class Target:
         carried = context if prefix is None else self._by_blocks(prefix, context)
         return tuple(value.contiguous() for value in carried)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether nothing is left to prepare."""
+        return self.route == "autograd" or bool(self._recordings)
+
     def report(self) -> dict[str, Any]:
         """What was tried and what came of it, for ``Result.report``."""
         entries = [dict(entry) for entry in self.ladder.entries]
