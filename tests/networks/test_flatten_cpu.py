@@ -122,6 +122,51 @@ def test_only_constants_of_tensors_that_the_trace_met_count_as_derived():
         assert recording.has_derived_constants(graph, (layer,)) == (name == "met")
 
 
+def _operations(graph):
+    return [n.target.overloadpacket.__name__ for n in graph.graph.nodes if n.op == "call_function"]
+
+
+def test_views_of_weights_are_taken_once_and_follow_them():
+    layer, x = torch.nn.Linear(3, 3).requires_grad_(False), torch.randn(2, 3)
+    graph = recording.record(lambda a: a @ layer.weight.t().t().unsqueeze(0)[0].t(), (x,), (layer,))
+    assert _operations(graph) == ["mm"]
+    assert not recording.has_derived_constants(graph, (layer,))
+    layer.weight.mul_(3)
+    torch.testing.assert_close(graph(x), x @ layer.weight.t())
+
+
+def test_copies_and_views_that_change_nothing_are_left_out():
+    x = torch.randn(2, 3)
+    graph = recording.record(lambda a: a.clone().view(3, 2).detach().view(2, 3) * torch.ones_like(a).mul(2), (x,))
+    assert _operations(graph) == ["mul"] and torch.equal(graph(x), 2 * x)
+
+    def in_place(a):
+        copy = a.clone()
+        view = copy.view(3, 2)
+        view[0] = 7.0
+        return copy.clone(), a + 1
+
+    before = x.clone()
+    found, other = recording.record(in_place, (x,))(x)
+    assert torch.equal(x, before) and torch.equal(other, x + 1)
+    assert found.flatten()[:2].tolist() == [7.0, 7.0] and torch.equal(found.flatten()[2:], x.flatten()[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 5), (256, 1), (64, 32)])
+@pytest.mark.parametrize("bias", ["none", "row", "matrix"])
+def test_products_round_alike_in_every_row(inner, columns, bias, dtype):
+    """17 rows: a product treats the last ones apart."""
+    torch.manual_seed(0)
+    x, w = torch.randn(17, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
+    b = {"none": None, "row": torch.randn(columns, dtype=dtype), "matrix": torch.randn(1, columns, dtype=dtype)}[bias]
+    graph = _recorded((lambda a: a @ w) if b is None else (lambda a: torch.addmm(b, a, w)), (x,))
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(graph(x), x @ w if b is None else torch.addmm(b, x, w), rtol=tolerance, atol=tolerance * 30)
+    for shift in range(1, 17):
+        assert torch.equal(graph(x.roll(shift, 0)), graph(x).roll(shift, 0))
+
+
 def test_constants_on_another_device_are_sent_once():
     """As torch.arange(...).to(x.device): from the host to the device at every step, which no capture survives."""
     step = lambda a: a * torch.linspace(0, 1, 4).to(a.device) * torch.tensor([1.0, 2.0, 1.0, 0.0]).to(a.device)  # noqa: E731
