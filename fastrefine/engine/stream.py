@@ -77,17 +77,17 @@ class SampleStream:
                     if source.count == 0:
                         yield replace(self._empty(target), **kept)
                         return
-                    with self._modes(target, size), told_when_slow(not self.networks.is_prepared):
-                        blocks = self._run(target, source, bar, bound).parts()
-                    while True:
+                    blocks: Iterator[Result] | None = None
+                    while source.count:
                         # modes are entered around each block alone: between two parts the caller's are in force
-                        with self._modes(target, size) as self.progress.facts["threads"]:
-                            part = next(blocks, None)
-                            if part is not None:
-                                watch.see(part, highest)
-                        if part is None:
-                            break
-                        source = source.after(source.first + len(part))
+                        with self._modes(target, size) as threads, told_when_slow(not self.networks.is_prepared):
+                            blocks = blocks or self._run(target, source, bar, bound).parts()
+                            self.progress.facts["threads"] = threads
+                            part = next(blocks)
+                            watch.see(part, highest)
+                            source = source.after(source.first + len(part))
+                            if not source.count:
+                                next(blocks, None)
                         self._hand_over(part)
                         if not source.count:
                             found = watch.findings()
