@@ -386,8 +386,8 @@ class Target:
             known = self._recordings[kind[1]]
             graph = known.step if with_grad else known.forward
             mode = "max-autotune-no-cudagraphs" if a.device.type == "cuda" else None
-            compiled = torch.compile(graph, dynamic=False, mode=mode) if self.compiled else None
-            self.calls[kind] = compiled or recording.callable_of(graph)
+            compiled = self.compiled
+            self.calls[kind] = torch.compile(graph, dynamic=False, mode=mode) if compiled else recording.callable_of(graph)
         given = (a, *context) if view is None else (view, a, *context)
         return attempt("recorded step", lambda: self._by_blocks(self.calls[kind], given), a)
 
