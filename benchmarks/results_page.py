@@ -283,16 +283,15 @@ def _zoo(results: Path) -> Iterator[str]:
 
 ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
 
-- Small networks: the matrix products that give a sample the same bits in every slot are oneDNN's, and each costs 23
-  microseconds more than MKL's. A step of the 2-D MLP at 64 samples takes 1.55 ms with them, 0.79 ms without, and 0.78 ms in
-  B1. At nearly every shape that was tried MKL's products have equal rows by themselves.
-- Few samples and steps: a call of `refine` costs 3 ms for the 2-D MLP (modes of torch, sums over the weights by which updates
-  are noticed, results), and 13 ms for the examples' dcgan. A step costs 0.12 ms beside the networks. Before it was 4.8 ms and
-  0.18 ms.
-- Images are rendered once more after the last evaluation, by the networks as they were given, and the generator runs to its end
-  where only the activation at the place is wanted: 12 of the 133 ms of the examples' dcgan, 8 samples, 10 steps.
-- BigGAN: the recorded step itself is slower than autograd (57.9 against 52.3 ms at the output, 8 samples, and 65.2 with equal
-  rows), for reasons that were not found yet.
+- Few samples and steps: beside its steps a call of `refine` costs 3 ms for a small MLP (modes of torch, sums over the weights by
+  which updates are noticed, results), a loop nothing. With 8 samples and 10 steps that is a third of the time. With many samples,
+  or 50 steps, it is lost among them.
+- The recorded step itself is faster than B1's. A step of the embedded digits pair at act2 with 16, 64, 256 and 1,024 slots: 0.28,
+  0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also computes the
+  gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is above comes from
+  operations that are left out.
+- Images are rendered once more after the last evaluation, by the networks as they were given: 6 of the 133 ms of the examples'
+  dcgan, 8 samples, 10 steps.
 - Recurrent networks read lengths on the host, so their step is not recorded: then modules before the place run again in every
   step, and the last evaluation computes a gradient that nobody reads."""
 
