@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -68,6 +69,7 @@ def test_the_examples_of_files_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mygan.py").write_text(f"{CLASSES}Generator, Discriminator = G, D\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mygan", raising=False)  # of another test
     own = {}
     exec(CLASSES, own)
     g, d = own["G"](), own["D"]()

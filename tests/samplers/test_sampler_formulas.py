@@ -223,7 +223,7 @@ RUNS = {
     "mala, adapted": (fr.MALA(0.5, adapt=8), "truncated", mala),
     "mala, global": (fr.MALA(0.9, global_every=5), "normal", mala),
     "mala, global, adapted": (fr.MALA(0.5, 0.8, 5, adapt=8), "normal", mala),
-    "pcn": (fr.PCN(1.2), "normal", pcn),
+    "pcn": (fr.PCN(2.0, logit_scale=8.0), "normal", pcn),  # which accepts nearly all that a gentle D proposes
     "pcn, adapted": (fr.PCN(0.5, 0.8, adapt=8), "normal", pcn),
     "hmc": (fr.HMC(0.8, 3), "normal", hmc),
     "hmc of one length": (fr.HMC(0.8, 3, jitter=0), "normal", hmc),
