@@ -283,13 +283,13 @@ def _zoo(results: Path) -> Iterator[str]:
 
 ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
 
-- Few samples and steps: beside its steps a call of `refine` costs 3 ms for a small MLP (modes of torch, sums over the weights by
-  which updates are noticed, results), a loop nothing. With 8 samples and 10 steps that is a third of the time. With many samples,
-  or 50 steps, it is lost among them.
-- The recorded step itself is faster than B1's. A step of the embedded digits pair at act2 with 16, 64, 256 and 1,024 slots: 0.28,
-  0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also computes the
-  gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is above comes from
-  operations that are left out.
+- Few samples and steps: beside its steps a call of `refine` costs 3 ms for a small MLP (modes of torch, sums over the weights
+  by which updates are noticed, results), a loop nothing. With 8 samples and 10 steps that is a third of the time. With many
+  samples, or 50 steps, it is lost among them.
+- The recorded step itself is faster than B1's. A step of the embedded digits pair at act2 with 16, 64, 256 and 1,024 slots:
+  0.28, 0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also
+  computes the gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is
+  above comes from operations that are left out.
 - Images are rendered once more after the last evaluation, by the networks as they were given: 6 of the 133 ms of the examples'
   dcgan, 8 samples, 10 steps.
 - Recurrent networks read lengths on the host, so their step is not recorded: then modules before the place run again in every
