@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastrefine import checks, stopping
@@ -20,6 +21,7 @@ from fastrefine.training.batches import RealBatches, as_given
 from fastrefine.training.trainer import RAW, Trainer, trainable
 
 Callback = Callable[[dict[str, float]], None]
+_JUDGED = 4096  # real images at most whose logits give the stop rule: they are computed anew after every update
 
 
 def shape_discriminator(
@@ -49,7 +51,7 @@ def shape_discriminator(
         The proposals get the labels and conditions of the real batch.
     stop: when refined samples leave; None is [CS]'s "probabilistic" refinement, a step drawn uniformly from
         0 ... max_steps (stopping.UniformStep), so that D sees every stage. Pass ``refiner.stop`` to use its own rule. A
-        rule or sampler that reads the refiner's ``real`` scores all of it anew in every iteration.
+        rule or sampler that reads the refiner's ``real`` scores it anew in every iteration, 4,096 spread over it at most.
     optimizer: "adam" (with betas) | "sgd". gradient_penalty: on a logit the weight of |grad D|^2 at real images (R1 of
         Mescheder et al. 2018 without its factor 1/2), default 0; on a critic of WGAN-GP's two-sided penalty, default 10.
     batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated; "train" updates its statistics
@@ -71,7 +73,7 @@ def shape_discriminator(
         rule = stopping.UniformStep() if stop is None else stopping.as_rule(stop)
         twin = refiner.with_discriminator(student).replaced(
             stop=rule, num_slots=_slots(refiner, checks.count("batch_size", batch_size, 1)),
-            progress=False, callback=None, output_device=refiner.device,
+            progress=False, callback=None, output_device=refiner.device, **_fewer_real(refiner),
         )  # fmt: skip
         if twin.prior is None and latents is None:
             raise InputError("the refiner has no prior: pass latents=(N, ...) to draw proposals from")
@@ -113,6 +115,17 @@ def tune_discriminator(
     raw = refiner.replaced(max_steps=0, sampler=RAW)
     options = {"stop": stopping.FixedSteps(), **options}
     return shape_discriminator(raw, real, iterations, batch_size, learning_rate, **options)
+
+
+def _fewer_real(refiner: Refiner) -> dict[str, Any]:
+    """Options by which at most ``_JUDGED`` real images, spread over all, give the stop rule."""
+    options = refiner.options
+    if options.real is None or len(options.real) <= _JUDGED:
+        return {}
+    at = torch.linspace(0, len(options.real) - 1, _JUDGED).long()
+    conditions = {name: value[at] for name, value in (options.real_conditions or {}).items()}
+    labels = None if options.real_labels is None else options.real_labels[at]
+    return {"real": options.real[at], "real_labels": labels, "real_conditions": conditions or None}
 
 
 def _slots(refiner: Refiner, batch_size: int) -> int:

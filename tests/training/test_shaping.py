@@ -87,6 +87,16 @@ def test_shaping_teaches_the_discriminator_where_refinement_must_end():
     assert distance["shaped"] < 0.5 * distance["as it is"]
 
 
+def test_shaping_scores_a_part_of_many_real_images_for_its_stop_rule(monkeypatch):
+    monkeypatch.setattr("fastrefine.training.shape._JUDGED", 40)
+    bind, seen = fr.stopping.MedianOfReal.bind, []
+    monkeypatch.setattr(fr.stopping.MedianOfReal, "bind", lambda own, real: seen.append(len(real.logits)) or bind(own, real))
+    one = refiner(real=REAL, stop="median")
+    fr.shape_discriminator(one, REAL, 3, 16, 1e-3, stop=one.stop)
+    assert set(seen) == {40} and len(seen) >= 3
+    assert len(one.real) == 400
+
+
 def test_tuning_trains_on_raw_samples():
     one = refiner()
     tuned = fr.tune_discriminator(one, REAL, 1, 16, 0.01, optimizer="sgd", seed=5)
