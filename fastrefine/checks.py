@@ -181,7 +181,9 @@ def real_images(real: Tensor, shape: tuple[int, ...], generated: Tensor | None) 
     if len(real) == 0:
         raise InputError("`real` is empty; wanted real images (N, ...)")
     if tuple(real.shape[1:]) != shape:
-        raise InputError(f"real images have shape {tuple(real.shape[1:])}, but the generator makes {shape}")
+        alike = real.dim() == len(shape) + 1 and real.shape[1] == shape[0]
+        hint = "; resize or pad them to that size" if alike else ""
+        raise InputError(f"real images have shape {tuple(real.shape[1:])}, but the generator makes {shape}{hint}")
     if real.dim() != 4 or generated is None:
         return
     low, high = float(real.min()), float(real.max())

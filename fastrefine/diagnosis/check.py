@@ -178,8 +178,9 @@ def checked(
     mend = ("mend that first, then check again",) * 2
     findings = [*(Finding("statistics", text, *mend) for text in doubts), *_of_separation(separation), *found]
     if shaped:
-        out_of_reach = _of_reach(refined, bounds is not None)
-        findings = [_further(one) for one in findings if one.code != "exhausted"] + out_of_reach
+        findings = [_further(one) for one in findings if one.code != "exhausted"]
+    if shaped or (not findings and bounds is not None and bool(refined.steps.any())):
+        findings += _of_reach(refined, bounds is not None, shaped)
     return Check(
         setting, tuple(findings or ([UNKNOWN] if separation is None else [])), scores, bounds, separation,
         diagnosis_of(raw) if raw.scale == "logit" else None, run, networks,
@@ -197,7 +198,7 @@ def of_memory(training: Tensor, held_out: Tensor) -> list[Finding]:
     return [Finding("by_heart", text, *("shape for fewer iterations, or on more real images",) * 2)]
 
 
-def _of_reach(refined: Result, threshold: bool) -> list[Finding]:
+def _of_reach(refined: Result, threshold: bool, shaped: bool) -> list[Finding]:
     """Whether the steps come up to the scores of real images; threshold: whether there is a logit at which samples stop."""
     n, reached = len(refined), int((refined.status == Status.REACHED).sum())
     if threshold:
@@ -210,9 +211,11 @@ def _of_reach(refined: Result, threshold: bool) -> list[Finding]:
     if not far:
         return []
     fewer = "; or, if D was shaped for long, shape the D that it was made of for fewer iterations"
+    first = ("", "") if shaped else tuple(f"{words}; or " for words in SHAPE)
     return [Finding(
         "out_of_reach", f"{text}: the steps do not come up to the scores that D gives real images",
-        "pass more max_steps, or a larger step_size" + fewer, "give more --max-steps, or a larger --step-size" + fewer,
+        first[0] + "pass more max_steps, or a larger step_size" + fewer * shaped,
+        first[1] + "give more --max-steps, or a larger --step-size" + fewer * shaped,
     )]  # fmt: skip
 
 

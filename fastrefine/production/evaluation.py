@@ -355,7 +355,7 @@ def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None 
     """
     warnings = []
     if n < FEW:
-        warnings.append(f"{n} images: the Frechet distance is biased upwards; compare sets of one size only")
+        warnings.append(f"{n} images are few, and the Frechet distance falls with their number: compare sets of {n} only")
     if raw is None:
         return warnings
     if raw_n != n:
@@ -371,6 +371,10 @@ def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None 
             f"too, from {theirs[distance]:.3f} to {ours[distance]:.3f}: over-refined? Fewer or smaller steps, or a shaped "
             "discriminator"
         )
+    intervals = [{_metric(name): figure for name, figure in figures.items()} for figures in (found, raw)]
+    for name, share in (("precision", "images look like a real one"), ("recall", "real images have one like them")):
+        if name in intervals[0] and intervals[0][name].high < intervals[1][name].low:
+            warnings.append(f"{name} fell from {theirs[name]:.3f} to {ours[name]:.3f}: fewer {share} than without refinement")
     return warnings
 
 

@@ -49,7 +49,7 @@ class Report:
     def features(self) -> evaluation.Features:
         assert self.train is not None
         images = from_pixels(self.pairs.after.pixels)
-        return evaluation.features_for(images, self.code, evaluation.training_part(self.train))
+        return evaluation.features_for(images, self.code, evaluation.training_part(self.train), None)
 
     @cached_property
     def metrics(self) -> tuple[Figures | None, Figures]:
@@ -62,7 +62,9 @@ class Report:
         for side in sides:
             if side is not None:
                 evaluation.check(side, real)
-        raw, after = (None if side is None else _figures(evaluation.measure(side, real, self.features)) for side in sides)
+        raw, after = (
+            None if side is None else _figures(evaluation.measure(side, real, self.features, progress=None)) for side in sides
+        )
         assert after is not None
         return raw, after
 

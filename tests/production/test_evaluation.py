@@ -119,6 +119,13 @@ def test_few_images_and_a_score_that_parts_from_the_distance_are_told(names):
     assert "part ways" in told and "over-refined" in told
 
 
+def test_precision_that_fell_beyond_its_interval_is_told():
+    names = ("frechet_distance[x, n=10000]", "precision[x, n=10000]")
+    (told,) = evaluation.warnings_of(figures(5.0, 0.53, names), 10_000, figures(6.0, 0.58, names), 10_000)
+    assert told == "precision fell from 0.580 to 0.530: fewer images look like a real one than without refinement"
+    assert evaluation.warnings_of(figures(5.0, 0.58, names), 10_000, figures(6.0, 0.53, names), 10_000) == []
+
+
 def test_a_baseline_of_another_number_of_images_is_told():
     (told,) = evaluation.warnings_of(figures(5.0, 8.0), 10_000, figures(6.0, 7.0), 2000)
     assert "10000 images, and the baseline has 2000" in told and "--limit 2000" in told
