@@ -5,6 +5,7 @@ With the original Inception-v3 these are FID, IS and KID. Values depend on the c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,10 @@ from fastrefine.errors import InputError
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
 BLOCK = 500  # rows of a matrix of distances at once
 RESAMPLED = 2000  # rows of a set at most, in the bootstrap of the kernel distance
+
+
+def _silent() -> None:
+    """Tell nobody."""
 
 
 def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike | torch.Tensor) -> float:
@@ -35,12 +40,14 @@ def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike
 
 
 def frechet_standard_error(
-    features: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, resamples: int = 50, seed: int = 0
-) -> float:
+    features: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, resamples: int = 50, seed: int = 0, *,
+    tick: Callable[[], None] = _silent,
+) -> float:  # fmt: skip
     """Standard error of ``frechet_distance(features, reference)``: its deviation over bootstrap samples of ``features``.
 
     features: (N, F), reference: (M, F), which is held as it is. So it tells how far the distance would be from this one for N
-    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2.
+    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2. tick: called after
+    each of them.
 
     Example: ``frechet_standard_error(torch.randn(500, 8), torch.randn(500, 8))  # about 0.01``
 
@@ -49,8 +56,11 @@ def frechet_standard_error(
     x, fixed = _two_sets(2, features=features, reference=reference)
     random, moments = np.random.RandomState(seed), _moments(fixed)
     draws = (random.randint(len(x), size=len(x)) for _ in range(count("resamples", resamples, 2)))
-    root = _root(moments[1])
-    return float(np.std([_distance(moments, root, _moments(x[rows])) for rows in draws], ddof=1))
+    root, found = _root(moments[1]), []
+    for rows in draws:
+        found.append(_distance(moments, root, _moments(x[rows])))
+        tick()
+    return float(np.std(found, ddof=1))
 
 
 class KernelDistance(NamedTuple):
@@ -62,14 +72,15 @@ class KernelDistance(NamedTuple):
 
 def kernel_distance(
     features_a: ArrayLike | torch.Tensor, features_b: ArrayLike | torch.Tensor, subset_size: int = 1000, subsets: int = 100,
-    resamples: int = 50, seed: int = 0,
+    resamples: int = 50, seed: int = 0, *, tick: Callable[[], None] = _silent,
 ) -> KernelDistance:  # fmt: skip
     """Squared maximum mean discrepancy under the kernel ``(x.y / F + 1)^3``, unbiased: KID [Binkowski et al. 2018].
 
     features_a: (N, F), features_b: (M, F). The value is the mean over ``subsets`` random subsets of ``subset_size`` rows of
     each set, at most half of the smaller set. The standard error is the deviation over ``resamples`` bootstrap samples of
     features_a, with features_b held as it is, as for ``frechet_standard_error``; that of the mean over the subsets is added.
-    The bootstrap computes with 2,000 rows of each set at most, and scales what it finds. Computed in float64.
+    The bootstrap computes with 2,000 rows of each set at most, and scales what it finds. Computed in float64. tick: called after
+    each subset.
 
     Example: ``kernel_distance(torch.randn(500, 8), torch.randn(500, 8)).value  # about 0``
 
@@ -83,6 +94,7 @@ def kernel_distance(
         x, y = (set_[random.choice(len(set_), size, replace=False)] for set_ in (a, b))
         within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (_kernel(x, x), _kernel(y, y)))
         found.append(within - 2 * _kernel(x, y).mean())
+        tick()
     of_subsets = float(np.var(found, ddof=1)) / subsets
     return KernelDistance(float(np.mean(found)), float(np.sqrt(_resampled_variance(a, b, resamples, random) + of_subsets)))
 
@@ -98,11 +110,14 @@ def _resampled_variance(a: np.ndarray, b: np.ndarray, resamples: int, random: np
     return float(np.var(draws, ddof=1)) * n / len(a)
 
 
-def covered(features: ArrayLike | torch.Tensor, manifold: ArrayLike | torch.Tensor, neighbours: int = NEIGHBOURS) -> np.ndarray:
+def covered(
+    features: ArrayLike | torch.Tensor, manifold: ArrayLike | torch.Tensor, neighbours: int = NEIGHBOURS, *,
+    tick: Callable[[], None] = _silent,
+) -> np.ndarray:  # fmt: skip
     """Which features lie nearer to some point of ``manifold`` than its ``neighbours``-th neighbour there: (N,) bool.
 
     features: (N, F), manifold: (M, F) with M > neighbours. Of generated images against real ones the share is the precision;
-    of real ones against generated ones the recall [Kynkaanniemi et al. 2019].
+    of real ones against generated ones the recall [Kynkaanniemi et al. 2019]. tick: called after each BLOCK rows of either.
 
     Example: ``precision, recall = covered(fake, real).mean(), covered(real, fake).mean()``
 
@@ -113,10 +128,15 @@ def covered(features: ArrayLike | torch.Tensor, manifold: ArrayLike | torch.Tens
         raise InputError(f"manifold has {len(y)} rows; wanted more than neighbours={neighbours}")
     offset = y.mean(0)  # without it a large common offset would cost cdist its precision
     points, centres = (torch.from_numpy((part - offset).astype(np.float32)) for part in (x, y))
-    radius = torch.cat(
-        [torch.cdist(part, centres).kthvalue(neighbours + 1).values for part in centres.split(BLOCK)]
-    )  # the nearest is the point itself
-    return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in points.split(BLOCK)]).numpy()
+    radii, inside = [], []
+    for part in centres.split(BLOCK):
+        radii.append(torch.cdist(part, centres).kthvalue(neighbours + 1).values)  # the nearest is the point itself
+        tick()
+    radius = torch.cat(radii)
+    for part in points.split(BLOCK):
+        inside.append((torch.cdist(part, centres) <= radius).any(1))
+        tick()
+    return torch.cat(inside).numpy()
 
 
 def classifier_score(probabilities: ArrayLike | torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from fastrefine.engine.stream import SampleStream
 from fastrefine.engine.watch import findings_of
 from fastrefine.errors import FastrefineError, FastrefineWarning, InputError
 from fastrefine.networks.calls import takes_labels
-from fastrefine.networks.copies import device_of
+from fastrefine.networks.copies import device_of, is_shaped
 from fastrefine.networks.prepared import Networks, refines_latents
 from fastrefine.networks.split import Split
 from fastrefine.networks.statistics import StatisticsWarning
@@ -317,7 +317,7 @@ class Refiner:
         n: raw proposals. refined: how many of them are refined, too. labels: (n,), or one for all. conditions: (n, ...) by
         name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any.
         latents: (n, ...), where there is no prior. shaped: D was shaped already, so it is judged whether it was shaped well
-        and no shaping is advised. Networks that do not fit give a check that says so; InputError is raised
+        and no shaping is advised; what ``shape_discriminator`` or a shaped pair gave is known to be. Networks that do not fit give a check that says so; InputError is raised
         for bad arguments only.
 
         Example: ``print(refiner.check())``
@@ -370,7 +370,9 @@ class Refiner:
         }  # fmt: skip
         tally = Tally()
         tally.add(out, options.highest(out.real_logits))
-        found, notes = findings_of(tally.sums, options, latents is None), [str(one) for one in seen if str(one) not in doubts]
+        shaped = shaped or is_shaped(self.discriminator)
+        found = findings_of(tally.sums, options, latents is None, shaped)
+        notes = [str(one) for one in seen if str(one) not in doubts]
         run_of = summary(tally.sums)
         return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, run_of, shaped)
 

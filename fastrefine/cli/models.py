@@ -97,8 +97,9 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
     import torch
 
     from fastrefine.errors import FastrefineWarning, InputError
+    from fastrefine.networks.copies import is_shaped
     from fastrefine.production.evaluation import shaped_on_some, shaped_on_them
-    from fastrefine.production.images import held_out_part, shaped_on, training_part, unscaled
+    from fastrefine.production.images import held_out_part, training_part, unscaled
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
@@ -114,7 +115,7 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
             raise InputError("the networks take labels: give --real images that have some")
         labels = torch.arange(samples) % classes if refiner.real_labels is None else None
         more += ["--class", "random", "--num-classes", str(classes)]
-    shaped = bool(c.pair) and shaped_on(c.pair) is not None
+    shaped = bool(c.pair) and is_shaped(refiner.discriminator)
     conditions = worker.conditions_of(samples)
     found = refiner.check(samples, refined=refined, seed=seed, labels=labels, conditions=conditions, shaped=shaped)
     held_out = held_out_part(real) if real else ""

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from fastrefine.checks import COUPLINGS, ON_NOISE, SAMPLERS, STEP_SIZE
 from fastrefine.errors import InputError
-from fastrefine.production.configuration import CHOICES, FORMATS, SELECTIONS, Configuration, renamed
+from fastrefine.production.configuration import CHOICES, FORMATS, SELECTIONS, Configuration, changed_sampler, renamed
 
 if TYPE_CHECKING:
     from fastrefine.production.worker import Outcome, Worker
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 RESUMABLE = 3  # exit code
+AUTO = "auto"  # a step size that collaborative refinement finds by itself; null in JSON, None in Python
 
 
 class Interrupted(BaseException):
@@ -48,6 +49,20 @@ class JsonObject(click.ParamType):
         if not isinstance(found, dict):
             self.fail(f"{value!r} is no JSON object; wanted e.g. {self.example}", param, ctx)
         return found
+
+
+class StepSize(click.ParamType):
+    """A number, or "auto"."""
+
+    name = "number|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == AUTO:
+            return AUTO
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number; wanted e.g. 0.1, or {AUTO}", param, ctx)
 
 
 KEYWORDS = JsonObject("'{\"width\": 64}'")
@@ -106,7 +121,8 @@ DISCRIMINATOR = [
 ]  # fmt: skip
 REFINEMENT = [
     click.option("--sampler", type=click.Choice(tuple(SAMPLERS)), help="Default: the pair's, or collaborative."),
-    click.option("--step-size", type=float, help=f"Default: the pair's, or {STEP_SIZE}."),
+    click.option("--step-size", type=StepSize(), help=f"A number, or {AUTO}: collaborative refinement finds it by itself, and "
+                 f"each sample goes on with its own (default: the pair's, or {STEP_SIZE})."),
     click.option("--sampler-args", type=KEYWORDS, help="Further arguments of the sampler, as JSON."),
     click.option("--max-steps", type=click.IntRange(min=0), help="Default: the pair's, or 50."),
     click.option(
@@ -304,11 +320,11 @@ def configuration_of(ctx: click.Context, flags: dict[str, Any]) -> Configuration
                 raise click.UsageError(f"--{role}-weights needs --{role} package.module:callable, the architecture")
     if "sampler" in flags:
         name, size, more = (flags.pop(key) for key in ("sampler", "step_size", "sampler_args"))
-        told = {} if size is None else {"step_size": size}
+        told = ({} if size is None else {"step_size": None if size == AUTO else size}) | (more or {})
         if name is not None:
-            values["sampler"] = {"name": name, "step_size": STEP_SIZE, **told, **(more or {})}
-        elif told or more:  # of the configuration's sampler, or the pair's
-            values["sampler"] = {**(base.get("sampler") or {}), **told, **(more or {})}
+            values["sampler"] = {"name": name, "step_size": STEP_SIZE, **told}
+        elif told:  # of the configuration's sampler, or the pair's
+            values["sampler"] = changed_sampler(base.get("sampler") or {}, told)
     if flags.get("stop") is not None:
         with contextlib.suppress(ValueError):  # "median", ...
             flags["stop"] = float(flags["stop"])

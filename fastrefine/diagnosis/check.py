@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrefine.diagnosis.calibration import Diagnosis, diagnosis_of
-from fastrefine.diagnosis.findings import SHAPE, SHAPE_FIRST, Finding
+from fastrefine.diagnosis.calibration import TOLERANCE, Diagnosis, diagnosis_of
+from fastrefine.diagnosis.findings import SHAPE, Finding, of_shaped
 from fastrefine.diagnosis.tally import ended
 from fastrefine.result import Result, Status
 
@@ -119,6 +119,7 @@ class Check:
             tried = [e["rung"] + f" not ({why})" * (not e["kept"]) for e, why in zip(self.ladder, whys, strict=True)]
             rows["faster forms"] = ", ".join(dict.fromkeys(tried))
         lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
+        lines += [f"{name:<16}{words}" for name, words in self.words().items()]
         others = [*(finding.text for finding in self.findings[1:]), *self.notes]
         lines += ["", *(f"also            {text}" for text in others)] * bool(others) + [""]
         verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
@@ -135,13 +136,23 @@ class Check:
         if self.separation is not None:
             rows["separation"] = f"a real image scores above a raw one in {self.separation:.0%} of pairs (50%: by chance)"
         if (d := self.calibration) is not None:
-            may = "may be selected by" if d.trusted else "calibrate before selecting"
-            rows["calibration"] = f"ece {d.ece:.3f}, z {d.z:.1f}, brier {d.brier:.3f}: {may}"
+            may = "D may be selected by" if d.trusted else "to select by D, calibrate it first; to refine, no need"
+            rows["calibration"] = f"error {d.calibration_error:.3f}, z {d.z:.1f}, ece {d.ece:.3f}, brier {d.brier:.3f}: {may}"
         if self.run:
             before, after = (self.run[name] for name in ("logit_before", "logit_after"))
             change = "" if before is None else f", mean logit {before:.3g} before, {after:.3g} after"
             rows["refinement"] = f"{self.run['mean_steps']:.1f} steps on average{change}; {ended(self.run)}"
         return rows
+
+    def words(self) -> dict[str, str]:
+        """What the words of the table mean: an explanation for each row that needs one."""
+        found = {}
+        if self.calibration is not None:
+            found["logit"] = "D's score of an image. Above 0: D takes it for real. Below 0: D takes it for generated"
+            found["error, ece"] = f"how far D's probabilities are off, without and with chance; error up to {TOLERANCE} is trusted"
+            found["z"] = "whether they lean to one side, in standard deviations; -3 to 3 is trusted"
+            found["brier"] = "their mean squared error; 0.25 is that of guessing, 0 the best"
+        return found
 
     def entry(self, commands: Mapping[str, str]) -> dict[str, Any]:
         """As JSON values, in the words of the command line."""
@@ -178,9 +189,10 @@ def checked(
     mend = ("mend that first, then check again",) * 2
     findings = [*(Finding("statistics", text, *mend) for text in doubts), *_of_separation(separation), *found]
     if shaped:
-        findings = [_further(one) for one in findings if one.code != "exhausted"]
+        findings = [of_shaped(one) for one in findings if one.code != "exhausted"]
     if shaped or (not findings and bounds is not None and bool(refined.steps.any())):
-        findings += _of_reach(refined, bounds is not None, shaped)
+        far = _of_reach(refined, bounds is not None, shaped)
+        findings = [*(one for one in findings if not far or one.code != "hardly_moved"), *far]
     return Check(
         setting, tuple(findings or ([UNKNOWN] if separation is None else [])), scores, bounds, separation,
         diagnosis_of(raw) if raw.scale == "logit" else None, run, networks,
@@ -217,12 +229,6 @@ def _of_reach(refined: Result, threshold: bool, shaped: bool) -> list[Finding]:
         first[0] + "pass more max_steps, or a larger step_size" + fewer * shaped,
         first[1] + "give more --max-steps, or a larger --step-size" + fewer * shaped,
     )]  # fmt: skip
-
-
-def _further(found: Finding) -> Finding:
-    """The advice to shape, for a D that is shaped already."""
-    python, command = (text.replace(SHAPE_FIRST, "shape D for longer") for text in (found.python, found.command))
-    return replace(found, python=python, command=command)
 
 
 def separation_of(real: Tensor, raw: Tensor) -> float | None:

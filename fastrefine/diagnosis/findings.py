@@ -5,7 +5,8 @@ The same findings stand in Python's warnings, ``Result.report["findings"]``, wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastrefine.errors import FastrefineWarning
@@ -14,7 +15,10 @@ from fastrefine.stopping import MedianOfReal, ReferenceSample, StopRule
 if TYPE_CHECKING:
     from fastrefine.diagnosis.tally import Sums
 
+BARELY = 0.05, 0.01  # of the way from raw to real images, of the spread of the raw logits: a run that gained less hardly moved
 SHAPE_FIRST = "shape D first"
+SHAPE_LONGER = "shape D for longer"  # where it is shaped already
+SHAPE_ANEW = "if D was shaped for long, shape the D that it was made of for fewer iterations"
 SHAPE = f"{SHAPE_FIRST} (fastrefine.shape_discriminator)", f"{SHAPE_FIRST} (`fastrefine shape`)"  # in Python, as a command
 
 
@@ -41,8 +45,18 @@ class Finding:
         return FastrefineWarning(self.told(), self.told(command=True))
 
 
-def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
-    """What the sums of a finished run say against it, whatever the sampler."""
+def of_shaped(found: Finding) -> Finding:
+    """The finding about a D that is shaped already: where shaping was advised, what may help instead."""
+    if found.code == "exhausted":  # D may stand too far above what the generator can reach
+        python = f"{SHAPE_ANEW} (fastrefine.shape_discriminator)"
+        return replace(found, python=found.python.replace(SHAPE[0], python),
+                       command=found.command.replace(SHAPE[1], f"{SHAPE_ANEW} (`fastrefine shape`)"))  # fmt: skip
+    python, command = (text.replace(SHAPE_FIRST, SHAPE_LONGER) for text in (found.python, found.command))
+    return replace(found, python=python, command=command)
+
+
+def judge(sums: Sums, max_steps: int, stop: StopRule, *, ascends: bool = True) -> list[Finding]:
+    """What the sums of a finished run say against it; ascends: whether the sampler's aim is a higher logit."""
     found: list[Finding] = []
     n, nonfinite, hidden, above, before = (int(sums[k]) for k in ("samples", "NONFINITE", "hidden", "above", "above_before"))
     unrefined, unchanged, reached, stalled = (int(sums[k]) for k in ("unrefined", "unchanged", "REACHED", "STALLED"))
@@ -61,7 +75,7 @@ def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
     elif max_steps and unchanged == n and unrefined < n and sums["updates"]:
         found.append(Finding(
             "unmoved", f"nothing moved: no logit of {n} samples changed in {sums['updates'] / n:.3g} steps on average",
-            "take a larger step_size, or leave it out and it is found", "give a larger --step-size",
+            "take a larger step_size, or leave it out and it is found", "give a larger --step-size, or --step-size auto",
         ))  # fmt: skip
     if max_steps and unrefined > n / 2:
         real = isinstance(stop, MedianOfReal | ReferenceSample)
@@ -78,6 +92,8 @@ def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
             "pass more max_steps or a larger step_size, or " + SHAPE[0] + "; for a fixed number of steps leave stop out",
             "give more --max-steps or a larger --step-size, or " + SHAPE[1] + "; for a fixed number of steps --stop none",
         ))  # fmt: skip
+    if ascends and sums["updates"] and reached <= n / 2 and not any(one.code in ("stalled", "unmoved") for one in found):
+        found += _hardly_moved(sums, n)
     if max_steps and before > n / 2:  # unrefined images are what the generator makes, whatever D says
         found.append(Finding(
             "above_real", f"{before} of {n} proposals passed the highest real logit before their first step: D prefers "
@@ -91,3 +107,23 @@ def judge(sums: Sums, max_steps: int, stop: StopRule) -> list[Finding]:
             "give --stop median with --real, or fewer --max-steps",
         ))  # fmt: skip
     return found
+
+
+def _hardly_moved(sums: Sums, n: int) -> list[Finding]:
+    """Whether the logits gained next to nothing: of the way to the median real logit where that lies above, else of their spread."""
+    known = sums["known"]
+    if known < 2:
+        return []
+    gain, way = sums["gain"] / known, sums["way"] / known if sums["compared"] == known else 0.0
+    spread = math.sqrt(max(sums["first_square"] / known - (sums["first"] / known) ** 2, 0.0))
+    of, what, barely = (way, "of the way from raw to real images", BARELY[0]) if way > 0 else (
+        spread, "of the spread of the raw logits", BARELY[1]
+    )  # fmt: skip
+    if not 0 <= gain < barely * of:
+        return []
+    return [Finding(
+        "hardly_moved", f"the samples hardly moved: the mean logit rose by {gain:.3g} in {sums['updates'] / n:.3g} steps on "
+        f"average, which is {gain / of:.1%} {what} ({of:.3g})",
+        f"take a larger step_size, or leave it out and it is found, or pass more max_steps; if that does not help, {SHAPE[0]}",
+        f"give a larger --step-size, or --step-size auto, or more --max-steps; if that does not help, {SHAPE[1]}",
+    )]  # fmt: skip

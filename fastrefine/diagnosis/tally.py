@@ -12,8 +12,14 @@ from torch import Tensor
 
 from fastrefine.result import Result, Status
 
-# of what there is one for each sample. known: both logits are finite, of which gain and first are sums.
+# of what there is one for each sample. known: both logits are finite, of which gain and first are sums. compared: of these, where
+# the real logits are known; way: from the first logit to the real median.
 Sums = Mapping[str, float]
+
+MEANT = {  # each status in words
+    "REACHED": "stopped by the rule", "EXHAUSTED": "took all steps", "STALLED": "no gradient",
+    "NONFINITE": "a value was not finite",
+}  # fmt: skip
 
 
 class Tally:
@@ -22,6 +28,8 @@ class Tally:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
         self._names: tuple[str, ...] = ()
+        self._real: Tensor | None = None
+        self._median = math.nan  # of these
 
     def add(self, part: Result, highest: float = math.inf) -> None:
         """highest: the highest logit of a real image, where it is known."""
@@ -31,10 +39,13 @@ class Tally:
         gain, start = torch.where(known, gain, 0.0), torch.where(known, first, 0.0)
         accepted = torch.full_like(gain, torch.nan) if part.acceptance is None else part.acceptance.double()
         tested = ~torch.isnan(accepted)
+        if part.real_logits is not self._real:  # all parts of a run have the same
+            self._real, self._median = part.real_logits, _median(part.real_logits)
+        compared = known & math.isfinite(self._median)
         hidden = ~part.images.isfinite()
         columns = {
             "samples": torch.ones_like(gain), "updates": part.steps, "falls": part.logit_falls, "known": known,
-            "gain": gain, "gain_square": gain * gain, "first": start, "first_square": start * start,
+            "compared": compared, "way": torch.where(compared, self._median - start, 0.0), "gain": gain, "gain_square": gain * gain, "first": start, "first_square": start * start,
             "tested": tested, "accepted": torch.where(tested, accepted, 0.0),
             **{status.name: part.status == status for status in Status},
             "hidden": hidden.flatten(1).any(1) if hidden.dim() > 1 else hidden,
@@ -69,4 +80,10 @@ def ended(run: Mapping[str, Any]) -> str:
     status = run["status"]
     if status[Status.EXHAUSTED.name] == 1 and not run["mean_steps"]:
         return "no steps were allowed, so images are as the generator makes them"
-    return ", ".join(f"{share:.1%} {name}".replace(".0%", "%") for name, share in status.items() if share)
+    return ", ".join(f"{share:.1%} {name} ({MEANT[name]})".replace(".0%", "%") for name, share in status.items() if share)
+
+
+def _median(logits: Tensor | None) -> float:
+    """Of the finite ones; NaN where there are none."""
+    finite = torch.zeros(0) if logits is None else logits[torch.isfinite(logits)]
+    return float(finite.double().median()) if len(finite) else math.nan

@@ -21,6 +21,7 @@ from fastrefine.engine.watch import Watch, told_when_slow
 from fastrefine.errors import FastrefineError
 from fastrefine.networks import torch_state
 from fastrefine.networks.calls import is_out_of_memory
+from fastrefine.networks.copies import is_shaped
 from fastrefine.networks.prepared import Networks
 from fastrefine.networks.target import Target
 from fastrefine.ops.slots import Rule
@@ -62,7 +63,7 @@ class SampleStream:
         """Results block by block; out of memory halves the slots for the rest, unless deterministic or in lock step."""
         options, source = self.options, self.source
         size = options.slots_for(source.count)
-        watch, found = Watch(options, source.latents is None), []
+        watch, found = Watch(options, source.latents is None, is_shaped(self.networks.discriminator)), []
         initial = InitialImages(options, source)
         with ProgressBar(source.count, "refining", "images", options.progress) as bar:
             while True:
@@ -84,7 +85,7 @@ class SampleStream:
                             blocks = blocks or self._run(target, source, bar, bound).parts()
                             self.progress.facts["threads"] = threads
                             part = next(blocks)
-                            watch.see(part, highest)
+                            watch.see(part if known is None else replace(part, real_logits=known.logits), highest)
                             source = source.after(source.first + len(part))
                             if not source.count:
                                 next(blocks, None)

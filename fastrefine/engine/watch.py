@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from fastrefine.diagnosis.findings import Finding, judge
+from fastrefine.diagnosis.findings import Finding, judge, of_shaped
 from fastrefine.diagnosis.step_size import judged
 from fastrefine.diagnosis.tally import Sums, Tally
 from fastrefine.errors import NonFiniteError
@@ -19,8 +19,9 @@ from fastrefine.result import Result, Status
 class Watch:
     """Judges a run by its parts, and raises the error for non-finite samples where that was asked for."""
 
-    def __init__(self, options: Options, drawn: bool):
+    def __init__(self, options: Options, drawn: bool, shaped: bool):
         self.options, self.drawn = options, drawn  # drawn: latents are of the prior, which some judgements assume
+        self.shaped = shaped  # whether D is
         self.tally = Tally()
 
     def see(self, part: Result, highest: float) -> None:
@@ -32,16 +33,17 @@ class Watch:
 
     def findings(self) -> list[Finding]:
         """What there is to say against the run so far."""
-        return findings_of(self.tally.sums, self.options, self.drawn)
+        return findings_of(self.tally.sums, self.options, self.drawn, self.shaped)
 
 
-def findings_of(sums: Sums, options: Options, drawn: bool = True) -> list[Finding]:
-    """What there is to say against a run of these options with these sums."""
+def findings_of(sums: Sums, options: Options, drawn: bool = True, shaped: bool = False) -> list[Finding]:
+    """What there is to say against a run of these options with these sums; shaped: whether its discriminator is."""
+    traits = options.sampler.traits
     problem = judged(sums, options.sampler).problem
-    found = judge(sums, options.max_steps, options.stop)
-    if problem is None or not (drawn or not options.sampler.traits.stochastic):
-        return found
-    return [*(one for one in found if one.code != "unmoved"), problem]
+    found = judge(sums, options.max_steps, options.stop, ascends=traits.ascends and not traits.targets_density)
+    if problem is not None and (drawn or not traits.stochastic):
+        found = [*(one for one in found if one.code not in ("unmoved", "hardly_moved")), problem]
+    return [of_shaped(one) for one in found] if shaped else found
 
 
 @contextlib.contextmanager

@@ -41,6 +41,18 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def mark_shaped(discriminator: nn.Module) -> nn.Module:
+    """The discriminator, which from now on is known to be shaped, also its copies. Weights and their names stay as they are."""
+    vars(discriminator)["_shaped_by_fastrefine"] = True
+    return discriminator
+
+
+def is_shaped(discriminator: nn.Module) -> bool:
+    """Whether ``mark_shaped`` was given this module, or one that it is a copy of."""
+    scripted = isinstance(discriminator, torch.jit.ScriptModule)
+    return not scripted and "_shaped_by_fastrefine" in vars(unwrap(discriminator))
+
+
 def without_scripts(module: nn.Module) -> nn.Module:
     """The module unwrapped; InputError where a part of it is scripted or traced."""
     plain = unwrap(module)

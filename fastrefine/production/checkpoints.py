@@ -27,6 +27,7 @@ from fastrefine.production.named_code import Trust, imported, text_of
 from fastrefine.production.saved_pair import CONFIG, ROLES, build, load_pair, save_pair
 from fastrefine.production.weights_file import chosen, load_weights, read_content
 from fastrefine.refiner import Refiner
+from fastrefine.samplers import Collaborative
 
 WIDTHS = ("z_dim", "dim_z", "latent_dim", "latent_size", "nz", "noise_dim")  # attributes that say how wide latents are
 PERSISTENT = r"^@persistence\.persistent_class\s+class {}\b"
@@ -65,7 +66,8 @@ def import_pair(
     weights, keys: another file for (generator, discriminator), and which state dict of a file, e.g. "g_ema".
     prior: of the latents; None: as the generator says, standard normal.
     check: refuse a pair that makes no images and logits when it is tried. tell: is given lines on what was taken.
-    saved: further arguments of ``save_pair``, e.g. at, coupling, discriminator_output; they win over what was found.
+    saved: further arguments of ``save_pair``, e.g. at, coupling, discriminator_output; they win over what was found. Without
+        ``sampler`` the pair has Collaborative(), which finds its step size by itself.
 
     Raises InputError, and then writes nothing.
 
@@ -85,7 +87,7 @@ def import_pair(
         specs.append(spec)
         made.append(module)
     g, d = made
-    facts = {**_conventions(g, d), **facts, **({"prior": prior} if prior else {}), **saved}
+    facts = {"sampler": Collaborative(), **_conventions(g, d), **facts, **({"prior": prior} if prior else {}), **saved}
     if "prior" not in facts:
         raise InputError(
             'the generator does not say what its latents are; pass e.g. --prior \'{"name": "normal", "shape": [128]}\', with '

@@ -202,6 +202,17 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"ids" if name == "seeds" else name: value for name, value in values.items()}
 
 
+def changed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler's JSON with other arguments. A control that adapts is not kept where a step size of None takes the place of a
+    number, or the other way round: it belongs to the step size that it came with."""
+    kept = dict(sampler)
+    found_then, found_now = (one.get("step_size") is None for one in (sampler, changes))
+    adapts = kept.get("control") in ("backtracking", "barzilai_borwein")
+    if "name" in kept and "step_size" in changes and adapts and found_then != found_now:
+        del kept["control"]
+    return {**kept, **changes}
+
+
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's JSON without the paths of pair, weights and data: a run depends on their content only."""
     kept = {name: value for name, value in values.items() if name not in PATHS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,18 +22,20 @@ from fastrefine.datasets import from_pixels
 from fastrefine.errors import InputError
 from fastrefine.models.digits import Classifier
 from fastrefine.networks.calls import attempt
-from fastrefine.production import image_features
+from fastrefine.production import cache, image_features
 from fastrefine.production.configuration import Network
 from fastrefine.production.images import FILES, digests, held_out_part, load_labelled, shaped_on, some, training_part
 from fastrefine.production.named_code import Trust
 from fastrefine.production.run_folder import MANIFEST, Folder
 from fastrefine.production.saved_pair import build
-from fastrefine.progress import counted, over
+from fastrefine.progress import ProgressBar, counted, over
 
+RECIPE = 1  # of the small classifier: another number with every change of how it is made, so that none of before is read
 FEW = 10_000  # images: of fewer, the Frechet distance is biased
 SCORED_IN = 10  # parts, for torch-fidelity's Inception score
 COVERED = 10_000  # images at most, for precision and recall
 BLOCK = 500  # images at once
+SUBSETS = 100  # of kernel_distance
 SURE = 1.96  # standard errors to each side hold 95 %
 # Our names of figures, and torch-fidelity's, which are used where the features are those of its Inception.
 PUBLISHED = {
@@ -47,12 +49,14 @@ class Features:
     """The network on whose features images are compared. name: is reported with every figure.
 
     network: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
-    published: whether these are the features of FID, IS and KID.
+    published: whether these are the features of FID, IS and KID. learned_on: the images that the network was trained on here, as
+    ``load_labelled`` reads them; "" for others.
     """
 
     network: Callable[[Tensor], Any]
     name: str
     published: bool = False
+    learned_on: str = ""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, progress: bool | None = False) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +101,10 @@ def given_features(given: str) -> Features:
 def trained_features(
     images: Tensor, labels: Tensor, steps: int = 600, seed: int = 0, *, progress: bool | None = False
 ) -> Features:
-    """A small convolutional classifier, trained here on labelled real images (N, C, H, W); bitwise the same for one seed."""
+    """A small convolutional classifier, trained here on labelled real images (N, C, H, W); bitwise the same for one seed.
+
+    What was trained is kept (``cache``), and read where the same images and settings come again.
+    """
     layers: list[nn.Module] = []
     channels = images.shape[1]
     with torch.random.fork_rng(devices=[]):
@@ -107,13 +114,18 @@ def trained_features(
             channels = width
         layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 64), nn.ReLU()]
         network = Classifier(nn.Sequential(*layers), 64, int(labels.max()) + 1)
-        train_classifier(network, images, labels, steps=steps, noise=0.1, progress=progress)
+        content = images.numpy().tobytes() + labels.numpy().tobytes()
+        settings = f"{RECIPE} {torch.__version__} {tuple(images.shape)} {steps} {seed}"
+        name = f"classifier-{hashlib.sha256(settings.encode() + content).hexdigest()}"
+        if not cache.load(network, name):
+            train_classifier(network, images, labels, steps=steps, noise=0.1, progress=progress)
+            cache.save(network, name)
 
     def features_and_logits(x: Tensor) -> tuple[Tensor, Tensor]:
         features = network.features(x)
         return features, network.head(features)
 
-    total = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:8]
+    total = hashlib.sha256(content).hexdigest()[:8]
     return Features(features_and_logits, f"classifier-{total}-{steps}-{seed}")
 
 
@@ -181,15 +193,19 @@ def measure(
     theirs, _ = features(real, progress)
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
-    distance = metrics.frechet_distance(ours, theirs)
-    kernel = metrics.kernel_distance(ours, theirs, kid_subset, resamples=resamples)
-    found = {
-        "frechet_distance": _around(distance, metrics.frechet_standard_error(ours, theirs, resamples), least=0.0),
-        "kernel_distance": _around(*kernel),
-    }
-    if probabilities is not None:
-        found["classifier_score"] = _score(_mixed(probabilities), SCORED_IN if features.published else 1, resamples)
-    found |= _precision_recall(ours, theirs, resamples)
+    blocks = sum(-(-min(len(x), COVERED) // metrics.BLOCK) for x in (ours, theirs))
+    with ProgressBar(resamples + SUBSETS + 2 * blocks, "figures", "parts", progress) as bar:
+
+        def tick() -> None:
+            bar.to(bar.done + 1)
+
+        distance = metrics.frechet_distance(ours, theirs)
+        kernel = metrics.kernel_distance(ours, theirs, kid_subset, SUBSETS, resamples, tick=tick)
+        error = metrics.frechet_standard_error(ours, theirs, resamples, tick=tick)
+        found = {"frechet_distance": _around(distance, error, least=0.0), "kernel_distance": _around(*kernel)}
+        if probabilities is not None:
+            found["classifier_score"] = _score(_mixed(probabilities), SCORED_IN if features.published else 1, resamples)
+        found |= _precision_recall(ours, theirs, resamples, tick)
     return {_named(metric, features, len(images)): figure for metric, figure in found.items()}
 
 
@@ -220,10 +236,10 @@ def _score(probabilities: Tensor, parts: int, resamples: int) -> Figure:
     return _around(score(probabilities), float(np.std(draws, ddof=1)), least=1.0)
 
 
-def _precision_recall(ours: Tensor, theirs: Tensor, resamples: int, limit: int = COVERED) -> dict[str, Figure]:
+def _precision_recall(ours: Tensor, theirs: Tensor, resamples: int, tick: Callable[[], None]) -> dict[str, Figure]:
     """Shares of each set that the other set covers, and their harmonic mean [Kynkaanniemi et al. 2019]."""
-    ours, theirs = ours[:limit], theirs[:limit]
-    inside = [metrics.covered(ours, theirs), metrics.covered(theirs, ours)]
+    ours, theirs = ours[:COVERED], theirs[:COVERED]
+    inside = [metrics.covered(ours, theirs, tick=tick), metrics.covered(theirs, ours, tick=tick)]
     random = np.random.RandomState(0)
     draws = [[x[random.randint(len(x), size=len(x))].mean() for x in inside] for _ in range(resamples)]
     shares = np.array([[x.mean() for x in inside], *draws])  # (1 + resamples, 2)
@@ -296,6 +312,7 @@ def evaluate(
     found = measure(ours, truth, network, progress=progress)
     unrefined = None if raw is None else measure(raw, truth, network, progress=progress)
     told = [
+        *learned_on_them(network, real),
         *_seen_in_shaping(images, real, truth),
         *warnings_of(found, len(ours), unrefined, None if raw is None else len(raw)),
     ]
@@ -320,7 +337,19 @@ def features_for(images: Tensor, features: str | None, train: str, progress: boo
             f"labelled --train{missing and f'. {missing}'}"
         )
     check(images, examples)
-    return trained_features(examples, labels, progress=progress)
+    return replace(trained_features(examples, labels, progress=progress), learned_on=train)
+
+
+def learned_on_them(network: Features, real: str) -> list[str]:
+    """A warning where the features were learned here from the very images that the figures compare with."""
+    if not network.learned_on or network.learned_on != real:
+        return []
+    held_out = held_out_part(real)
+    return [
+        f"the features were learned from the images of --real itself, {real}, as no --train was given: they know these images by "
+        "heart, so the figures only compare with others that were made in this way; wanted "
+        + (f"held-out images as --real, {held_out}" if held_out else "other labelled images as --train")
+    ]
 
 
 def _seen_in_shaping(images: Path, real: str, truth: Tensor) -> list[str]:

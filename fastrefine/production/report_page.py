@@ -110,7 +110,8 @@ class _Page:
             "scores": _histogram(shown, "score (logit)"), "steps": _bars(steps, self.pairs.folder.configuration.max_steps or 0),
             "status": [(name, count, count / numbers["images"], STATUS[name]) for name, count in numbers["status"].items()],
             "unrefined": pairs.folder.configuration.max_steps == 0,
-            "metrics": metrics, "distance": distance, "verdict": _verdict(distance),
+            "metrics": metrics, "distance": distance, "verdict": _verdict(metrics or []),
+            "notes": metrics and evaluation.learned_on_them(report.features, report.real or ""),
             "num_real": metrics and len(report.truth[0]),
             "reliability": self.part("reliability", lambda: report.reliability),
             "reliability_figure": self.part("reliability", lambda: _svg(reliability_plot(report.reliability), "Reliability")),
@@ -183,18 +184,34 @@ class _Page:
         return [(name, _plain(x), SETTINGS.get(name, "")) for name, x in given if name in MAIN or x != usual.get(name)]
 
 
-def _verdict(distance: Mapping[str, Any] | None) -> str:
-    """What the Frechet distance before and after says."""
-    if distance is None or distance["before"] is None:
+def _verdict(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What the Frechet distance before and after says, and which of precision and recall fell."""
+    rows = {row["name"].partition("[")[0]: row for row in metrics if row["before"] is not None}
+    distance = next((row for name, row in rows.items() if name.startswith("frechet")), None)
+    if distance is None:
         return ""
-    (before, low, high), (after, least, most) = distance["before"], distance["after"]
-    better = after < before
-    words = f"The Fréchet distance {'fell' if better else 'rose'} from {_number(before)} to {_number(after)}."
-    if None not in (low, high, least, most) and max(low, least) <= min(high, most):
-        return f"{words} The intervals overlap, so this may be chance."
-    if better:
-        return f"{words} As a set, the images became more like the real ones."
-    return f"{words} As a set, the images became less like the real ones, whatever the discriminator says of them."
+    better, chance = distance["after"][0] < distance["before"][0], _overlap(distance)
+    words = [f"The Fréchet distance {'fell' if better else 'rose'} {_from_to(distance)}."]
+    if chance:
+        words.append("The intervals overlap, so this may be chance.")
+    elif better:
+        words.append("As a set, the images became more like the real ones.")
+    else:
+        words.append("As a set, the images became less like the real ones, whatever the discriminator says of them.")
+    for name, means in (("precision", "images look like a real one"), ("recall", "real images have one like them")):
+        if name in rows and rows[name]["after"][0] < rows[name]["before"][0]:
+            fell = f"{name.capitalize()} fell {_from_to(rows[name])}"
+            words.append(f"{fell}, which may be chance." if _overlap(rows[name]) else f"{fell}: fewer {means} than before.")
+    return " ".join(words)
+
+
+def _overlap(row: Mapping[str, Any]) -> bool:
+    (_, low, high), (_, least, most) = row["before"], row["after"]
+    return None not in (low, high, least, most) and max(low, least) <= min(high, most)
+
+
+def _from_to(row: Mapping[str, Any]) -> str:
+    return f"from {_number(row['before'][0])} to {_number(row['after'][0])}"
 
 
 def _words(finding: Any) -> str:

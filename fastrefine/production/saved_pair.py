@@ -26,10 +26,11 @@ from torch import nn
 from fastrefine import checks, priors, samplers, stopping
 from fastrefine.errors import InputError
 from fastrefine.networks.calls import takes_labels
-from fastrefine.networks.copies import unwrap
+from fastrefine.networks.copies import mark_shaped, unwrap
 from fastrefine.priors import Prior, as_prior
 from fastrefine.production import hub
-from fastrefine.production.configuration import CALLS, RUN, USUAL_RANGE, Configuration, Network
+from fastrefine.production.configuration import CALLS, RUN, USUAL_RANGE, Configuration, Network, changed_sampler
+from fastrefine.production.images import SHAPED_ON
 from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, function, network_code, text_of
 from fastrefine.production.weights_file import load_weights, read_weights
 from fastrefine.samplers import Sampler, as_sampler
@@ -320,6 +321,8 @@ def load_network(network: Network, name: str, *, trust: Trust = UNTRUSTED, allow
         raise InputError(f"the {name} has no weights; pass its .safetensors or torch.save file")
     weights = read_weights(Path(network.weights), network.key, allow_pickle=allow_pickle, role=name)
     load_weights(module, weights, network.weights, name)
+    if name == "discriminator" and (Path(network.weights).parent / SHAPED_ON).is_file():
+        mark_shaped(module)
     return module.eval()
 
 
@@ -343,7 +346,7 @@ def configured(
     usual = {**USUAL, **(pair.defaults if pair else {})}
     own = {name: value for name, value in usual.items() if getattr(configuration, name) == getattr(PLAIN, name)}
     if configuration.sampler and "name" not in configuration.sampler:
-        own["sampler"] = {**usual["sampler"], **configuration.sampler}
+        own["sampler"] = changed_sampler(usual["sampler"], configuration.sampler)
     if own.get("max_steps", configuration.max_steps) == 0 and "stop" in own:
         own["stop"] = "none"  # the pair's rule would only ask for real images
     if not configuration.prior:

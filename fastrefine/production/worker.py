@@ -23,6 +23,7 @@ from fastrefine.diagnosis.findings import Finding
 from fastrefine.diagnosis.tally import Tally, summary
 from fastrefine.engine.watch import findings_of
 from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.networks.copies import is_shaped
 from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
 from fastrefine.production.conditions import load_conditions
@@ -205,7 +206,8 @@ class Worker:
             sums.update(facts.get("tally", {}))  # markers of before have none
             seconds += facts.get("seconds", 0.0)
             unselected += facts.get("unselected", 0)
-        found, images = findings_of(sums, self.refiner.options), int(sums["samples"])
+        found = findings_of(sums, self.refiner.options, shaped=is_shaped(self.refiner.discriminator))
+        images = int(sums["samples"])
         if unselected:
             found.append(Finding(
                 "unselected", f"{unselected} of {images} images had no proposal accepted and hold their first one "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastrefine import checks, stopping
 from fastrefine.diagnosis.findings import SHAPE_FIRST
 from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.networks.copies import mark_shaped
 from fastrefine.networks.torch_state import quiet_torch
 from fastrefine.options import MOST_SLOTS
 from fastrefine.progress import counted
@@ -100,7 +101,7 @@ def shape_discriminator(
             twin._networks.refresh(student)
             if callback is not None:
                 callback({"iteration": iteration, **facts})
-        return student.eval()
+        return mark_shaped(student.eval()) if iterations and twin.max_steps else student.eval()
 
 
 def tune_discriminator(
