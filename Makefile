@@ -52,7 +52,7 @@ lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes, under five minutes; options in ARGS
+bench: $(VENV)/test.stamp  ## the rows of a CPU, each printed as it comes, under five minutes, also as pytest-benchmark's JSON; options in ARGS
 	$(BIN)/python -m benchmarks.zoo --seconds 0.2
 	$(BIN)/python -m benchmarks run --device cpu $(ARGS)
 

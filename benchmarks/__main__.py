@@ -82,7 +82,11 @@ def found(device: str) -> torch.device:
 @click.option("--go-on", is_flag=True, help="Only rows that the output does not have, failed ones apart.")
 @click.option("--plan", is_flag=True, help="Print the rows and stop.")
 @click.option("--output", type=click.Path(path_type=Path), help="[default: benchmarks/results/...]")
-def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool, **given: Any) -> None:
+@click.option("--pytest-benchmark", "theirs", type=click.Path(path_type=Path), help="The same rows in the form of "
+              "pytest-benchmark [default: build/benchmarks/pytest-benchmark-<device>.json].")  # fmt: skip
+def run(
+    device: str, tiny: bool, output: Path | None, theirs: Path | None, plan: bool, profile: bool, **given: Any
+) -> None:  # fmt: skip
     """Measure rows, the most important first, and write every one as it comes."""
     wanted = planned(device, tiny, **{k: given[k] for k in PRODUCT})
     if plan:
@@ -124,6 +128,11 @@ def run(device: str, tiny: bool, output: Path | None, plan: bool, profile: bool,
     faulthandler.cancel_dump_traceback_later()
     click.echo(report.table(record))
     click.echo(f"Written: {path}", err=True)
+    if record["rows"]:
+        as_theirs = theirs or TINY / f"pytest-benchmark-{device}.json"
+        as_theirs.parent.mkdir(parents=True, exist_ok=True)
+        write_json(as_theirs, report.as_pytest_benchmark(record))
+        click.echo(f"Written: {as_theirs}, the same as pytest-benchmark writes it", err=True)
     sys.exit(LOST if broken else FAILED_ROWS if record["failed"] or not record["rows"] else 0)
 
 

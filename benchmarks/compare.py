@@ -147,19 +147,23 @@ def table(ratios: list[Ratio], threshold: float) -> str:
 
 def as_pytest_benchmark(ratios: list[Ratio], side: str, commit: str, machine: Mapping[str, Any]) -> dict[str, Any]:
     """The seconds of one side as pytest-benchmark writes them, for ``pytest-benchmark compare`` and others."""
-    found = []
-    for one in ratios:
-        data = one.seconds[side]
-        quartiles = statistics.quantiles(data, n=4) if len(data) > 1 else data * 3
-        stats = {
-            "min": min(data), "max": max(data), "mean": statistics.mean(data), "median": statistics.median(data),
-            "stddev": statistics.stdev(data) if len(data) > 1 else 0.0, "rounds": len(data), "iterations": 1, "data": data,
-            "q1": quartiles[0], "q3": quartiles[2], "iqr": quartiles[2] - quartiles[0], "total": sum(data),
-            "ops": 1 / statistics.mean(data), "outliers": "0;0", "iqr_outliers": 0, "stddev_outliers": 0,
-            "ld15iqr": min(data), "hd15iqr": max(data),
-        }  # fmt: skip
-        found.append({
-            "name": one.case, "fullname": f"benchmarks/compare_cases.py::{one.case}", "group": None, "params": None,
-            "param": None, "extra_info": {"ratios": one.ratios}, "options": {"timer": "process_time"}, "stats": stats,
-        })  # fmt: skip
+    found = [
+        timed(one.case, f"benchmarks/compare_cases.py::{one.case}", one.seconds[side], {"ratios": one.ratios}) for one in ratios
+    ]
     return {"machine_info": dict(machine), "commit_info": {"id": commit}, "benchmarks": found, "version": "5.0.0"}
+
+
+def timed(name: str, fullname: str, data: list[float], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of a file by pytest-benchmark; data: the seconds of each round, extra: further figures."""
+    quartiles = statistics.quantiles(data, n=4) if len(data) > 1 else data * 3
+    stats = {
+        "min": min(data), "max": max(data), "mean": statistics.mean(data), "median": statistics.median(data),
+        "stddev": statistics.stdev(data) if len(data) > 1 else 0.0, "rounds": len(data), "iterations": 1, "data": data,
+        "q1": quartiles[0], "q3": quartiles[2], "iqr": quartiles[2] - quartiles[0], "total": sum(data),
+        "ops": 1 / statistics.mean(data), "outliers": "0;0", "iqr_outliers": 0, "stddev_outliers": 0,
+        "ld15iqr": min(data), "hd15iqr": max(data),
+    }  # fmt: skip
+    return {
+        "name": name, "fullname": fullname, "group": None, "params": None, "param": None, "extra_info": dict(extra),
+        "options": {"timer": "process_time"}, "stats": stats,
+    }  # fmt: skip

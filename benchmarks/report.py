@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import timed
 from benchmarks.machine import RESULTS
 
 KIND = "fastrefine speed"
@@ -46,6 +47,21 @@ def load(path: Path) -> dict[str, Any]:
     return {
         "kind": KIND, "machine": own, "datetime": found["datetime"], "rows": rows, "peaks": {}, "failed": [], "not_run": [],
         "command": ", ".join(sorted({row["command"] for row in rows})),
+    }  # fmt: skip
+
+
+def as_pytest_benchmark(record: dict[str, Any]) -> dict[str, Any]:
+    """A record in the form of pytest-benchmark, which ``load`` reads and ``pytest-benchmark compare`` compares."""
+    machine = record["machine"]
+    info = {**machine, "cpu_model": machine["device"], "matrix_units": machine.get("matrix_units")}
+    found = []
+    for row in record["rows"]:
+        name = f"bench_refine[{label(row).replace(' ', '-')}]"
+        more = {**row, "command": record["command"]}
+        found.append(timed(name, f"benchmarks/bench_refine.py::{name}", row["seconds"], more))
+    return {
+        "machine_info": info, "commit_info": {"id": machine["commit"]}, "benchmarks": found, "datetime": record["datetime"],
+        "version": "5.0.0",
     }  # fmt: skip
 
 

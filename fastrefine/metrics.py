@@ -46,8 +46,8 @@ def frechet_standard_error(
     """Standard error of ``frechet_distance(features, reference)``: its deviation over bootstrap samples of ``features``.
 
     features: (N, F), reference: (M, F), which is held as it is. So it tells how far the distance would be from this one for N
-    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2. tick: called after
-    each of them.
+    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2. tick: called
+    after each of them.
 
     Example: ``frechet_standard_error(torch.randn(500, 8), torch.randn(500, 8))  # about 0.01``
 
@@ -79,8 +79,8 @@ def kernel_distance(
     features_a: (N, F), features_b: (M, F). The value is the mean over ``subsets`` random subsets of ``subset_size`` rows of
     each set, at most half of the smaller set. The standard error is the deviation over ``resamples`` bootstrap samples of
     features_a, with features_b held as it is, as for ``frechet_standard_error``; that of the mean over the subsets is added.
-    The bootstrap computes with 2,000 rows of each set at most, and scales what it finds. Computed in float64. tick: called after
-    each subset.
+    The bootstrap computes with 2,000 rows of each set at most, and scales what it finds. Computed in float64. tick: called
+    after each subset.
 
     Example: ``kernel_distance(torch.randn(500, 8), torch.randn(500, 8)).value  # about 0``
 

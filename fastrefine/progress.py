@@ -50,7 +50,7 @@ class ProgressBar:
     def line(self, seconds: float) -> str:
         """The line after so many seconds."""
         speed = (self.done - self.first) / seconds if seconds > 0 else 0.0
-        left = f", {_span((self.total - self.done) / speed)} left" if speed > 0 else ""
+        left = f", {span((self.total - self.done) / speed)} left" if speed > 0 else ""
         rate = f"{speed:.1f} {self.unit}/s" if speed >= 1 or not speed else f"{1 / speed:.1f} s each"
         return f"{self.name}: {self.done} of {self.total} {self.unit}, {rate}{left}{self.note and f', {self.note}'}"
 
@@ -69,7 +69,7 @@ def counted(count: int, name: str, show: bool | None) -> Iterator[int]:
     return over(range(count), count, name, "iterations", show)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Seconds, minutes or hours in words."""
     if seconds < 100:
         return f"{seconds:.0f} s"

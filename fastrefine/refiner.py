@@ -317,8 +317,8 @@ class Refiner:
         n: raw proposals. refined: how many of them are refined, too. labels: (n,), or one for all. conditions: (n, ...) by
         name. By default both are those of ``real_labels`` and ``real_conditions`` in turn, where the networks take any.
         latents: (n, ...), where there is no prior. shaped: D was shaped already, so it is judged whether it was shaped well
-        and no shaping is advised; what ``shape_discriminator`` or a shaped pair gave is known to be. Networks that do not fit give a check that says so; InputError is raised
-        for bad arguments only.
+        and no shaping is advised; what ``shape_discriminator`` or a shaped pair gave is known to be. Networks that do not
+        fit give a check that says so; InputError is raised for bad arguments only.
 
         Example: ``print(refiner.check())``
         """

@@ -260,6 +260,11 @@ def shape(
 @click.option("--iterations", type=click.IntRange(min=1), default=6000, show_default=True, help="Updates of the map.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in an update.")
 @click.option("--learning-rate", type=float, default=1e-2, show_default=True, help="Of Adam.")
+@click.option("--shaping-iterations", type=click.IntRange(min=0), default=200, show_default=True, help="Updates of the "
+              "discriminator after each round; 0: it stays as it is.")  # fmt: skip
+@click.option("--shaping-batch-size", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Real images in such an update, and as many refined ones.")  # fmt: skip
+@click.option("--shaping-learning-rate", type=float, default=1e-4, show_default=True, help="Of Adam, for these updates.")
 @click.option("--flops", type=float, default=0.15, show_default=True, help="Of the map, as a share of the generator's.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--samples", type=click.IntRange(min=2), default=4000, show_default=True, help="Of the table of quality.")
@@ -268,13 +273,16 @@ def shape(
 @click.option("--outdir", type=FOLDER, required=True, help="New or empty: the pair with the distilled generator goes there.")
 @click.pass_context
 def distil(
-    ctx: click.Context, pairs: int, rounds: int, iterations: int, batch_size: int, learning_rate: float, flops: float,
-    seed: int, samples: int, features: str | None, outdir: Path, **flags: Any,
+    ctx: click.Context, pairs: int, rounds: int, iterations: int, batch_size: int, learning_rate: float,
+    shaping_iterations: int, shaping_batch_size: int, shaping_learning_rate: float, flops: float, seed: int, samples: int,
+    features: str | None, outdir: Path, **flags: Any,
 ) -> None:  # fmt: skip
     """Learn what refinement does: OUTDIR becomes a pair whose generator has it built in.
 
     Its discriminator is shaped on what the new generator gives, for steps of refinement after it. Prints a table of quality,
     on samples that were not trained on, of generator and distilled generator with 0, 1, 2 and 4 steps of refinement after it.
+
+    OUTDIR is written whenever a map is trained or a discriminator shaped, so a run that is stopped keeps what was finished.
 
     \b
     fastrefine distil --pair shaped --real train/ --stop median --max-steps 20 --outdir distilled
@@ -284,22 +292,41 @@ def distil(
         raise click.UsageError("--real is needed: real images for the table of quality")
     if (outdir / "config.json").exists():
         raise click.UsageError(f"{outdir} holds a pair already; wanted a new or empty --outdir")
+    import numpy as np
+
     import fastrefine as fr
     from fastrefine.production.distillation import quality
+    from fastrefine.production.images import SHAPED_ON, digests, shaped_on, unscaled
 
     worker = worker_of(ctx, flags, labels=True)
     pair = worker.pair
     if any(spec.code.endswith(".pt2") for spec in pair.specs):
         raise click.UsageError("archives (.pt2) cannot be saved as a pair; wanted networks from code")
-    g = fr.distil(
-        worker.refiner, pairs, rounds, seed, conditions=worker.conditions_of(pairs), flops=flops, iterations=iterations,
-        batch_size=batch_size, learning_rate=learning_rate,
-    )  # fmt: skip
-    assert g.discriminator is not None
-    pair.saved(
-        outdir, generator=g.cpu(), discriminator=g.discriminator.cpu(), at=g.refined_at, max_steps=0, stop="none",
-        sampler=worker.configuration.sampler,
-    )  # fmt: skip
+    c, done = worker.configuration, ""
+
+    def save(g: Any, facts: dict[str, Any]) -> None:
+        nonlocal done
+        pair.saved(
+            outdir, generator=g.cpu(), discriminator=g.discriminator.cpu(), at=g.refined_at, max_steps=0, stop="none",
+            sampler=c.sampler,
+        )  # fmt: skip
+        seen = [shaped_on(c.pair), digests(unscaled(worker.refiner.real, c.value_range)) if g.report["shaped"] else None]
+        if known := [one for one in seen if one is not None]:
+            np.save(outdir / SHAPED_ON, np.unique(np.concatenate(known)))
+        what = "map and discriminator" if facts["shaped"] else "map, the discriminator as it was before it"
+        done = f"the pair of round {facts['round']} of {facts['rounds']}: {what}"
+
+    shaping = {"iterations": shaping_iterations, "batch_size": shaping_batch_size, "learning_rate": shaping_learning_rate}
+    try:
+        g = fr.distil(
+            worker.refiner, pairs, rounds, seed, conditions=worker.conditions_of(pairs), flops=flops, iterations=iterations,
+            batch_size=batch_size, learning_rate=learning_rate, shaping=shaping, callback=save,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(
+            f"stopped; {f'{outdir} holds {done}' if done else 'no map was finished yet, so nothing was written'}", err=True
+        )
+        ctx.exit(130)
     click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
                f"generator's FLOPs, and it leaves {g.report['held_out_error']:.0%} of the refinement undone")  # fmt: skip
     for line in quality(worker, g, samples, features):

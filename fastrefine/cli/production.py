@@ -121,8 +121,12 @@ DISCRIMINATOR = [
 ]  # fmt: skip
 REFINEMENT = [
     click.option("--sampler", type=click.Choice(tuple(SAMPLERS)), help="Default: the pair's, or collaborative."),
-    click.option("--step-size", type=StepSize(), help=f"A number, or {AUTO}: collaborative refinement finds it by itself, and "
-                 f"each sample goes on with its own (default: the pair's, or {STEP_SIZE})."),
+    click.option(
+        "--step-size",
+        type=StepSize(),
+        help=f"A number, or {AUTO}: collaborative refinement finds it by itself, and "
+        f"each sample goes on with its own (default: the pair's, or {STEP_SIZE}).",
+    ),
     click.option("--sampler-args", type=KEYWORDS, help="Further arguments of the sampler, as JSON."),
     click.option("--max-steps", type=click.IntRange(min=0), help="Default: the pair's, or 50."),
     click.option(

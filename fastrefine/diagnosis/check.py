@@ -149,7 +149,8 @@ class Check:
         found = {}
         if self.calibration is not None:
             found["logit"] = "D's score of an image. Above 0: D takes it for real. Below 0: D takes it for generated"
-            found["error, ece"] = f"how far D's probabilities are off, without and with chance; error up to {TOLERANCE} is trusted"
+            found["error"] = f"how far D's probabilities are off, beyond what chance explains; up to {TOLERANCE} is trusted"
+            found["ece"] = "how far they are off on average, chance included; 0 is the best"
             found["z"] = "whether they lean to one side, in standard deviations; -3 to 3 is trusted"
             found["brier"] = "their mean squared error; 0.25 is that of guessing, 0 the best"
         return found

@@ -14,7 +14,13 @@ from fastrefine.samplers.hmc import HMC
 
 RARE, SURE = 0.1, 0.98  # a step size with less acceptance is called too large, one with more needlessly small
 RESONANCE = 0.3  # radians: how near to a multiple of pi a trajectory of fixed length counts as coming back
-ABOUT_STEPS = ("unmoved", "hardly_moved", "unrefined", "exhausted", "over_refined")  # findings of a run that belong into the advice
+ABOUT_STEPS = (
+    "unmoved",
+    "hardly_moved",
+    "unrefined",
+    "exhausted",
+    "over_refined",
+)  # findings of a run that belong into the advice
 ERRORS, FEWEST = 4.0, 16  # the mean logit counts as fallen by so many standard errors, of so many samples at least
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastrefine.result import Result, Status
 
-# of what there is one for each sample. known: both logits are finite, of which gain and first are sums. compared: of these, where
-# the real logits are known; way: from the first logit to the real median.
+# of what there is one for each sample. known: both logits are finite, of which gain and first are sums. compared: of these,
+# where the real logits are known; way: from the first logit to the real median.
 Sums = Mapping[str, float]
 
 MEANT = {  # each status in words
@@ -45,7 +45,8 @@ class Tally:
         hidden = ~part.images.isfinite()
         columns = {
             "samples": torch.ones_like(gain), "updates": part.steps, "falls": part.logit_falls, "known": known,
-            "compared": compared, "way": torch.where(compared, self._median - start, 0.0), "gain": gain, "gain_square": gain * gain, "first": start, "first_square": start * start,
+            "compared": compared, "way": torch.where(compared, self._median - start, 0.0),
+            "gain": gain, "gain_square": gain * gain, "first": start, "first_square": start * start,
             "tested": tested, "accepted": torch.where(tested, accepted, 0.0),
             **{status.name: part.status == status for status in Status},
             "hidden": hidden.flatten(1).any(1) if hidden.dim() > 1 else hidden,

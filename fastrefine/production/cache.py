@@ -1,4 +1,4 @@
-"""Networks that were trained here and are wanted again: files in fastrefine's folder of the user's cache. They may be deleted."""
+"""Networks that were trained here and are wanted again: files in the user's cache, which may be deleted."""
 
 from __future__ import annotations
 

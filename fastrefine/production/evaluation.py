@@ -49,8 +49,8 @@ class Features:
     """The network on whose features images are compared. name: is reported with every figure.
 
     network: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
-    published: whether these are the features of FID, IS and KID. learned_on: the images that the network was trained on here, as
-    ``load_labelled`` reads them; "" for others.
+    published: whether these are the features of FID, IS and KID. learned_on: the images that the network was trained on here,
+    as ``load_labelled`` reads them; "" for others.
     """
 
     network: Callable[[Tensor], Any]
@@ -346,8 +346,8 @@ def learned_on_them(network: Features, real: str) -> list[str]:
         return []
     held_out = held_out_part(real)
     return [
-        f"the features were learned from the images of --real itself, {real}, as no --train was given: they know these images by "
-        "heart, so the figures only compare with others that were made in this way; wanted "
+        f"the features were learned from the images of --real itself, {real}, as no --train was given: they know these images "
+        "by heart, so the figures only compare with others that were made in this way; wanted "
         + (f"held-out images as --real, {held_out}" if held_out else "other labelled images as --train")
     ]
 
@@ -396,9 +396,9 @@ def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None 
     score, distance = "classifier_score", "frechet_distance"
     if score in ours and ours[score] > theirs[score] and ours[distance] > theirs[distance]:
         warnings.append(
-            f"score and distance part ways: the score rose from {theirs[score]:.3f} to {ours[score]:.3f}, but the distance "
-            f"too, from {theirs[distance]:.3f} to {ours[distance]:.3f}: over-refined? Fewer or smaller steps, or a shaped "
-            "discriminator"
+            f"the score rose from {theirs[score]:.3f} to {ours[score]:.3f}, which is better, but the distance rose too, from "
+            f"{theirs[distance]:.3f} to {ours[distance]:.3f}, which is worse: the images may be refined too far. Take fewer or "
+            "smaller steps, or shape the discriminator"
         )
     intervals = [{_metric(name): figure for name, figure in figures.items()} for figures in (found, raw)]
     for name, share in (("precision", "images look like a real one"), ("recall", "real images have one like them")):

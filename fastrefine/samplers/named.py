@@ -39,8 +39,8 @@ def as_sampler(given: Sampler | str | Mapping[str, Any]) -> Sampler:
     checks.choice("sampler", name, tuple(checks.SAMPLERS))
     if name != "collaborative" and "step_size" in arguments and arguments["step_size"] is None:
         raise InputError(
-            f"sampler {name} has no step size, and only collaborative finds one by itself (step_size=None, `--step-size auto`); "
-            "wanted a number, e.g. 0.1"
+            f"sampler {name} has no step size, and only collaborative finds one by itself (step_size=None, `--step-size "
+            "auto`); wanted a number, e.g. 0.1"
         )
     try:
         return _CLASSES[checks.SAMPLERS[name]](**arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,12 +21,13 @@ from fastrefine.networks.cut import image_of
 from fastrefine.networks.split import Split
 from fastrefine.networks.torch_state import quiet_torch, seed_torch
 from fastrefine.noise import KEY, Stream, uniform
-from fastrefine.progress import counted, over
+from fastrefine.progress import counted, over, span
 from fastrefine.refiner import Refiner
 from fastrefine.result import Status
 from fastrefine.training.distilled import MAP, DistilledGenerator, DistilledMap
 from fastrefine.training.shape import shape_discriminator
 
+Callback = Callable[[DistilledGenerator, dict[str, Any]], None]
 FIRST_ID = 2**30  # of the pairs: samples with ids from 0 are others
 FEWEST = 64  # pairs
 _WIDTHS = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
@@ -51,6 +54,7 @@ def distil(
     learning_rate: float = 1e-2,
     chunk: int = 1000,
     shaping: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
 ) -> DistilledGenerator:
     """Learn what ``refiner`` does to its generator's samples; returns a generator that does it by itself.
 
@@ -64,7 +68,8 @@ def distil(
     rounds: in each further round the shaped discriminator refines what the map gives, and the map is trained on.
     seed: of the pairs, which have ids from 2**30, of the map's first weights and of the batches; equal seeds give equal
         weights.
-    progress: bars on stderr; None: on a terminal bars, elsewhere a line every ten seconds.
+    progress: bars on stderr; None: on a terminal bars, elsewhere a line every ten seconds. Unless it is False, what a round
+        does, and about how long its shaping takes, is told before; after each round the time that is left.
     labels, conditions: of the pairs, (pairs, ...), as for ``Refiner.sample``. None: those of the refiner's ``real`` images,
         drawn at random.
     real, real_labels, real_conditions: to shape on, as ``shape_discriminator`` takes them; None: the refiner's.
@@ -73,6 +78,8 @@ def distil(
         stream of pairs. All pairs are kept in memory: latents, refined activations and images.
     shaping: arguments of ``shape_discriminator`` after each round; default 200 iterations of 64 at 1e-4. ``{"iterations": 0}``
         leaves shaping out.
+    callback: called as callback(g, facts) when the map of a round is trained, and again when its discriminator is shaped: g is
+        a copy of what there is by then, to be kept in case the rest does not come; facts are {"round", "rounds", "shaped"}.
 
     Warns where the smallest map costs more than ``flops``. Raises InputError on bad arguments, on a Split or no generator, on
     DDLS, MALA, PCN and HMC, and where there is nothing to learn: refinement changes no sample, none is finite, or the map
@@ -94,26 +101,61 @@ def distil(
     how = {"stop": refiner.stop, "seed": seed, "progress": progress, **_SHAPING, **(shaping or {})}
     how |= {"real_labels": real_labels, "real_conditions": real_conditions}
     shapes = real is not None and how["iterations"] != 0 and any(True for _ in refiner.discriminator.parameters())
-    if shapes:
-        shape_discriminator(refiner, real, **how | {"iterations": 0})  # bad arguments are told before there is work to lose
+    each = 0.0
+    if shapes:  # bad arguments are told before there is work to lose
+        each = _seconds_of_shaping(refiner, real, how, timed=progress is not False)
     inputs = _inputs_of_pairs(refiner, pairs, seed, labels, conditions)
     quiet = refiner.replaced(progress=False, callback=None, output_device="cpu")
     found = Pairs.made(quiet, pairs, seed, inputs, chunk, progress)
     with quiet_torch(refiner.device):
         seed_torch(refiner.device, seed % 2**63)
         g = _untrained(quiet, found, flops)
-    plain, then = copy.deepcopy(g), quiet
+    plain, then, began = copy.deepcopy(g), quiet, time.monotonic()
+
+    def finished(of: DistilledGenerator, number: int, shaped: bool, facts: dict[str, Any]) -> DistilledGenerator:
+        of.keep_discriminator(then.discriminator)
+        of.report |= {"pairs": len(found), "rounds": number + 1, "seed": seed, "shaped": shaped, **facts}
+        return of.eval().requires_grad_(False)
+
     for number in range(rounds):
+        if progress is not False:
+            _tell(_plan(number, rounds, pairs, iterations, how["iterations"] if shapes else 0, each))
         if number:
             found = Pairs.made(then, pairs, seed, inputs, chunk, progress)
         with quiet_torch(refiner.device):
             facts = _train(g, plain, found, iterations, batch_size, learning_rate, seed, progress)
         then = refiner_of(copy.deepcopy(g), then)
-        if shapes:
-            then = then.with_discriminator(shape_discriminator(then, real, **how))
-    g.keep_discriminator(then.discriminator)
-    g.report |= {"pairs": len(found), "rounds": rounds, "seed": seed, "shaped": shapes, **facts}
-    return g.eval().requires_grad_(False)
+        for shaped in (False, True)[: 1 + shapes]:
+            if shaped:
+                then = then.with_discriminator(shape_discriminator(then, real, **how))
+            if callback is not None:
+                made = finished(copy.deepcopy(g), number, shaped or (shapes and number > 0), facts)
+                made.keep_discriminator(copy.deepcopy(then.discriminator))
+                callback(made, {"round": number + 1, "rounds": rounds, "shaped": shaped})
+        if progress is not False and number + 1 < rounds:
+            spent = time.monotonic() - began
+            _tell(f"round {number + 1} of {rounds} took {span(spent / (number + 1))}; "
+                  f"about {span(spent / (number + 1) * (rounds - number - 1))} left")  # fmt: skip
+    return finished(g, rounds - 1, shapes, facts)
+
+
+def _seconds_of_shaping(refiner: Refiner, real: Any, how: Mapping[str, Any], timed: bool) -> float:
+    """Seconds of an iteration of shaping, by the second of two that change nothing; 0 where it is not timed."""
+    ends: list[float] = []
+    few = {"iterations": min(2, how["iterations"]) if timed else 0, "progress": False}
+    shape_discriminator(refiner, real, **{**how, **few, "callback": lambda _: ends.append(time.monotonic())})
+    return ends[1] - ends[0] if len(ends) > 1 else 0.0
+
+
+def _plan(number: int, rounds: int, pairs: int, iterations: int, shaping: int, each: float) -> str:
+    """What a round does, in words."""
+    last = f", then shape the discriminator for {shaping} iterations" * bool(shaping)
+    last += f" (about {span(shaping * each)})" * bool(each)
+    return f"round {number + 1} of {rounds}: refine {pairs} samples, train the map for at most {iterations} iterations{last}"
+
+
+def _tell(line: str) -> None:
+    print(f"distil: {line}", file=sys.stderr, flush=True)
 
 
 def refiner_of(g: DistilledGenerator, refiner: Refiner) -> Refiner:

@@ -50,7 +50,8 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "speed.json"
     given = ["run", "--device=cpu", "--tiny", "--workload=mlp2d", "--stop=none", "--stop=median", "--profile"]
     benchmark = torch.backends.cudnn.benchmark
-    found = CliRunner().invoke(command.main, [*given, f"--output={path}"], catch_exceptions=False)
+    theirs = f"--pytest-benchmark={path.parent / 'theirs.json'}"
+    found = CliRunner().invoke(command.main, [*given, f"--output={path}", theirs], catch_exceptions=False)
     torch.backends.cudnn.benchmark = benchmark
     return found, path
 
@@ -67,6 +68,21 @@ def test_every_row_is_measured_with_all_keys_and_told_as_it_comes(measured):
         assert row["checks"]["b1"]["steps_equal"] == 1 and row["checks"]["b1"]["deviation_median"] < 1e-3
     text = report.table(record)
     assert "stand-in" in text and "met" not in text.partition("| workload")[2]  # nothing tiny is judged
+
+
+def test_the_rows_are_also_written_as_pytest_benchmark_writes_them(measured):
+    found, path = measured
+    theirs = path.parent / "theirs.json"
+    assert f"Written: {theirs}" in found.output
+    own, again = report.load(path), report.load(theirs)
+    assert [row["seconds"] for row in again["rows"]] == [row["seconds"] for row in own["rows"]]
+    assert again["machine"]["device"] == own["machine"]["device"] and again["machine"]["commit"] == own["machine"]["commit"]
+    for entry, row in zip(json.loads(theirs.read_text())["benchmarks"], own["rows"], strict=True):
+        assert entry["stats"]["min"] == min(row["seconds"]) and entry["stats"]["rounds"] == len(row["seconds"])
+    pytest.importorskip("pytest_benchmark")
+    done = subprocess.run([Path(sys.executable).parent / "pytest-benchmark", "compare", theirs, theirs], cwd=path.parent,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "bench_refine[mlp2d" in done.stdout, done.stderr
 
 
 def test_a_stop_is_reached_by_some_and_its_gain_is_raced(measured):

@@ -12,7 +12,8 @@ import fastrefine as fr
 from fastrefine.cli import cli
 from fastrefine.errors import InputError, SplitError
 from fastrefine.models import digits as networks
-from fastrefine.production import bench
+from fastrefine.production import bench, images
+from fastrefine.training import distil
 
 NORMAL = ("--prior", '{"name": "normal", "shape": [32]}')
 CODE = "fastrefine.models.digits"
@@ -143,9 +144,41 @@ def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeyp
 # --- distil
 
 
+@pytest.mark.parametrize(("at", "kept"), [(1, "map, the discriminator as it was before it"), (3, "map and discriminator")])
+def test_what_distil_finished_is_kept_when_it_is_stopped(files, tmp_path, monkeypatch, at, kept):
+    calls, shape = [], distil.shape_discriminator
+
+    def stopped(*arguments, **options):
+        calls.append(options["iterations"])
+        if len(calls) > at:  # the first call only tries what shaping takes
+            raise KeyboardInterrupt
+        return shape(*arguments, **options)
+
+    monkeypatch.setattr(distil, "shape_discriminator", stopped if at == 1 else shape)
+    if at > 1:  # while the pairs of the second round are made
+        made = distil.Pairs.made.__func__
+
+        def second(cls, *arguments):
+            calls.append(0)
+            if len(calls) > 1:
+                raise KeyboardInterrupt
+            return made(cls, *arguments)
+
+        monkeypatch.setattr(distil.Pairs, "made", classmethod(second))
+    flags = ("--real", "digits", "--max-steps", 2, "--pairs", 80, "--rounds", 2, "--iterations", 20, "--shaping-iterations", 2)
+    done = CliRunner().invoke(cli, list(map(str, ("distil", "--pair", files / "pair", *flags, "--at", "act2", "--outdir",
+                                                  tmp_path / "distilled"))))  # fmt: skip
+    assert done.exit_code == 130 and f"stopped; {tmp_path / 'distilled'} holds the pair of round 1" in done.output
+    assert kept in done.output
+    pair = fr.load_pair(tmp_path / "distilled")
+    assert pair.generator.report["rounds"] == 1 and pair.generator.report["shaped"] == (at > 1)
+    assert (images.shaped_on(tmp_path / "distilled") is not None) == (at > 1)
+
+
 def test_distilling_a_pair_makes_a_pair_whose_runs_say_so(files, tmp_path, monkeypatch):
     monkeypatch.setattr("fastrefine.production.evaluation.trained_features.__defaults__", (20, 0))
-    flags = ("--real", "digits", "--max-steps", 2, "--pairs", 80, "--iterations", 20, "--samples", 40)
+    flags = ("--real", "digits", "--max-steps", 2, "--pairs", 80, "--iterations", 20, "--samples", 40,
+             "--shaping-iterations", 2, "--shaping-batch-size", 16, "--shaping-learning-rate", 1e-3)  # fmt: skip
     out = run("distil", "--pair", files / "pair", *flags, "--at", "act2", "--outdir", tmp_path / "distilled").splitlines()
     out = out[next(i for i, line in enumerate(out) if line.startswith("wrote ")) :]  # progress comes first on a slow machine
     assert out[0].startswith(f"wrote {tmp_path / 'distilled'}") and "features classifier-" in out[1]
@@ -154,6 +187,7 @@ def test_distilling_a_pair_makes_a_pair_whose_runs_say_so(files, tmp_path, monke
     assert pair.generator.report["pairs"] == 80 and pair.defaults["at"] == "act2"
     before, z = fr.load_pair(files / "pair").discriminator, torch.rand(3, 1, 8, 8)
     assert not torch.equal(pair.discriminator(z), before(z)), "it was shaped on what the map gives"
+    assert len(images.shaped_on(tmp_path / "distilled")) > 1000, "and the pair says on which images"
     run("refine", "--pair", tmp_path / "distilled", "--ids", "0-7", "--outdir", tmp_path / "run")
     assert json.dumps(pair.generator.report["sampler"]) in (tmp_path / "run" / "manifest.json").read_text()
     shape(files, tmp_path / "shaped", "--pair", tmp_path / "distilled")

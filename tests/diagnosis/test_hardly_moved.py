@@ -26,7 +26,9 @@ def test_python_is_warned_with_the_share_of_the_way_to_real_images():
     gain = float((out.logits - out.initial_logits).double().mean())
     way = float(one.score(one.real).double().median() - out.initial_logits.double().mean())
     assert 0 < gain < 0.05 * way
-    assert f"rose by {gain:.3g} in 4 steps on average, which is {gain / way:.1%} of the way" in out.report["findings"][1]["text"]
+    assert (
+        f"rose by {gain:.3g} in 4 steps on average, which is {gain / way:.1%} of the way" in out.report["findings"][1]["text"]
+    )
     assert "hardly moved" in fr.diagnose_steps(out, one.sampler).advice
 
 

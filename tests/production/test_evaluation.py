@@ -116,7 +116,7 @@ def test_few_images_and_a_score_that_parts_from_the_distance_are_told(names):
     assert evaluation.warnings_of(figures(5.0, 8.0, names), 10_000, figures(6.0, 7.0), 10_000) == []
     assert "900 images" in evaluation.warnings_of(figures(5.0, 8.0, names), 900)[0]
     (told,) = evaluation.warnings_of(figures(7.0, 8.0, names), 10_000, figures(6.0, 7.0), 10_000)
-    assert "part ways" in told and "over-refined" in told
+    assert "which is better" in told and "refined too far" in told
 
 
 def test_precision_that_fell_beyond_its_interval_is_told():
@@ -318,10 +318,10 @@ def test_the_command_shows_distance_beside_score_and_warns_when_they_part(tmp_pa
         out = command(x, "--real", real, "--features", f"{__name__}:Colours")
         for metric in ("classifier_score", "frechet_distance"):
             assert f"{metric}[{__name__}:Colours, n=200]  " in out
-        assert "part ways" not in out and "inception" not in out
+        assert "refined too far" not in out and "inception" not in out
     parted = command(loud, "--real", real, "--baseline", raw, "--features", f"{__name__}:Colours")
-    assert "warning: score and distance part ways" in parted
-    assert "part ways" not in command(raw, "--real", real, "--baseline", loud, "--features", f"{__name__}:Colours")
+    assert "warning: the score rose from" in parted
+    assert "refined too far" not in command(raw, "--real", real, "--baseline", loud, "--features", f"{__name__}:Colours")
 
 
 def test_the_command_prints_json(tmp_path, capsys):

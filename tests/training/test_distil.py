@@ -245,6 +245,25 @@ def test_rounds_shape_the_discriminator_on_what_the_map_gives():
     assert copy.deepcopy(g).discriminator is not None
 
 
+def test_what_is_finished_is_handed_over_and_the_work_is_told_before(capfd):
+    one, seen = refiner("input", real=torch.rand(64, 1, 4, 4) - 0.5), []
+    given = dict(pairs=200, rounds=2, iterations=40, shaping={"iterations": 3})
+    g = fr.distil(one, **given, progress=None, callback=lambda *done: seen.append(done))
+    assert [tuple(facts.values()) for _, facts in seen] == [(1, 2, False), (1, 2, True), (2, 2, False), (2, 2, True)]
+    plain = fr.distil(one, **given, progress=False)
+    z, told = torch.randn(3, 4), capfd.readouterr().err
+    assert torch.equal(g(z), plain(z)) and torch.equal(seen[-1][0](z), g(z)) and not torch.equal(seen[0][0](z), g(z))
+    first, shaped = (part.discriminator.state_dict() for part, _ in seen[:2])
+    assert all(torch.equal(value, one.discriminator.state_dict()[name]) for name, value in first.items())
+    assert not all(torch.equal(value, first[name]) for name, value in shaped.items())
+    assert [part.report["shaped"] for part, _ in seen] == [False, True, True, True]
+    plan = (
+        "distil: round 1 of 2: refine 200 samples, train the map for at most 40 iterations, then shape the discriminator for 3"
+    )
+    assert plan in told and "(about 0 s)" in told and "distil: round 1 of 2 took" in told and "left" in told
+    assert told.count("distil: round") == 3, "nothing is told where progress is False"
+
+
 def test_without_real_images_or_shaping_the_discriminator_stays():
     bare, known = refiner("vector"), refiner("vector", real=torch.rand(64, 1, 4, 4) - 0.5)
     for one, options in ((bare, {}), (known, {"shaping": {"iterations": 0}})):
