@@ -119,7 +119,7 @@ class Check:
             tried = [e["rung"] + f" not ({why})" * (not e["kept"]) for e, why in zip(self.ladder, whys, strict=True)]
             rows["faster forms"] = ", ".join(dict.fromkeys(tried))
         lines += ["", *(f"{name:<16}{words}" for name, words in rows.items())] if rows else []
-        lines += [f"{name:<16}{words}" for name, words in self.words().items()]
+        lines += ["", *(f"{name:<16}{words}" for name, words in self.words().items())] if self.calibration else []
         others = [*(finding.text for finding in self.findings[1:]), *self.notes]
         lines += ["", *(f"also            {text}" for text in others)] * bool(others) + [""]
         verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
@@ -149,8 +149,8 @@ class Check:
         found = {}
         if self.calibration is not None:
             found["logit"] = "D's score of an image. Above 0: D takes it for real. Below 0: D takes it for generated"
-            found["error"] = f"how far D's probabilities are off, beyond what chance explains; up to {TOLERANCE} is trusted"
-            found["ece"] = "how far they are off on average, chance included; 0 is the best"
+            found["error"] = f"of D's probabilities (root mean square, less what chance explains); up to {TOLERANCE} is trusted"
+            found["ece"] = "the mean of their errors (expected calibration error), chance included; 0 is the best"
             found["z"] = "whether they lean to one side, in standard deviations; -3 to 3 is trusted"
             found["brier"] = "their mean squared error; 0.25 is that of guessing, 0 the best"
         return found

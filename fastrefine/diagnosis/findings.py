@@ -110,7 +110,7 @@ def judge(sums: Sums, max_steps: int, stop: StopRule, *, ascends: bool = True) -
 
 
 def _hardly_moved(sums: Sums, n: int) -> list[Finding]:
-    """Whether the logits gained next to nothing: of the way to the median real logit if that lies above, else of their spread."""
+    """Whether the logits gained next to nothing: of the way to the median real logit, or else of their spread."""
     known = sums["known"]
     if known < 2:
         return []
