@@ -119,7 +119,7 @@ def _hardly_moved(sums: Sums, n: int) -> list[Finding]:
     of, what, barely = (way, "of the way from raw to real images", BARELY[0]) if way > 0 else (
         spread, "of the spread of the raw logits", BARELY[1]
     )  # fmt: skip
-    if not 0 <= gain < barely * of:
+    if not 0 <= gain < barely * of or (way <= 0 and sums["updates"] < 2 * n):  # one step alone tells little of the spread
         return []
     return [Finding(
         "hardly_moved", f"the samples hardly moved: the mean logit rose by {gain:.3g} in {sums['updates'] / n:.3g} steps on "
