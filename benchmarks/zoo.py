@@ -2,6 +2,7 @@
 
 FOLDER holds public checkouts (``zoo_pairs``); without it only the networks of ``fastrefine.models`` are measured. Each pair
 is refined at the input, at an inner place and at the output, for several numbers of samples, K steps for all, in one thread.
+A run that would take too long has fewer steps, and then fewer samples.
 Both sides run in one process in turn, each at its best batch; figures are medians of CPU time.
 """
 
@@ -48,9 +49,10 @@ class WrongResults(AssertionError):
 class Limits:
     """How much is measured."""
 
-    steps: int = 10
+    steps: int = 50
+    fewest: int = 10  # steps
     numbers: tuple[int, ...] = NUMBERS
-    seconds: float = 0.5  # of one run, about; fewer samples where they would take longer
+    seconds: float = 0.5  # of one run, about; fewer steps, then fewer samples, where they would take longer
     rounds: tuple[int, int] = (3, 9)
     precision: str = "float32"
     compile: bool = False  # B2 too
@@ -77,9 +79,8 @@ class Place:
         """Latents and labels of n samples."""
         return self.pair.latents(n), *self.pair.labels(n).values()
 
-    def loop(self, kind: Callable[..., Any], batch: int, steps: int | None = None, **own: Any) -> Any:
+    def loop(self, kind: Callable[..., Any], batch: int, steps: int, **own: Any) -> Any:
         """A baseline on copies of its own."""
-        steps = self.limits.steps if steps is None else steps
         if kind is not PeersLoop:
             own = {"precision": DTYPES[self.limits.precision], **own}
         return kind(*copy.deepcopy(self.networks), self.at, self.step_size, steps, batch, cut=self.cut, **own)
@@ -112,51 +113,54 @@ class Place:
         best = min(found, key=lambda layout: found[layout])
         return best, found[best] / n / (FEW + 1)
 
-    def number(self, wanted: int) -> int:
-        """So many samples, or the power of two whose run ends in time, but 8 at least."""
-        fits = self.limits.seconds / (self.seconds * (self.limits.steps + 1))
-        return wanted if fits >= wanted or wanted <= 8 else max(8, 1 << int(fits).bit_length() - 1)
+    def number(self, wanted: int) -> tuple[int, int]:
+        """(samples, steps) of a run that ends in time: as many of both as fit, but 8 samples and ``fewest`` steps at least."""
+        limits = self.limits
+        fewest = min(limits.fewest, limits.steps)
+        fits = limits.seconds / (self.seconds * (fewest + 1))
+        n = wanted if fits >= wanted or wanted <= 8 else max(8, 1 << int(fits).bit_length() - 1)
+        return n, max(fewest, min(limits.steps, int(limits.seconds / (self.seconds * n)) - 1))
 
-    def numbers(self) -> Iterator[tuple[int, int]]:
-        """(wanted, measured) without repeats."""
+    def numbers(self) -> Iterator[tuple[int, int, int]]:
+        """(wanted samples, measured samples, steps) without repeats."""
         done: set[int] = set()
         for wanted in self.limits.numbers:
-            n = self.number(wanted)
+            n, steps = self.number(wanted)
             if n not in done:
-                yield wanted, n
+                yield wanted, n, steps
             done.add(n)
 
-    def ours(self, slots: int | None) -> fr.Refiner:
+    def ours(self, slots: int | None, steps: int) -> fr.Refiner:
         if self.refiner is None:
             self.refiner = fr.Refiner(
-                *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=self.limits.steps,
+                *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=steps,
                 generate=self.pair.generate, discriminate=self.pair.discriminate, precision=self.limits.precision,
                 discriminator_output=self.pair.output,
             )  # fmt: skip
-        return self.refiner.replaced(num_slots=slots)
+        return self.refiner.replaced(num_slots=slots, max_steps=steps)
 
-    def row(self, wanted: int, n: int) -> dict[str, Any]:
-        """The row of n samples as it is written."""
+    def row(self, wanted: int, n: int, steps: int) -> dict[str, Any]:
+        """The row of n samples and so many steps as it is written."""
         sizes = [size for size in BATCHES if size <= n] if n > BATCHES[0] else [n]
         given, labels = self.given(n), self.pair.labels(n).get("labels")
         runs, batches, missing = {}, {}, {}
         own = {"channels_last": self.layout}
         kinds: dict[str, Any] = {"b0": (PeersLoop, {}), "b1": (ExpertLoop, own)}
         for name, (kind, more) in kinds.items():
-            loops = {size: self.loop(kind, size, **more) for size in sizes}
+            loops = {size: self.loop(kind, size, steps, **more) for size in sizes}
             batches[name] = best(loops, lambda loop: loop(*given))
             runs[name] = functools.partial(loops[batches[name]], *given)
         if self.limits.compile:
             try:
-                loop = self.loop(CompiledLoop, batches["b1"], **own)
+                loop = self.loop(CompiledLoop, batches["b1"], steps, **own)
                 loop(*given)
                 runs["b2"] = functools.partial(loop, *given)
             except Exception as error:  # torch.compile may fail in any way: the row says how
                 missing["b2"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         forget_peak()
         before = memory("VmRSS")
-        slots = [size for size in sizes[:2] if size <= 256] if n > BATCHES[0] else [None]
-        refiners = {size: self.ours(size) for size in slots}
+        slots = sizes if n > BATCHES[0] else [None]
+        refiners = {size: self.ours(size, steps) for size in slots}
         firsts = {size: clock(lambda r=r: r.refine(given[0], labels=labels)) for size, r in refiners.items()}
         peak = memory("VmHWM")
         chosen = best(refiners, lambda r: r.refine(given[0], labels=labels))
@@ -170,7 +174,7 @@ class Place:
         report = out.report
         return {
             "pair": self.pair.name, "checkout": self.pair.checkout, "at": self.at, "n": n, "wanted_n": wanted,
-            "precision": self.limits.precision, "K": self.limits.steps, "step_size": self.step_size, **ratios,
+            "precision": self.limits.precision, "K": steps, "step_size": self.step_size, **ratios,
             "images_per_second": n / statistics.median(seconds["ours"]), "seconds": seconds,
             "preparation_seconds": max(0.0, first - statistics.median(seconds["ours"])),
             "peak_memory_mb": None if before is None or peak is None else max(0.0, peak - before),
@@ -247,8 +251,8 @@ def measure(pair: ZooPair, zoo: Path | None, limits: Limits, at: Sequence[str] =
             with warnings.catch_warnings(), arithmetic("float32"):
                 warnings.simplefilter("ignore")
                 found = Place(pair, networks, place, limits)
-                for wanted, n in found.numbers():
-                    yield found.row(wanted, n)
+                for numbers in found.numbers():
+                    yield found.row(*numbers)
         except Exception as error:  # one pair must not lose the others
             yield {**facts, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
@@ -262,8 +266,8 @@ def summary(row: dict[str, Any]) -> str:
     dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
     without = "; without " + ", ".join(dropped) if dropped else ""
     return (
-        f"{name} n {row['n']:>4}  {ratios}  {row['images_per_second']:>8.0f} images/s  slots {row['num_slots']:>3}  "
-        f"prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
+        f"{name} n {row['n']:>4} K {row['K']:>2}  {ratios}  {row['images_per_second']:>8.0f} images/s  "
+        f"slots {row['num_slots']:>3}  prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
     )
 
 
@@ -272,10 +276,11 @@ def summary(row: dict[str, Any]) -> str:
 @click.option("--pair", "names", multiple=True, help="Only pairs whose name holds this; the output keeps its other rows.")
 @click.option("--at", multiple=True, help="Only at these places [default: input, an inner one, output].")
 @click.option("--n", "numbers", multiple=True, type=int, help="Samples [default: 8, 64, 1024].")
-@click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample.")
+@click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample, at most.")
 @click.option(
-    "--seconds", default=Limits.seconds, show_default=True, help="Of one run, about: fewer samples where it is longer."
-)
+    "--seconds", default=Limits.seconds, show_default=True,
+    help="Of one run, about: fewer steps (10 at least), then fewer samples, where it is longer.",
+)  # fmt: skip
 @click.option("--precision", type=click.Choice(tuple(WRONG)), default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Race B2, the compiled loop, too.")
 @click.option(
@@ -287,7 +292,7 @@ def main(
 ) -> None:  # fmt: skip
     """Speed on networks as their authors wrote them, from a folder ZOO of checkouts; each row is written as it comes."""
     torch.set_num_threads(1)
-    limits = Limits(steps, numbers or NUMBERS, seconds, precision=precision, compile=compiled)
+    limits = Limits(steps, numbers=numbers or NUMBERS, seconds=seconds, precision=precision, compile=compiled)
     path = output or RESULTS / ("zoo-cpu.json" if zoo else "models-cpu.json")
     command = shlex.join(["python", "-m", "benchmarks.zoo", *("ZOO" if part == str(zoo) else part for part in sys.argv[1:])])
     record: dict[str, Any] = {
