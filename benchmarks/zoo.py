@@ -2,7 +2,8 @@
 
 FOLDER holds public checkouts (``zoo_pairs``); without it only the networks of ``fastrefine.models`` are measured. Each pair
 is refined at the input, at an inner place and at the output, for several numbers of samples, K steps for all, in one thread.
-A run that would take too long has fewer steps, and then fewer samples.
+A run that would take too long has fewer steps, and then fewer samples. At the inner place it is also measured what it saves
+that samples which have reached a threshold leave their slots.
 Both sides run in one process in turn, each at its best batch; figures are medians of CPU time.
 """
 
@@ -37,6 +38,7 @@ KIND = "fastrefine zoo"
 NUMBERS = (8, 64, 1024)
 BATCHES = (64, 256, 1024)
 SHARE = 0.1  # of the largest activation: how far the largest gradient moves an activation in one step
+STOPPED = (8, 200)  # slots and samples of the runs with a threshold
 FEW = 2  # steps after which results must agree where whole trajectories do not
 WRONG = {"float32": 1e-2, "bfloat16": 0.5}  # median over samples of the largest difference, in parts of the largest value
 
@@ -184,6 +186,25 @@ class Place:
             **{key: report.get(key) for key in ("ladder", "repeatable", "route", "driver", "backend")},
         }  # fmt: skip
 
+    def stopped(self) -> dict[str, Any]:
+        """CPU seconds of fixed steps over those with a threshold that half of the samples reach in half of the steps.
+
+        bound: what the steps saved would give, (K + 1) / (mean steps + 1).
+        """
+        slots, n = STOPPED
+        steps = max(self.limits.fewest, min(self.limits.steps, int(10 * self.limits.seconds / (self.seconds * n)) - 1))
+        fixed, labels = self.ours(slots, steps), self.pair.labels(n).get("labels")
+        z = self.given(n)[0]
+        threshold = float(fixed.refine(z, labels=labels, snapshots=[steps // 2]).snapshots[steps // 2].logits.median())
+        stopping = fixed.replaced(stop=threshold)
+        mean = float(stopping.refine(z, labels=labels).steps.double().mean())
+        runs = {name: functools.partial(r.refine, z, labels=labels) for name, r in (("fixed", fixed), ("ours", stopping))}
+        seconds = self._race(runs)
+        return {
+            "K": steps, "n": n, "num_slots": slots, "mean_steps": mean, "factor": ratio(seconds["fixed"], seconds["ours"]),
+            "bound": (steps + 1) / (mean + 1),
+        }  # fmt: skip
+
     def _race(self, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """CPU seconds of every run, in turn."""
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -251,8 +272,9 @@ def measure(pair: ZooPair, zoo: Path | None, limits: Limits, at: Sequence[str] =
             with warnings.catch_warnings(), arithmetic("float32"):
                 warnings.simplefilter("ignore")
                 found = Place(pair, networks, place, limits)
-                for numbers in found.numbers():
-                    yield found.row(*numbers)
+                for count, numbers in enumerate(found.numbers()):
+                    extra = {"stopped": found.stopped()} if place == pair.place and not count else {}
+                    yield found.row(*numbers) | extra
         except Exception as error:  # one pair must not lose the others
             yield {**facts, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
@@ -265,6 +287,8 @@ def summary(row: dict[str, Any]) -> str:
     ratios = "  ".join(f"{key[-2:].upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_"))
     dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
     without = "; without " + ", ".join(dropped) if dropped else ""
+    if stopped := row.get("stopped"):
+        without += f"; with a threshold {stopped['factor']:.2f}x of {stopped['bound']:.2f}x"
     return (
         f"{name} n {row['n']:>4} K {row['K']:>2}  {ratios}  {row['images_per_second']:>8.0f} images/s  "
         f"slots {row['num_slots']:>3}  prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
