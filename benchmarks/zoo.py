@@ -2,6 +2,8 @@
 
 FOLDER holds public checkouts (``zoo_pairs``); without it only the networks of ``fastrefine.models`` are measured. Each pair
 is refined at the input, at an inner place and at the output, for several numbers of samples, K steps for all, in one thread.
+A run that would take too long has fewer steps, and then fewer samples. At the inner place it is also measured what it saves
+that samples which have reached a threshold leave their slots.
 Both sides run in one process in turn, each at its best batch; figures are medians of CPU time.
 """
 
@@ -36,6 +38,7 @@ KIND = "fastrefine zoo"
 NUMBERS = (8, 64, 1024)
 BATCHES = (64, 256, 1024)
 SHARE = 0.1  # of the largest activation: how far the largest gradient moves an activation in one step
+STOPPED = (8, 200)  # slots and samples of the runs with a threshold
 FEW = 2  # steps after which results must agree where whole trajectories do not
 WRONG = {"float32": 1e-2, "bfloat16": 0.5}  # median over samples of the largest difference, in parts of the largest value
 
@@ -48,9 +51,10 @@ class WrongResults(AssertionError):
 class Limits:
     """How much is measured."""
 
-    steps: int = 10
+    steps: int = 50
+    fewest: int = 10  # steps
     numbers: tuple[int, ...] = NUMBERS
-    seconds: float = 0.5  # of one run, about; fewer samples where they would take longer
+    seconds: float = 0.5  # of one run, about; fewer steps, then fewer samples, where they would take longer
     rounds: tuple[int, int] = (3, 9)
     precision: str = "float32"
     compile: bool = False  # B2 too
@@ -77,9 +81,8 @@ class Place:
         """Latents and labels of n samples."""
         return self.pair.latents(n), *self.pair.labels(n).values()
 
-    def loop(self, kind: Callable[..., Any], batch: int, steps: int | None = None, **own: Any) -> Any:
+    def loop(self, kind: Callable[..., Any], batch: int, steps: int, **own: Any) -> Any:
         """A baseline on copies of its own."""
-        steps = self.limits.steps if steps is None else steps
         if kind is not PeersLoop:
             own = {"precision": DTYPES[self.limits.precision], **own}
         return kind(*copy.deepcopy(self.networks), self.at, self.step_size, steps, batch, cut=self.cut, **own)
@@ -112,51 +115,54 @@ class Place:
         best = min(found, key=lambda layout: found[layout])
         return best, found[best] / n / (FEW + 1)
 
-    def number(self, wanted: int) -> int:
-        """So many samples, or the power of two whose run ends in time, but 8 at least."""
-        fits = self.limits.seconds / (self.seconds * (self.limits.steps + 1))
-        return wanted if fits >= wanted or wanted <= 8 else max(8, 1 << int(fits).bit_length() - 1)
+    def number(self, wanted: int) -> tuple[int, int]:
+        """(samples, steps) of a run that ends in time: as many of both as fit, but 8 samples and ``fewest`` steps at least."""
+        limits = self.limits
+        fewest = min(limits.fewest, limits.steps)
+        fits = limits.seconds / (self.seconds * (fewest + 1))
+        n = wanted if fits >= wanted or wanted <= 8 else max(8, 1 << int(fits).bit_length() - 1)
+        return n, max(fewest, min(limits.steps, int(limits.seconds / (self.seconds * n)) - 1))
 
-    def numbers(self) -> Iterator[tuple[int, int]]:
-        """(wanted, measured) without repeats."""
+    def numbers(self) -> Iterator[tuple[int, int, int]]:
+        """(wanted samples, measured samples, steps) without repeats."""
         done: set[int] = set()
         for wanted in self.limits.numbers:
-            n = self.number(wanted)
+            n, steps = self.number(wanted)
             if n not in done:
-                yield wanted, n
+                yield wanted, n, steps
             done.add(n)
 
-    def ours(self, slots: int | None) -> fr.Refiner:
+    def ours(self, slots: int | None, steps: int) -> fr.Refiner:
         if self.refiner is None:
             self.refiner = fr.Refiner(
-                *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=self.limits.steps,
+                *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=steps,
                 generate=self.pair.generate, discriminate=self.pair.discriminate, precision=self.limits.precision,
                 discriminator_output=self.pair.output,
             )  # fmt: skip
-        return self.refiner.replaced(num_slots=slots)
+        return self.refiner.replaced(num_slots=slots, max_steps=steps)
 
-    def row(self, wanted: int, n: int) -> dict[str, Any]:
-        """The row of n samples as it is written."""
+    def row(self, wanted: int, n: int, steps: int) -> dict[str, Any]:
+        """The row of n samples and so many steps as it is written."""
         sizes = [size for size in BATCHES if size <= n] if n > BATCHES[0] else [n]
         given, labels = self.given(n), self.pair.labels(n).get("labels")
         runs, batches, missing = {}, {}, {}
         own = {"channels_last": self.layout}
         kinds: dict[str, Any] = {"b0": (PeersLoop, {}), "b1": (ExpertLoop, own)}
         for name, (kind, more) in kinds.items():
-            loops = {size: self.loop(kind, size, **more) for size in sizes}
+            loops = {size: self.loop(kind, size, steps, **more) for size in sizes}
             batches[name] = best(loops, lambda loop: loop(*given))
             runs[name] = functools.partial(loops[batches[name]], *given)
         if self.limits.compile:
             try:
-                loop = self.loop(CompiledLoop, batches["b1"], **own)
+                loop = self.loop(CompiledLoop, batches["b1"], steps, **own)
                 loop(*given)
                 runs["b2"] = functools.partial(loop, *given)
             except Exception as error:  # torch.compile may fail in any way: the row says how
                 missing["b2"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         forget_peak()
         before = memory("VmRSS")
-        slots = [size for size in sizes[:2] if size <= 256] if n > BATCHES[0] else [None]
-        refiners = {size: self.ours(size) for size in slots}
+        slots = sizes if n > BATCHES[0] else [None]
+        refiners = {size: self.ours(size, steps) for size in slots}
         firsts = {size: clock(lambda r=r: r.refine(given[0], labels=labels)) for size, r in refiners.items()}
         peak = memory("VmHWM")
         chosen = best(refiners, lambda r: r.refine(given[0], labels=labels))
@@ -170,7 +176,7 @@ class Place:
         report = out.report
         return {
             "pair": self.pair.name, "checkout": self.pair.checkout, "at": self.at, "n": n, "wanted_n": wanted,
-            "precision": self.limits.precision, "K": self.limits.steps, "step_size": self.step_size, **ratios,
+            "precision": self.limits.precision, "K": steps, "step_size": self.step_size, **ratios,
             "images_per_second": n / statistics.median(seconds["ours"]), "seconds": seconds,
             "preparation_seconds": max(0.0, first - statistics.median(seconds["ours"])),
             "peak_memory_mb": None if before is None or peak is None else max(0.0, peak - before),
@@ -178,6 +184,25 @@ class Place:
             **{f"{name}_batch": size for name, size in batches.items()}, **checked, "missing": missing,
             "plain_step_seconds": self.seconds * n,
             **{key: report.get(key) for key in ("ladder", "repeatable", "route", "driver", "backend")},
+        }  # fmt: skip
+
+    def stopped(self) -> dict[str, Any]:
+        """CPU seconds of fixed steps over those with a threshold that half of the samples reach in half of the steps.
+
+        bound: what the steps saved would give, (K + 1) / (mean steps + 1).
+        """
+        slots, n = STOPPED
+        steps = max(self.limits.fewest, min(self.limits.steps, int(10 * self.limits.seconds / (self.seconds * n)) - 1))
+        fixed, labels = self.ours(slots, steps), self.pair.labels(n).get("labels")
+        z = self.given(n)[0]
+        threshold = float(fixed.refine(z, labels=labels, snapshots=[steps // 2]).snapshots[steps // 2].logits.median())
+        stopping = fixed.replaced(stop=threshold)
+        mean = float(stopping.refine(z, labels=labels).steps.double().mean())
+        runs = {name: functools.partial(r.refine, z, labels=labels) for name, r in (("fixed", fixed), ("ours", stopping))}
+        seconds = self._race(runs)
+        return {
+            "K": steps, "n": n, "num_slots": slots, "mean_steps": mean, "factor": ratio(seconds["fixed"], seconds["ours"]),
+            "bound": (steps + 1) / (mean + 1),
         }  # fmt: skip
 
     def _race(self, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
@@ -247,8 +272,9 @@ def measure(pair: ZooPair, zoo: Path | None, limits: Limits, at: Sequence[str] =
             with warnings.catch_warnings(), arithmetic("float32"):
                 warnings.simplefilter("ignore")
                 found = Place(pair, networks, place, limits)
-                for wanted, n in found.numbers():
-                    yield found.row(wanted, n)
+                for count, numbers in enumerate(found.numbers()):
+                    extra = {"stopped": found.stopped()} if place == pair.place and not count else {}
+                    yield found.row(*numbers) | extra
         except Exception as error:  # one pair must not lose the others
             yield {**facts, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
@@ -261,9 +287,11 @@ def summary(row: dict[str, Any]) -> str:
     ratios = "  ".join(f"{key[-2:].upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_"))
     dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
     without = "; without " + ", ".join(dropped) if dropped else ""
+    if stopped := row.get("stopped"):
+        without += f"; with a threshold {stopped['factor']:.2f}x of {stopped['bound']:.2f}x"
     return (
-        f"{name} n {row['n']:>4}  {ratios}  {row['images_per_second']:>8.0f} images/s  slots {row['num_slots']:>3}  "
-        f"prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
+        f"{name} n {row['n']:>4} K {row['K']:>2}  {ratios}  {row['images_per_second']:>8.0f} images/s  "
+        f"slots {row['num_slots']:>3}  prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
     )
 
 
@@ -272,10 +300,11 @@ def summary(row: dict[str, Any]) -> str:
 @click.option("--pair", "names", multiple=True, help="Only pairs whose name holds this; the output keeps its other rows.")
 @click.option("--at", multiple=True, help="Only at these places [default: input, an inner one, output].")
 @click.option("--n", "numbers", multiple=True, type=int, help="Samples [default: 8, 64, 1024].")
-@click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample.")
+@click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample, at most.")
 @click.option(
-    "--seconds", default=Limits.seconds, show_default=True, help="Of one run, about: fewer samples where it is longer."
-)
+    "--seconds", default=Limits.seconds, show_default=True,
+    help="Of one run, about: fewer steps (10 at least), then fewer samples, where it is longer.",
+)  # fmt: skip
 @click.option("--precision", type=click.Choice(tuple(WRONG)), default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Race B2, the compiled loop, too.")
 @click.option(
@@ -287,7 +316,7 @@ def main(
 ) -> None:  # fmt: skip
     """Speed on networks as their authors wrote them, from a folder ZOO of checkouts; each row is written as it comes."""
     torch.set_num_threads(1)
-    limits = Limits(steps, numbers or NUMBERS, seconds, precision=precision, compile=compiled)
+    limits = Limits(steps, numbers=numbers or NUMBERS, seconds=seconds, precision=precision, compile=compiled)
     path = output or RESULTS / ("zoo-cpu.json" if zoo else "models-cpu.json")
     command = shlex.join(["python", "-m", "benchmarks.zoo", *("ZOO" if part == str(zoo) else part for part in sys.argv[1:])])
     record: dict[str, Any] = {

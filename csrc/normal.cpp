@@ -55,18 +55,18 @@ inline void turn(std::int32_t m, double& cosine, double& sine) {
 
 FASTREFINE_CLONES
 void normals(std::uint64_t seed, std::uint32_t id, std::uint32_t step, std::uint32_t stream, std::uint32_t block,
-             double* out) {
+             int lanes, double* out) {
   std::int32_t m0[kLanes], m1[kLanes], m2[kLanes], m3[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < lanes; ++i) {
     const Words r = philox(seed, {block + static_cast<std::uint32_t>(i), step, id, stream});
     m0[i] = odd(r.x), m1[i] = odd(r.y), m2[i] = odd(r.z), m3[i] = odd(r.w);
   }
   double cosine[kLanes], sine[kLanes], radius[kLanes];
   for (int half = 0; half < 2; ++half) {
     const std::int32_t *length = half ? m2 : m0, *angle = half ? m3 : m1;
-    for (int i = 0; i < kLanes; ++i) radius[i] = std::sqrt(-2 * log_unit(length[i]));
-    for (int i = 0; i < kLanes; ++i) turn(angle[i], cosine[i], sine[i]);
-    for (int i = 0; i < kLanes; ++i) {
+    for (int i = 0; i < lanes; ++i) radius[i] = std::sqrt(-2 * log_unit(length[i]));
+    for (int i = 0; i < lanes; ++i) turn(angle[i], cosine[i], sine[i]);
+    for (int i = 0; i < lanes; ++i) {
       out[4 * i + 2 * half] = radius[i] * cosine[i];
       out[4 * i + 2 * half + 1] = radius[i] * sine[i];
     }

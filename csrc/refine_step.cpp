@@ -102,9 +102,9 @@ class Step {
       for (int k = 0; k < R::sums; ++k) lanes[k][lane] += term[k];
     };
     for (std::int64_t begin = 0; begin < p.features; begin += kBatch) {
-      if constexpr (R::recalls)
-        if (!first) draw(sample_id[s], step[s] - R::length(p.hyper.data()), begin, drawn);
       const std::int64_t size = std::min(kBatch, p.features - begin);
+      if constexpr (R::recalls)
+        if (!first) draw(sample_id[s], step[s] - R::length(p.hyper.data()), begin, size, drawn);
       std::int64_t i = 0;
       for (; i + kPartial <= size; i += kPartial)
         for (int lane = 0; lane < kPartial; ++lane) add(begin, i + lane, lane);
@@ -120,9 +120,10 @@ class Step {
     return p.max_grad_norm >= 0 && norms[s] > p.max_grad_norm ? p.max_grad_norm / norms[s] : 1;
   }
 
-  void draw(std::int64_t id, int at_step, std::int64_t element, double* out) const {
+  // The normals of `size` elements, at most kBatch.
+  void draw(std::int64_t id, int at_step, std::int64_t element, std::int64_t size, double* out) const {
     normals(p.seed, static_cast<std::uint32_t>(id), static_cast<std::uint32_t>(at_step), kProposal,
-            static_cast<std::uint32_t>(element / 4), out);
+            static_cast<std::uint32_t>(element / 4), static_cast<int>((size + 3) / 4), out);
   }
 
   double uniform(std::int64_t id, int at_step, Stream stream) const {
@@ -315,8 +316,9 @@ class Step {
     const bool draws = R::noise && R::turns(plan.step, p.hyper.data());
     double drawn[R::noise ? kBatch : 1] = {};
     for (std::int64_t from = 0; from < size; from += R::noise ? kBatch : size) {
-      if (draws) draw(plan.id, plan.step, begin + from, drawn);
-      propose(rule, row, from, R::noise ? std::min(kBatch, size - from) : size, static_cast<T>(plan.clip), drawn);
+      const std::int64_t some = R::noise ? std::min(kBatch, size - from) : size;
+      if (draws) draw(plan.id, plan.step, begin + from, some, drawn);
+      propose(rule, row, from, some, static_cast<T>(plan.clip), drawn);
     }
     if (R::clips && p.latent)
       for (std::int64_t i = 0; i < size; ++i) row.a[i] = clamp(row.a[i], row.low[i], row.high[i]);

@@ -255,11 +255,11 @@ class Refiner:
         Example: ``refiner.sample(100, proposals=4)``  # each starts from the best of four
         """
         chunk = max(checks.count("n", n, 0), 1)
-        parts = self.stream(
+        (found,) = self.stream(
             n, first_id=first_id, seed=seed, chunk=chunk, labels=labels, conditions=conditions, snapshots=snapshots,
             proposals=proposals,
         )  # fmt: skip
-        return Result.concatenate(list(parts))
+        return found
 
     def refine(
         self, latents: Tensor, *, labels: Any = None, conditions: Mapping[str, Tensor] | None = None, first_id: int = 0,
@@ -280,7 +280,8 @@ class Refiner:
                 f"got {len(z)} {what}; wanted a multiple of proposals={self.options.proposals}, one sample for each"
             )
         source = self._source(len(z) // self.options.proposals, first_id, seed, z, labels, conditions)
-        return Result.concatenate(list(self._parts(source, max(len(z), 1), snapshots)))
+        (found,) = self._parts(source, max(len(z), 1), snapshots)
+        return found
 
     def stream(
         self, n: int, *, first_id: int = 0, seed: int = 0, chunk: int = 1000, labels: Any = None,

@@ -53,7 +53,7 @@ class Tally:
             "unrefined": (part.status == Status.REACHED) & (part.steps == 0), "unchanged": logits == first,
             "above": logits > highest, "above_before": first > highest,
         }  # fmt: skip
-        sums = torch.stack([column.double().sum() for column in columns.values()])
+        sums = torch.stack([column.double() for column in columns.values()]).sum(1)
         self._sums, self._names = sums if self._sums is None else self._sums + sums, tuple(columns)
 
     @property

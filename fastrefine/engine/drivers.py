@@ -41,9 +41,9 @@ class Driver(Protocol):
 
 
 class HostLoop:
-    """Every step is launched from Python, and the counters are read after each."""
+    """Every step is launched from Python, and the counters are read where a sample may have retired."""
 
-    name, chunk, lag, stops_itself = "host", 1, 0, False
+    name, chunk, lag, stops_itself = "host", 8, 0, False
 
     def prepare(self, machine: Machine, forward: bool) -> None:
         pass

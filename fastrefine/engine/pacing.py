@@ -71,7 +71,7 @@ class Pacing:
     def steps(self, end: int, more: bool, room: bool) -> int:
         """How many steps to launch: as long as the pool lasts, and not past the end."""
         if not self.driver.lag:
-            return 1
+            return 1 if self.stops_early else min(self.driver.chunk, self.known[slots.SHORTEST] + 1)
         ready, bound = end - self.known[slots.NEXT], self.driver.chunk
         if not more:
             left = self.known[slots.LONGEST] + 1 if self.known[slots.LIVE] else 0
@@ -91,7 +91,7 @@ class Pacing:
         """For each of the next steps: whether it is the last one of every sample in a slot, which needs no gradient."""
         known = self.known
         together = known[slots.LIVE] > 0 and known[slots.SHORTEST] == known[slots.LONGEST]
-        # a driver without lag reads after each step, so that its next step is known and not predicted
+        # a driver without lag has read what its last steps led to, so that nothing is predicted
         if not together or self.reads_last_gradient or (self.driver.lag and not self.forward):
             return [False] * steps
         left = known[slots.LONGEST]

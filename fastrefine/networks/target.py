@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastrefine.errors import GradientError, InputError
-from fastrefine.networks import copies, probe, recording, torch_state
+from fastrefine.networks import copies, cpu_forms, prefix, probe, recording, torch_state
 from fastrefine.networks.calls import attempt, failure, is_out_of_memory
 from fastrefine.networks.cut import Tail
 from fastrefine.networks.discriminator import PreparedDiscriminator
 from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.networks.ladder import Form, Ladder, Pairs
-from fastrefine.networks.recording import Recording
+from fastrefine.networks.prefix import Recording
 from fastrefine.options import DTYPES, Options
 from fastrefine.samplers.base import LOSSES, Evaluation, Sampler
 
@@ -259,7 +259,7 @@ class Target:
     def _choose_block(self) -> None:
         """Networks that mix the samples of a batch see a whole group at once, others as many rows as fit into the cache."""
         if not self.coupled:
-            self._block = recording.block_rows(self._small, self._small_rows, self.num_slots)
+            self._block = cpu_forms.block_rows(self._small, self._small_rows, self.num_slots)
 
     def _step(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self._autograd(*given)
@@ -335,8 +335,8 @@ class Target:
                 self.ladder.refused("step recorded for all slots", error)
                 self.route, self.repeatable = "autograd", "to rounding"
                 return context
-        prefix = self._recordings[on_view].prefix
-        carried = context if prefix is None else self._by_blocks(prefix, context)
+        graph = self._recordings[on_view].prefix
+        carried = context if graph is None else self._by_blocks(graph, context)
         return tuple(value.contiguous() for value in carried)
 
     @property
@@ -424,10 +424,10 @@ class Target:
         effects = functools.cache(lambda: recording.effects_of(graph))
 
         def without_gradient() -> Recording:
-            return Recording(None, graph, recording.first_outputs(graph, 2, effects()))
+            return Recording(None, graph, prefix.first_outputs(graph, 2, effects()))
 
         def without_prefix() -> Recording:
-            return recording.without_prefix(graph, count, len(given[0]), effects())
+            return prefix.without_prefix(graph, count, len(given[0]), effects())
 
         made = Recording(None, graph, graph)
         made = self.ladder.climb("last step without gradient", without_gradient, error, tolerance) or made

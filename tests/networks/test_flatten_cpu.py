@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrefine.networks import recording
+from fastrefine.networks import cpu_forms, recording
 
 
 def _recorded(function, given):
     """The function as the step records it on a CPU, with equal rows."""
-    return recording.with_equal_rows(recording.record(function, given), given[0].dtype)
+    return cpu_forms.with_equal_rows(recording.record(function, given), given[0].dtype)
 
 
 # kernel, stride, padding, output padding; the first four are computed by phases, the last two are left alone
@@ -53,8 +53,8 @@ def test_float64_convolutions_stay_as_they_are():
 @pytest.mark.parametrize(("rows", "wanted"), [(6, 6), (64, 8), (60, 6), (22, 22), (7, 7)])
 def test_block_is_a_divisor_that_fits(rows, wanted, monkeypatch):
     graph = _recorded(lambda a: a * 2, (torch.ones(4, 16),))  # 64 bytes a row
-    monkeypatch.setattr(recording, "BLOCK_BYTES", 8 * 64)
-    assert recording.block_rows(graph, 4, rows) == wanted
+    monkeypatch.setattr(cpu_forms, "BLOCK_BYTES", 8 * 64)
+    assert cpu_forms.block_rows(graph, 4, rows) == wanted
 
 
 FUNCTIONS = ("softplus", "elu", "mish", "hardswish", "silu", "gelu", "tanh", "sigmoid")

@@ -17,7 +17,7 @@ from fastrefine.models import (
     dcgan_generator,
     mlp_generator,
 )
-from fastrefine.networks import copies, ladder, recording
+from fastrefine.networks import copies, ladder, prefix, recording
 from fastrefine.networks.split import Split
 
 torch.set_num_threads(1)
@@ -139,8 +139,8 @@ def test_every_place_gives_what_a_plain_loop_gives(name, at):
 
 
 def test_stylegan2_carries_styles_and_rgb_but_no_weights(monkeypatch):
-    seen, original = [], recording.without_prefix
-    monkeypatch.setattr(recording, "without_prefix", lambda *given: seen.append(original(*given)) or seen[-1])
+    seen, original = [], prefix.without_prefix
+    monkeypatch.setattr(prefix, "without_prefix", lambda *given: seen.append(original(*given)) or seen[-1])
     torch.manual_seed(0)
     out = agrees(settle(StyleGAN2Generator(16, 32, 32, 32, 32, 2)), "layers.3", torch.randn(4, 32))
     assert rungs(out)["prefix cached"]
