@@ -46,6 +46,7 @@ def reference() -> None:
         entries = "\n".join(f"::: {name}\n" for name in names)
         (SOURCE / "api" / f"{room}.md").write_text(f"# {TITLES[room]}\n\n{entries}")
     (SOURCE / "api" / "stopping.md").write_text("# Stop rules\n\n::: fastrefine.stopping\n")
+    (SOURCE / "api" / "ray.md").write_text("# Runs on Ray\n\n::: fastrefine.ray.refine\n")
 
 
 if __name__ == "__main__":
