@@ -21,8 +21,8 @@ demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -m "not whole and not ray" -n auto --dist worksteal  # neighbouring tests share what was prepared
 
-test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, and docs/quickstart.md as it is read
-	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py
+test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, docs/quickstart.md as it is read, the notebooks
+	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py tests/test_notebooks.py
 
 test-ray: $(VENV)/ray.stamp  ## a run on a local Ray cluster, a killed process included
 	$(BIN)/python -m pytest -m ray tests/benchmarks/test_ray_cluster.py

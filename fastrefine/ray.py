@@ -51,7 +51,7 @@ def refine(
     and where shards are not in ``outdir`` in the end. Raises FastrefineError where a task was lost more often than ``retries``;
     the others are finished before, and the same call goes on.
 
-    Example: ``fastrefine.ray.refine({"pair": "digits", "ids": "0-1999", "max_steps": 5}, "run").images  # 2000``
+    Example: ``fr.ray.refine({"pair": "digits", "ids": "0-1999", "max_steps": 5}, "run").images  # 2000``
     """
     ray = _ray()
     if not isinstance(configuration, Configuration):

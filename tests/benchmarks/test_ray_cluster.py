@@ -81,6 +81,13 @@ def test_errors_are_those_of_the_command_line(tmp_path):
         fr.ray.refine(SMALL, tmp_path / "run", num_gpus=1)
 
 
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search("Example: ``(.*?)``", fr.ray.refine.__doc__)[1]
+    assert eval(code.partition("#")[0], {"fr": fr}) == int(code.partition("#")[2])
+    assert run_folder.verify(tmp_path / "run").complete
+
+
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs /proc")
 def test_a_folder_that_the_caller_does_not_see_is_told(tmp_path, monkeypatch):
     """One path that leads elsewhere in each process stands for machines without a common file system."""
