@@ -12,17 +12,20 @@ BIN := $(VENV)/bin
 export FASTREFINE_BUILD := $(MODE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test test-whole test-wheel kernels-check test-matrix lint
+.PHONY: demo docs test test-ray test-whole test-wheel kernels-check test-matrix lint
 .PHONY: bench bench-compare bench-zoo gpu-check gpu-bench doctor clean
 
 demo: $(VENV)/demo.stamp  ## the demo into the folder demo/
 	$(BIN)/fastrefine demo --outdir demo
 
 test: $(VENV)/test.stamp  ## the test suite
-	$(BIN)/python -m pytest -m "not whole" -n auto --dist worksteal  # neighbouring tests share what was prepared
+	$(BIN)/python -m pytest -m "not whole and not ray" -n auto --dist worksteal  # neighbouring tests share what was prepared
 
-test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, and docs/quickstart.md as it is read
-	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py
+test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, docs/quickstart.md as it is read, the notebooks
+	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py tests/test_notebooks.py
+
+test-ray: $(VENV)/ray.stamp  ## a run on a local Ray cluster, a killed process included
+	$(BIN)/python -m pytest -m ray tests/benchmarks/test_ray_cluster.py
 
 # FROM=tar.gz installs the sdist instead. Its tests/ stands alone there, so that nothing is imported from the checkout.
 FROM ?= whl
@@ -34,7 +37,7 @@ test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, an
 	$(WHEEL)/bin/python -m build
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.$(FROM))[test]"
 	mkdir $(WHEEL)/suite && cp -r tests $(WHEEL)/suite
-	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow" -n auto --dist worksteal $(or $(ARGS),tests)
+	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow and not ray" -n auto --dist worksteal $(or $(ARGS),tests)
 
 docs: $(VENV)/docs.stamp  ## the site into build/site; ends with an error at a broken link
 	$(BIN)/python docs/site.py
@@ -90,6 +93,10 @@ $(VENV)/demo.stamp: pyproject.toml setup.py $(wildcard csrc/*)
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) --editable ".[test]" $(TRITON)
+	touch $@
+
+$(VENV)/ray.stamp: $(VENV)/test.stamp
+	$(PIP) --editable ".[test,ray]" $(TRITON)
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/demo.stamp

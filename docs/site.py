@@ -12,6 +12,7 @@ import fastrefine
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "build" / "site-source"
 LINK = re.compile(r"\]\(<?([^)>#\s]+)")
+OTHER_PAGE = re.compile(r"(\]\([^):]+)\.(?:md|ipynb)\)")
 TITLES = {
     "refiner": "Refiner", "result": "Results", "samplers": "Samplers", "priors": "Priors", "selection": "Selection",
     "diagnosis": "Diagnosis", "training": "Training", "networks": "Networks", "production": "Pairs and checkpoints",
@@ -26,8 +27,10 @@ def copied(page: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(page, target)
-    if page.suffix != ".md":
+    if page.suffix not in (".md", ".ipynb"):
         return
+    if page.suffix == ".ipynb":  # whose links mkdocs leaves as they are
+        target.write_text(OTHER_PAGE.sub(r"\1.html)", page.read_text()))
     for link in LINK.findall(page.read_text()):
         other = (page.parent / link).resolve()
         if not link.startswith(("http", "mailto:")) and other.is_file():
@@ -46,10 +49,11 @@ def reference() -> None:
         entries = "\n".join(f"::: {name}\n" for name in names)
         (SOURCE / "api" / f"{room}.md").write_text(f"# {TITLES[room]}\n\n{entries}")
     (SOURCE / "api" / "stopping.md").write_text("# Stop rules\n\n::: fastrefine.stopping\n")
+    (SOURCE / "api" / "ray.md").write_text("# Runs on Ray\n\n::: fastrefine.ray.refine\n")
 
 
 if __name__ == "__main__":
     shutil.rmtree(SOURCE, ignore_errors=True)
-    for each in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for each in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("notebooks/*.ipynb"))]:
         copied(each)
     reference()

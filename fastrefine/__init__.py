@@ -40,7 +40,7 @@ _HOMES = {
     "diagnosis.step_size": ("StepDiagnosis", "diagnose_steps"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("metrics", "models", "ops", "samplers", "stopping")
+_MODULES = ("metrics", "models", "ops", "ray", "samplers", "stopping")
 
 __all__ = sorted([*_HOME, "stopping"])
 

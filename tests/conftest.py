@@ -16,7 +16,7 @@ if not Path(__file__).parents[1].joinpath("pyproject.toml").exists():
     collect_ignore = [
         "benchmarks", "papers", "engine/test_drivers_precision.py", "engine/test_while_graph.py",
         "engine/test_while_graph_gpu.py", "test_build.py", "test_docs.py", "test_examples.py", "test_house.py", "test_logs.py",
-        "test_packaging.py", "test_quickstart.py", "test_results_page.py", "test_site.py",
+        "test_notebooks.py", "test_packaging.py", "test_quickstart.py", "test_results_page.py", "test_site.py",
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md", "docs/samplers.md", "docs/production.md", "docs/evaluation.md", "docs/embedding.md",
     "docs/choosing.md", "docs/reports.md", "docs/design.md", "docs/networks.md", "docs/distil.md",
-    "docs/check.md", "docs/report.md", "docs/checkpoints.md",
+    "docs/check.md", "docs/report.md", "docs/checkpoints.md", "docs/distributed.md",
 )  # fmt: skip
 BLOCK = re.compile(r"```(python|console)\n(.*?)```", re.S)
 LINK = re.compile(r"\]\(<?([^)>#\s]+)")

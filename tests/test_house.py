@@ -24,6 +24,7 @@ ROOMS = (
     ("training",),
     ("metrics", "datasets"),
     ("production",),
+    ("ray",),
     ("demo", "cli", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

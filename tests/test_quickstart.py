@@ -18,11 +18,11 @@ NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 CLOSE, NEAR_ZERO = 0.3, 0.1  # relative, as the page says, and absolute for shares and logits
 
 
-def fits(shown: str, line: str) -> bool:
+def fits(shown: str, line: str, near_zero: float = NEAR_ZERO) -> bool:
     """Whether a printed line has the words of one of the page, and figures near it."""
     words = [" ".join(NUMBER.sub("#", text).split()) for text in (shown, line)]
     pairs = zip(NUMBER.findall(shown), NUMBER.findall(line), strict=False)
-    return words[0] == words[1] and all(math.isclose(float(a), float(b), rel_tol=CLOSE, abs_tol=NEAR_ZERO) for a, b in pairs)
+    return words[0] == words[1] and all(math.isclose(float(a), float(b), rel_tol=CLOSE, abs_tol=near_zero) for a, b in pairs)
 
 
 def test_figures_are_compared_to_the_stated_tolerance():
