@@ -38,7 +38,7 @@ test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, an
 
 docs: $(VENV)/docs.stamp  ## the site into build/site; ends with an error at a broken link
 	$(BIN)/python docs/site.py
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # the theme's advertisement of its successor
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90
