@@ -24,7 +24,8 @@ test: $(VENV)/test.stamp  ## the test suite
 test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmarks/papers, and docs/quickstart.md as it is read
 	$(BIN)/python -m pytest -m whole -n auto --dist worksteal tests/papers tests/test_quickstart.py
 
-# FROM=tar.gz installs the sdist instead. Its tests/ stands alone there, so that nothing is imported from the checkout.
+# FROM=tar.gz installs the sdist instead. tests/ stands alone there, with a pyproject.toml of its own for pytest: with that of the
+# checkout, pytest would import the checkout's package. tests/conftest.py makes sure of it.
 FROM ?= whl
 WHEEL := .venv-$(FROM)-$(call plain,$(TORCH))
 test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, and there the tests that need only the package
@@ -33,7 +34,7 @@ test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, an
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check build $(TORCH)
 	$(WHEEL)/bin/python -m build
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.$(FROM))[test]"
-	mkdir $(WHEEL)/suite && cp -r tests $(WHEEL)/suite
+	mkdir $(WHEEL)/suite && cp -r tests pyproject.toml $(WHEEL)/suite
 	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow" -n auto --dist worksteal $(or $(ARGS),tests)
 
 docs: $(VENV)/docs.stamp  ## the site into build/site; ends with an error at a broken link
