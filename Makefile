@@ -27,7 +27,8 @@ test-whole: $(VENV)/test.stamp  ## the quick run of every experiment of benchmar
 test-ray: $(VENV)/ray.stamp  ## a run on a local Ray cluster, a killed process included
 	$(BIN)/python -m pytest -m ray tests/benchmarks/test_ray_cluster.py
 
-# FROM=tar.gz installs the sdist instead. Its tests/ stands alone there, so that nothing is imported from the checkout.
+# FROM=tar.gz installs the sdist instead. tests/ stands alone there, with a pyproject.toml of its own for pytest: with that of the
+# checkout, pytest would import the checkout's package. tests/conftest.py makes sure of it.
 FROM ?= whl
 WHEEL := .venv-$(FROM)-$(call plain,$(TORCH))
 test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, and there the tests that need only the package
@@ -36,12 +37,12 @@ test-wheel:  ## sdist and wheel into dist/; the wheel in a fresh environment, an
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check build $(TORCH)
 	$(WHEEL)/bin/python -m build
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.$(FROM))[test]"
-	mkdir $(WHEEL)/suite && cp -r tests $(WHEEL)/suite
+	mkdir $(WHEEL)/suite && cp -r tests pyproject.toml $(WHEEL)/suite
 	cd $(WHEEL)/suite && ../bin/python -m pytest -m "not whole and not slow and not ray" -n auto --dist worksteal $(or $(ARGS),tests)
 
 docs: $(VENV)/docs.stamp  ## the site into build/site; ends with an error at a broken link
 	$(BIN)/python docs/site.py
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # the theme's advertisement of its successor
 
 kernels-check: $(VENV)/test.stamp  ## compile every kernel for sm_80 and sm_90; needs no GPU
 	$(BIN)/python .ci/kernels_check.py 80 90

@@ -36,7 +36,7 @@ def copied(page: Path) -> None:
         if not link.startswith(("http", "mailto:")) and other.is_file():
             copied(other)
         elif other.is_dir():  # no page: said as text
-            target.write_text(target.read_text().replace(f"]({link})", "]"))
+            target.write_text(re.sub(rf"\[([^\]]+)\]\({re.escape(link)}\)", r"\1", target.read_text()))
 
 
 def reference() -> None:
@@ -54,6 +54,7 @@ def reference() -> None:
 
 if __name__ == "__main__":
     shutil.rmtree(SOURCE, ignore_errors=True)
-    for each in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("notebooks/*.ipynb"))]:
+    pages = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("notebooks/*.ipynb"))]
+    for each in [ROOT / "README.md", ROOT / "docs" / "site.css", *pages]:
         copied(each)
     reference()

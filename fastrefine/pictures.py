@@ -30,7 +30,10 @@ def levels(images: Tensor, image_range: tuple[float, float] = (-1.0, 1.0)) -> np
 
 
 def coloured(pixels: np.ndarray) -> np.ndarray:
-    """(N, H, W, 1 or 3) uint8 -> (N, H, W, 3)."""
+    """(N, H, W, 1, 3 or 4) uint8 -> (N, H, W, 3); what is see-through is white behind."""
+    if pixels.shape[-1] == 4:
+        alpha = pixels[..., 3:] / np.float32(255)
+        return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 
@@ -43,7 +46,7 @@ def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of one image (H, W, 1 or 3) uint8."""
+    """A PNG file of one image (H, W, 1, 3 or 4) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -70,13 +73,13 @@ def grid(
     """Write a picture of samples before and after, both (N, H, W, C) uint8, with a row for each of ``rows`` (see ROWS).
 
     logits: (before, after) of each sample, or nothing. Small images are enlarged, large ones made smaller; many columns are
-    broken into several bands. Raises InputError on other rows, on other than 1 or 3 channels, and on an unknown file suffix.
+    broken into several bands. Raises InputError on other rows, on other than 1, 3 or 4 channels, and on an unknown file suffix.
     """
     unknown = [row for row in rows if row not in ROWS]
     if unknown or not rows:
         raise InputError(f"rows are {list(rows)}; wanted some of {', '.join(ROWS)}")
-    if after.shape[-1] not in (1, 3):
-        raise InputError(f"a picture needs images of 1 or 3 channels, got {after.shape[-1]}")
+    if after.shape[-1] not in (1, 3, 4):
+        raise InputError(f"a picture needs images of 1, 3 or 4 channels, got {after.shape[-1]}")
     made = {"initial": lambda: before, "refined": lambda: after, "difference": lambda: difference(before, after)}
     shown = [(ROWS[row], made[row]()) for row in rows]
     comparison(path, shown, [from_to(*pair) for pair in logits], title, LEGEND if "difference" in rows else "")
@@ -85,7 +88,7 @@ def grid(
 def comparison(
     path: str | Path, rows: Sequence[tuple[str, np.ndarray]], notes: Sequence[str], title: str, legend: str = "", side: int = 0
 ) -> None:
-    """Write a picture: a row for each (label, images (N, H, W, 1 or 3)), a note under each column, a title above.
+    """Write a picture: a row for each (label, images (N, H, W, 1, 3 or 4)), a note under each column, a title above.
 
     side: of an image in pixels; 0: a multiple of its own of at least SIDE. Columns that do not fit in WIDTH begin a new band.
     """

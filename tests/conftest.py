@@ -1,6 +1,7 @@
 """One thread, and the Triton interpreter where there is no GPU: both before anything imports triton."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ if not torch.cuda.is_available():
 os.environ.pop("FASTREFINE_BACKEND", None)
 
 # Where tests/ stands alone (make test-wheel), what needs more of the checkout than the installed package is left out.
-if not Path(__file__).parents[1].joinpath("pyproject.toml").exists():
+if not Path(__file__).parents[1].joinpath("fastrefine").exists():
+    import fastrefine
+
+    assert Path(fastrefine.__file__).is_relative_to(sys.prefix), f"{fastrefine.__file__} is not what was installed"
     collect_ignore = [
         "benchmarks", "papers", "engine/test_drivers_precision.py", "engine/test_while_graph.py",
         "engine/test_while_graph_gpu.py", "test_build.py", "test_docs.py", "test_examples.py", "test_house.py", "test_logs.py",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrefine.datasets import Images, from_pixels, shuffled
 from fastrefine.errors import InputError
-from fastrefine.production.images import SUFFIXES
+from fastrefine.production.sources import PICTURES
 
 CIFAR10_PARTS = {"train": "cifar10-train", "test": "cifar10-test"}
 
@@ -42,9 +42,9 @@ class PictureFolder:
 
     def __init__(self, path: str | os.PathLike[str], size: int):
         root = Path(path)
-        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
         if not found:
-            raise InputError(f"{root} has no pictures; wanted files ending in {', '.join(SUFFIXES)}")
+            raise InputError(f"{root} has no pictures; wanted files ending in {', '.join(PICTURES)}")
         owners = [p.relative_to(root).parts[0] if p.parent != root else "" for p in found]
         order = shuffled(len(found))
         self.size, self.paths = size, [found[i] for i in order]
@@ -84,7 +84,7 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of each picture of a zip, in order of names."""
     try:
         with zipfile.ZipFile(archive) as opened:
-            for name in sorted(n for n in opened.namelist() if n.lower().endswith(SUFFIXES)):
+            for name in sorted(n for n in opened.namelist() if n.lower().endswith(PICTURES)):
                 yield name, opened.read(name)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{archive} cannot be read as a zip ({error}); fetch the file again") from error

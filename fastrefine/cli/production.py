@@ -149,8 +149,9 @@ REFINEMENT = [
     click.option(
         "--real",
         type=click.Path(),
-        help="Real images, for --stop and --select: a folder of pictures or of MNIST's "
-        "idx files, .npz, .npy, .safetensors, or digits; MNIST_FOLDER:test and digits:test are the held-out ones.",
+        help="Real images, for --stop and --select: a folder of pictures, of MNIST's idx files or of a data set of the Hub, "
+        ".parquet, .tar (webdataset), .npz, .npy, .safetensors, USER/NAME of the Hub, or digits; FOLDER:test and digits:test "
+        "are the held-out ones.",
     ),
     click.option(
         "--image-range",
@@ -201,6 +202,7 @@ def options(*groups: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]],
               "(default: --real).")  # fmt: skip
 @click.option("--format", type=click.Choice(FORMATS), default="npz", show_default=True, help="Of the files of images.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a file.")
+@click.option("--sample-rate", type=click.IntRange(min=1), default=16000, show_default=True, help="Of --format wav, in Hz.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="JSON as in a manifest's \"configuration\"; flags given beside it win.")  # fmt: skip
 @click.option(
@@ -279,9 +281,10 @@ def verify(ctx: click.Context, directory: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("directory", metavar="DIR", type=RUN)
 @click.option("--output", type=click.Path(path_type=Path), required=True,
-              help="FILE.npz (ADM: arr_0 uint8 NHWC, arr_1 labels), FILE.tar (webdataset), or a PNG folder.")  # fmt: skip
+              help="FILE.npz (ADM: arr_0 uint8 NHWC, arr_1 labels), FILE.tar (webdataset), FILE.parquet (tables), or a folder "
+              "of PNG or WAV files.")  # fmt: skip
 def merge(directory: Path, output: Path) -> None:
-    """Join the shards of DIR into one file or tree, in order of sample id.
+    """Join the shards of DIR into one file or tree, in order of sample id, with logits, steps and status of each sample.
 
     \b
     fastrefine merge run --output run.npz

@@ -136,7 +136,7 @@ class BeforeAfter:
         ranges = [list(group) for _, group in itertools.groupby(enumerate(self.ids.tolist()), lambda pair: pair[1] - pair[0])]
         runs = tuple(range(group[0][1], group[-1][1] + 1) for group in ranges)
         ((_, batch, _),) = worker.make([Shard(0, runs)])
-        return Samples(batch.pixels(), batch.columns)
+        return Samples(batch.values(), batch.columns)
 
 
 def manifest_of(folder: Folder) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _parts(folder: Folder, ids: np.ndarray, all_columns: bool = False) -> Iterat
         wanted = np.isin(shard.ids, ids)
         if not wanted.any() and not all_columns:
             continue
-        pixels, columns = folder.read(shard)
+        pixels, columns = folder.read(shard, images=True)
         yield Samples(pixels[wanted], {name: values[wanted] for name, values in columns.items()}), columns
 
 

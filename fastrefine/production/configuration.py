@@ -16,7 +16,7 @@ from typing import Any
 from fastrefine import checks
 from fastrefine.errors import InputError
 
-FORMATS = ("npz", "png", "wds", "safetensors")
+FORMATS = ("npz", "png", "wds", "safetensors", "wav", "parquet")
 SELECTIONS = ("none", "mh", "drs", "obrs")
 CLASSES = ("random", "balanced")  # one of many classes for each image
 CHOICES = {
@@ -26,7 +26,9 @@ CHOICES = {
     "coupling": ("", *checks.COUPLINGS), "on_noise": ("", *checks.ON_NOISE),
     "calibrate": ("", "isotonic", "platt", "beta", "temperature"),
 }  # fmt: skip
-COUNTS = {"best_of": 1, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1}  # minimum
+COUNTS = {  # minimum
+    "best_of": 1, "num_slots": 1, "seed": 0, "num_classes": 0, "chain_length": 1, "shard_size": 1, "pack": 1, "sample_rate": 1,
+}  # fmt: skip
 USUAL_RANGE = (-1.0, 1.0)
 # How the networks are called: arguments of Refiner, which a pair keeps.
 CALLS = (
@@ -70,9 +72,10 @@ class Configuration:
     best_of: the raw proposals of which each refined sample starts from the best (``proposals`` of Refiner).
     select: among chain_length proposals of each image; budget: of obrs. calibrate: a method of ``fastrefine.calibrate`` for the
     logits that select reads, fitted on real images, those of held_out if given, else of real. image_range: of the generator's
-    images; None: the pair's, or -1 to 1 (``saved_pair.configured``). conditions: a file with further inputs of the networks,
-    of which image i has row i. generate, discriminate: "package.module:function"; these and the rest of CALLS as for Refiner,
-    or as the pair says where they are empty. Raises InputError on values of the wrong kind or out of range.
+    images; None: the pair's, or -1 to 1 (``saved_pair.configured``). sample_rate: of wav files, in Hz. conditions: a file with
+    further inputs of the networks, of which image i has row i. generate, discriminate: "package.module:function"; these and the
+    rest of CALLS as for Refiner, or as the pair says where they are empty. Raises InputError on values of the wrong kind or out
+    of range.
     """
 
     pair: str = ""
@@ -101,6 +104,7 @@ class Configuration:
     held_out: str = ""
     format: str = "npz"
     shard_size: int = 1000
+    sample_rate: int = 16000
     image_range: tuple[float, float] | None = None
     conditions: str = ""
     generate: str = ""

@@ -420,8 +420,10 @@ def _metric(name: str) -> str:
 def images_of(path: Path, limit: int | None = None) -> Tensor:
     """Images float32 (N, C, H, W) in [-1, 1] of a run's folder, a folder of pictures or a file; limit: see ``images.some``."""
     if (path / MANIFEST).is_file():
-        pixels = np.concatenate([pixels for pixels, _ in Folder.open(path).parts()])
+        pixels = np.concatenate([pixels for pixels, _ in Folder.open(path).parts(images=True)])
         return from_pixels(pixels[some(len(pixels), limit)])
     if path.is_file() and path.suffix not in FILES:
-        raise InputError(f"{path} holds no images; wanted a run's folder, a folder of pictures, .npz or .safetensors")
+        raise InputError(
+            f"{path} holds no images; wanted a run's folder, a folder of pictures, {', '.join(FILES[:-1])} or {FILES[-1]}"
+        )
     return load_labelled(str(path), limit, signed=True)[0]

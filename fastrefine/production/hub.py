@@ -1,15 +1,18 @@
-"""Saved pairs in repositories of the Hugging Face Hub. What comes from there is data: it runs no code without trust."""
+"""Saved pairs and data sets of the Hugging Face Hub. What comes from there is data: it runs no code without trust."""
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shutil
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastrefine.errors import InputError
+from fastrefine.production import sources
+from fastrefine.production.extras import package
 from fastrefine.production.named_code import check_inside
 
 NAME = re.compile(r"(?!.*\.\.)[\w.-]+/[\w.-]+(@[\w./-]+)?")  # user/name, or user/name@revision
@@ -19,11 +22,31 @@ FILES = ["config.json", "*.safetensors"]
 def snapshot(name: str) -> Path:
     """The local folder of a repository "user/name" or "user/name@revision", fetched if need be. Raises InputError."""
     repository, _, revision = name.partition("@")
+    hub = _hub(f"{name} is no folder here, and the Hub")
     try:
-        return Path(_hub().snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(f"{name} is no folder here, and no repository of the Hub ({type(error).__name__}: {first})") from error
+
+
+def dataset(name: str, part: str) -> Path:
+    """The local folder of a data set "user/name" or "user/name@revision", with the files of one part of it: ``of_part``.
+
+    Only pictures, sound, .parquet and .tar are fetched. Raises InputError.
+    """
+    repository, _, revision = name.partition("@")
+    given: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None}
+    hub = _hub(f"{name} is not there, and the Hub")
+    try:
+        names = hub.HfApi().list_repo_files(repository, **given)
+        files = sources.of_part(sources.files_of(map(PurePosixPath, names)), PurePosixPath(), part)
+        if not files:
+            raise InputError("it has no pictures, sound, .parquet or .tar")
+        return Path(hub.snapshot_download(repository, allow_patterns=[glob.escape(str(file)) for file in files], **given))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name} is not there, and no data set of the Hub ({type(error).__name__}: {first})") from error
 
 
 def push_pair(folder: str | Path, name: str, *, private: bool = False, token: str | None = None) -> str:
@@ -35,7 +58,7 @@ def push_pair(folder: str | Path, name: str, *, private: bool = False, token: st
 
     Example: ``fr.push_pair("pair", "me/my-gan")``, then anywhere ``fr.load_pair("me/my-gan")``
     """
-    folder, hub = Path(folder), _hub()
+    folder, hub = Path(folder), _hub("the Hub")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"name is {name!r}; wanted user/name")
     file = folder / "config.json"
@@ -103,9 +126,5 @@ Loading it runs no code of this repository.
 """
 
 
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise InputError("the Hub needs huggingface_hub: pip install 'fastrefine[hub]'") from error
-    return huggingface_hub
+def _hub(what: str) -> Any:
+    return package("huggingface_hub", "hub", what)

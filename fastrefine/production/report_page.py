@@ -51,6 +51,7 @@ SETTINGS = {
     "ids": "the samples", "seed": "of all random numbers",
     "classes": "labels of the images", "select": "how one of several proposals is chosen", "precision": "of the arithmetic",
     "num_slots": "samples advanced together", "format": "of the files", "shard_size": "images in a file",
+    "sample_rate": "of wav files, in Hz",
     "image_range": "of the generator's images", "discriminator_output": "what the discriminator returns",
 }  # fmt: skip
 
@@ -246,7 +247,7 @@ def _share(value: float) -> str:
 
 
 def _uri(pixels: np.ndarray) -> str:
-    """An image (H, W, 1 or 3) uint8 as a PNG in a data URI; large ones are made smaller."""
+    """An image (H, W, 1, 3 or 4) uint8 as a PNG in a data URI; large ones are made smaller."""
     side = max(pixels.shape[:2])
     if side > LARGEST:
         size = [max(length * LARGEST // side, 1) for length in (pixels.shape[1], pixels.shape[0])]

@@ -101,7 +101,7 @@ class Folder:
     def write(self, shard: Shard, batch: formats.Batch, facts: dict[str, Any]) -> float:
         """Write the shard, then its marker; returns the seconds that it took."""
         began, path = time.perf_counter(), self.file(shard)
-        formats.write(self.configuration.format, path, batch)
+        formats.write(self.configuration.format, path, batch, self.configuration.sample_rate)
         marker = {"identity": self.identity, "count": shard.count, "sha256": formats.digest(path), **facts}
         formats.publish(self.marker(shard), (json.dumps(marker) + "\n").encode())
         return time.perf_counter() - began
@@ -169,28 +169,37 @@ class Folder:
         """The content of its marker."""
         return _json(self.marker(shard))
 
-    def parts(self) -> Iterator[formats.Part]:
-        """(pixels, columns) of shard after shard. Raises InputError at the first that is not done."""
+    def parts(self, *, images: bool = False) -> Iterator[formats.Part]:
+        """(samples, columns) of shard after shard, as ``read`` gives them. Raises InputError at the first that is not done."""
         size: tuple[int, ...] = ()
         for shard in self.shards():
-            pixels, columns = self.read(shard)
-            if pixels.shape[1:] != (size := size or pixels.shape[1:]):
-                raise InputError(f"{self.file(shard)} holds images of {pixels.shape[1:]}, the shards before it of {size}")
-            yield pixels, columns
+            values, columns = self.read(shard, images=images)
+            if values.shape[1:] != (size := size or values.shape[1:]):
+                raise InputError(f"{self.file(shard)} holds samples of {values.shape[1:]}, the shards before it of {size}")
+            yield values, columns
 
-    def read(self, shard: Shard) -> formats.Part:
-        """(pixels (N, H, W, C) uint8, columns) of a shard. Raises InputError where it is not done, or holds something else."""
+    def read(self, shard: Shard, *, images: bool = False) -> formats.Part:
+        """(pixels (N, H, W, C) uint8, columns) of a shard, or (N, ...) float32 instead where its samples are no images.
+
+        images: no others will do. Raises InputError where the shard is not done, or holds something else.
+        """
         self.check(shard)
-        pixels, columns = formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
+        values, columns = formats.read(self.configuration.format, self.file(shard), self.configuration.value_range)
+        known = (values.dtype == np.uint8 and values.ndim == 4) or (values.dtype == np.float32 and values.ndim > 1)
         lists = all(x.shape == (shard.count,) and x.dtype.kind in "biuf" for x in columns.values())
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != shard.count or not lists:
-            shapes = {"images": pixels.shape, **{name: x.shape for name, x in columns.items()}}
+        if not known or len(values) != shard.count or not lists:
+            shapes = {"samples": values.shape, **{name: x.shape for name, x in columns.items()}}
             raise InputError(
-                f"{self.file(shard)} holds arrays of shapes {shapes}; wanted {shard.count} images, a figure for each"
+                f"{self.file(shard)} holds arrays of shapes {shapes}; wanted {shard.count} samples, a figure for each"
             )
         if "ids" not in columns or columns["ids"].tolist() != shard.ids:
             raise InputError(f"{self.file(shard)} holds other sample ids than its place in the run says")
-        return pixels, columns
+        if images and values.ndim != 4:
+            raise InputError(
+                f"{self.path} is a run of samples of shape {values.shape[1:]}; this is for images: `fastrefine merge` makes "
+                "one file of other samples"
+            )
+        return values, columns
 
 
 @dataclass(frozen=True)
@@ -232,28 +241,35 @@ def verify(path: Path) -> Verdict:
 
 
 def merge(path: Path, output: Path, *, progress: bool | None = False) -> int:
-    """Join the run's images in one .npz (ADM's), .tar (webdataset) or folder of PNG files; returns how many.
+    """Join the run's samples, and what is known of each, in one file or folder; returns how many.
 
-    progress: as for ``ProgressBar``. Reads shard by shard. Raises InputError where a shard is not done, before anything is
-    written to ``output``.
+    output: .npz (of images ADM's); of images also .tar (webdataset), of tables .parquet; else a folder, of PNG files, or of
+    WAV files where that is the run's format. progress: as for ``ProgressBar``. Reads shard by shard. Raises InputError where a
+    shard is not done or ``output`` cannot hold such samples, before anything is written.
     """
     folder = Folder.open(path)
-    if output.suffix not in (".npz", ".tar", ""):
-        raise InputError(f"output is {output}; wanted a name that ends in .npz or .tar, or a folder for PNG files")
+    if output.suffix not in (".npz", ".tar", ".parquet", ""):
+        raise InputError(f"output is {output}; wanted a name that ends in .npz, .tar or .parquet, or a folder of files")
     if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; wanted a new folder for the PNG files")
+        raise InputError(f"{output} is {'not empty' if output.is_dir() else 'a file'}; wanted a new folder")
     for shard in folder.shards():
         folder.check(shard)
     count = sum(shard.count for shard in folder.shards())
+    parts = over(folder.parts(), count, "merging", "samples", progress, lambda part: len(part[0]))
+    first = next(parts)
+    shape = first[0].shape[1:] if first[0].dtype != np.uint8 else (first[0].shape[3], *first[0].shape[1:3])
+    single = "wav" if folder.configuration.format == "wav" else "png"
+    formats.check_shape({".npz": "npz", ".tar": "wds", ".parquet": "parquet"}.get(output.suffix, single), shape)
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = over(folder.parts(), count, "merging", "images", progress, lambda part: len(part[0]))
+    parts = itertools.chain([first], parts)
     if output.suffix == ".npz":
-        first = next(parts)
-        formats.merge_npz(output, count, first[0].shape[1:], itertools.chain([first], parts))
+        formats.merge_npz(output, count, parts)
     elif output.suffix == ".tar":
         formats.merge_tar(output, parts)
+    elif output.suffix == ".parquet":
+        formats.merge_parquet(output, parts)
     else:
-        formats.merge_png(output, parts)
+        formats.merge_folder(single, output, parts, folder.configuration.sample_rate)
     return count
 
 

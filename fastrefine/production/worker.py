@@ -117,9 +117,7 @@ class Worker:
             missing = set(sampled) - set(sampled if classes is None else classes.tolist())
             if missing:
                 raise InputError(f"{c.real} has no image of class {min(missing)}; wanted some of every class that is sampled")
-        if len(shape) != 3:
-            raise InputError(f"the generator makes outputs of shape {tuple(shape)}; wanted images (C, H, W)")
-        formats.check_channels(c.format, shape[0])
+        formats.check_shape(c.format, tuple(shape))
         self.chooser = self._chooser()
         self.trust_checked = self.chooser is None or self.chooser.calibration is not None
         self.facts["selection"] = per_image_selection.described(self.chooser)
@@ -356,10 +354,10 @@ class Worker:
         return chooser
 
     def real_images(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """Real images of a file in the generator's range, and their labels."""
+        """Real samples of ``path``, and their labels; images and sound in the generator's range."""
         usual = self.configuration.value_range == USUAL_RANGE
-        real, classes = load_labelled(path, signed=not usual)
-        return (real if usual else scaled(real, self.configuration.value_range)), classes
+        real, classes = load_labelled(path, signed=not usual, images_only=False)
+        return (real if usual or real.ndim not in (3, 4) else scaled(real, self.configuration.value_range)), classes
 
 
 def _added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_a_folder_of_mnists_files_is_read_and_its_held_out_part_too(tmp_path):
     (mnist / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(InputError, match="has no train-labels"):
         load_images(mnist)
-    with pytest.raises(InputError, match="has no parts, so no :test; wanted digits:test"):
+    with pytest.raises(InputError, match="has no parts, so no :test; wanted e.g. test-00000"):
         load_images(f"{tmp_path}:test")
 
 
@@ -254,13 +254,12 @@ def test_what_holds_no_images_is_named(tmp_path):
     for name, reason in (("empty", "no pictures"), ("a.npz", "cannot be read"), ("flat.npy", r"shape \(3, 4\)"),
                          ("range.npy", "wanted uint8, or floats"), ("absent", "not there"), ("scalar.npy", r"shape \(\)"),
                          ("text.npy", "wanted"), ("g.pt", "holds no arrays, but files such as"),
-                         ("merged.tar", "cannot be read as images; wanted a folder of pictures")):  # fmt: skip
+                         ("merged.tar", "cannot be read as images: it has no pictures")):  # fmt: skip
         with pytest.raises(InputError, match=reason) as caught:
             load_images(tmp_path / name)
         assert "pickle" not in str(caught.value)
-    for name in ("merged.tar", "g.pt"):
-        with pytest.raises(InputError, match=r"wanted a run's folder, a folder of pictures, \.npz or \.safetensors"):
-            evaluation.images_of(tmp_path / name)
+    with pytest.raises(InputError, match=r"wanted a run's folder, a folder of pictures, \.npz, .* or \.tar"):
+        evaluation.images_of(tmp_path / "g.pt")
 
 
 def test_labels_that_are_not_one_whole_number_for_each_image_are_none(tmp_path):

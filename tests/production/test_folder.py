@@ -135,16 +135,16 @@ def test_verify_shows_leftovers_in_text_and_json(run):
 
 
 def test_a_cut_merge_into_pictures_leaves_nothing_and_can_be_repeated(run, tmp_path, monkeypatch):
-    pngs, made = formats._pngs, []
+    encoded, made = formats._encoded, []
 
-    def until_the_disk_is_full(pixels):
-        for png in pngs(pixels):
+    def until_the_disk_is_full(*given):
+        for png in encoded(*given):
             made.append(png)
             if len(made) == 7:
                 raise OSError(28, "No space left on device")
             yield png
 
-    monkeypatch.setattr(formats, "_pngs", until_the_disk_is_full)
+    monkeypatch.setattr(formats, "_encoded", until_the_disk_is_full)
     with pytest.raises(OSError, match="No space"):
         run_folder.merge(run, tmp_path / "out" / "png")
     assert not list((tmp_path / "out").iterdir())
@@ -308,7 +308,8 @@ def test_the_range_is_the_usual_one_where_neither_flags_nor_pair_give_any(worker
 
 @pytest.mark.parametrize("kind", ["png", "wds"])
 def test_a_format_that_cannot_hold_the_channels_claims_no_folder(tmp_path, kind):
-    pair, _ = unsigned(tmp_path, channels=4)
-    with pytest.raises(InputError, match=f"the {kind} format holds PNG files of 1 or 3 channels, got 4; use npz"):
+    pair, _ = unsigned(tmp_path, channels=2)
+    wanted = rf"the {kind} format holds images \(C, H, W\) of 1, 3 or 4 channels, got samples of shape \(2, 4, 4\); use npz"
+    with pytest.raises(InputError, match=wanted):
         Worker(Configuration(pair=pair, format=kind)).run(tmp_path / "run")
     assert not (tmp_path / "run").exists()

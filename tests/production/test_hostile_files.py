@@ -211,6 +211,83 @@ def test_columns_of_png_shards(tmp_path_factory, columns, as_folder):
     fails_as_ours(merge, folder.path, folder.path.parent / ("out" if as_folder else "out.tar"))
 
 
+# --- data sets
+
+PICTURE = io.BytesIO()
+Image.fromarray(np.zeros((3, 3), np.uint8)).save(PICTURE, "png")
+
+
+def a_tar(names):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(PICTURE.getvalue())
+            archive.addfile(info, io.BytesIO(PICTURE.getvalue()))
+    return content.getvalue()
+
+
+def a_parquet(columns):
+    arrow, content = pytest.importorskip("pyarrow"), io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.table(columns), content)
+    return content.getvalue()
+
+
+@settings(BOUNDED, max_examples=60)
+@given(st.data(), st.sampled_from(["a.tar", "a.parquet", "table.parquet"]))
+def test_damaged_data_sets(tmp_path, data, name):
+    good = {
+        "a.tar": lambda: a_tar(["a.png", "a.cls", "b.png", "b.cls"]), "table.parquet": lambda: a_parquet({"x": [0.5, 1]}),
+        "a.parquet": lambda: a_parquet({"image": [{"bytes": PICTURE.getvalue(), "path": "a"}] * 2, "label": [0, 1]}),
+    }[name]()  # fmt: skip
+    (tmp_path / name).write_bytes(data.draw(damaged(good)))
+    fails_as_ours(lambda: load_labelled(tmp_path / name, images_only=False))
+
+
+@settings(BOUNDED, max_examples=60)
+@given(st.data(), st.sampled_from(["table", "images"]))
+def test_damaged_parquet_shards(tmp_path_factory, data, what):
+    pytest.importorskip("pyarrow")
+    batch = replace(BATCH, images=IMAGES[:, 0, 0])
+    folder = Folder.claim(tmp_path_factory.mktemp("run") / "run", Configuration(pair="digits", ids="0-1", format="parquet"), {})
+    folder.write(folder.shards()[0], batch, {})
+    shard = folder.file(folder.shards()[0])
+    other = a_parquet({"image": [PICTURE.getvalue()] * 2, "ids": [0, 1]})
+    shard.write_bytes(data.draw(damaged(shard.read_bytes() if what == "table" else other)))
+    approved(folder)
+    fails_as_ours(merge, folder.path, folder.path.parent / "out.parquet")
+
+
+def test_a_wav_shard_that_holds_something_else(tmp_path):
+    pytest.importorskip("soundfile")
+    folder = Folder.claim(tmp_path / "run", Configuration(pair="digits", ids="0-1", format="wav"), {})
+    folder.write(folder.shards()[0], replace(BATCH, images=IMAGES[:, 0, 0]), {})
+    (folder.file(folder.shards()[0]) / "000001.wav").write_bytes(b"RIFF")
+    approved(folder)
+    assert fails_as_ours(merge, folder.path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [2**29, 2**60])
+def test_a_member_that_says_it_is_huge_is_not_read(tmp_path, size):
+    header = tarfile.TarInfo("a.png")
+    header.size = size
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(fr.InputError, match=r"cannot be read as images|a member of [\d,]+ bytes; wanted at most 268,435,456"):
+        load_labelled(tmp_path / "a.tar")
+
+
+def test_a_parquet_file_that_says_it_has_very_many_rows_is_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    with pytest.importorskip("pyarrow.parquet").ParquetWriter(
+        tmp_path / "a.parquet", arrow.schema({"x": arrow.int8()})
+    ) as writer:
+        for _ in range(2):
+            writer.write_table(arrow.table({"x": arrow.nulls(6 * 10**7, arrow.int8())}), row_group_size=10**8)
+    assert (tmp_path / "a.parquet").stat().st_size < 10**6
+    with pytest.raises(fr.InputError, match="have 120,000,000 rows; wanted 1 to 100,000,000"):
+        load_labelled(tmp_path / "a.parquet")
+
+
 # --- paths that lead out
 
 
@@ -271,6 +348,28 @@ def test_members_of_an_npz_are_names_of_arrays_only(nothing_elsewhere):
     assert merge(folder.path, nothing_elsewhere / "out") == 2
 
 
+def test_members_of_a_webdataset_are_never_unpacked(nothing_elsewhere):
+    slipping_tar(nothing_elsewhere / "a.tar", nothing_elsewhere.parent / "other")
+    images, labels = load_labelled(nothing_elsewhere / "a.tar")
+    assert len(images) == 2 and labels is None and [p.name for p in nothing_elsewhere.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("leads", ["../secret.png", "absolute", "link.png", "a\0b", "x" * 5000])
+def test_pictures_that_a_parquet_file_names_lie_in_its_folder(tmp_path, leads):
+    (tmp_path / "secret.png").write_bytes(PICTURE.getvalue())
+    own = tmp_path / "data"
+    own.mkdir()
+    (own / "link.png").symlink_to(tmp_path / "secret.png")
+    (own / "a.png").write_bytes(PICTURE.getvalue())
+    (own / "a.parquet").write_bytes(a_parquet({"image": [{"bytes": None, "path": "a.png"}]}))
+    assert load_labelled(own / "a.parquet")[0].shape == (1, 1, 3, 3)
+    path = str(tmp_path / "secret.png") if leads == "absolute" else leads
+    (own / "a.parquet").write_bytes(a_parquet({"image": [{"bytes": None, "path": path}]}))
+    for source in (own, own / "a.parquet"):
+        with pytest.raises(fr.InputError, match="leads out of|is no path|File name too long"):
+            load_labelled(source)
+
+
 @pytest.mark.parametrize("ids", [["../../../other/columns", 1], [0, 7], [-1, 0], [0.0, 1.5], [1, 0]])
 def test_ids_in_a_shard_name_no_other_files(nothing_elsewhere, ids):
     folder = run_of(nothing_elsewhere / "run", "png")
@@ -295,7 +394,7 @@ def test_shards_of_different_sizes_are_not_merged(tmp_path):
     folder = Folder.claim(tmp_path / "run", Configuration(pair="digits", ids="0-3", shard_size=2), {})
     for shard, images in zip(folder.shards(), (IMAGES, torch.zeros(2, 1, 4, 4)), strict=True):
         folder.write(shard, replace(BATCH, images=images, columns={"ids": np.array(shard.ids)}), {})
-    with pytest.raises(fr.InputError, match=r"images of \(4, 4, 1\), the shards before it of \(3, 3, 1\)"):
+    with pytest.raises(fr.InputError, match=r"samples of \(4, 4, 1\), the shards before it of \(3, 3, 1\)"):
         merge(folder.path, tmp_path / "out.npz")
     assert not list(tmp_path.glob("out*"))
 
@@ -316,7 +415,7 @@ def test_a_model_card_that_is_a_link_is_not_sent_to_the_hub(pair, tmp_path, monk
     (tmp_path / "secret").write_text("a key")
     copy = shutil.copytree(pair, tmp_path / "pair")
     (copy / "README.md").symlink_to(tmp_path / "secret")
-    monkeypatch.setattr(hub, "_hub", SimpleNamespace)
+    monkeypatch.setattr(hub, "_hub", lambda what: SimpleNamespace())
     with pytest.raises(fr.InputError, match="names 'README.md', which leads out of"):
         fr.push_pair(copy, "me/gan")
 

@@ -159,7 +159,7 @@ def test_webdataset_reads_the_tar(whole, tmp_path):
 def test_labels_become_arr_1_and_cls_files(tmp_path):
     batch = formats.Batch(torch.zeros(3, 3, 2, 2), {"ids": np.arange(3), "labels": np.array([4, 5, 6])}, (-1.0, 1.0))
     formats.write("npz", tmp_path / "a.npz", batch)
-    formats.merge_npz(tmp_path / "m.npz", 3, (2, 2, 3), iter([formats.read("npz", tmp_path / "a.npz", (-1.0, 1.0))]))
+    formats.merge_npz(tmp_path / "m.npz", 3, iter([formats.read("npz", tmp_path / "a.npz", (-1.0, 1.0))]))
     assert np.load(tmp_path / "m.npz")["arr_1"].tolist() == [4, 5, 6]
     formats.write("wds", tmp_path / "a.tar", batch)
     assert formats.read("wds", tmp_path / "a.tar", (-1.0, 1.0))[1]["labels"].tolist() == [4, 5, 6]
@@ -168,7 +168,7 @@ def test_labels_become_arr_1_and_cls_files(tmp_path):
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (0.0, 255.0)])
 def test_the_ends_of_the_range_are_black_and_white(low, high):
     images = torch.tensor([low, (low + high) / 2, high]).view(3, 1, 1, 1)
-    assert formats.Batch(images, {}, (low, high)).pixels().ravel().tolist() == [0, 128, 255]
+    assert formats.Batch(images, {}, (low, high)).values().ravel().tolist() == [0, 128, 255]
 
 
 # --- faults
