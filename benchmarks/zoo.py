@@ -38,7 +38,7 @@ KIND = "fastrefine zoo"
 NUMBERS = (8, 64, 1024)
 BATCHES = (64, 256, 1024)
 SHARE = 0.1  # of the largest activation: how far the largest gradient moves an activation in one step
-STOPPED = (8, 200)  # slots and samples of the runs with a threshold
+STOPPED = (8, 48, 200)  # slots, and fewest and most samples, of the runs with a threshold
 FEW = 2  # steps after which results must agree where whole trajectories do not
 WRONG = {"float32": 1e-2, "bfloat16": 0.5}  # median over samples of the largest difference, in parts of the largest value
 
@@ -191,8 +191,10 @@ class Place:
 
         bound: what the steps saved would give, (K + 1) / (mean steps + 1).
         """
-        slots, n = STOPPED
-        steps = max(self.limits.fewest, min(self.limits.steps, int(10 * self.limits.seconds / (self.seconds * n)) - 1))
+        limits, (slots, least, most) = self.limits, STOPPED
+        fits = 10 * limits.seconds / self.seconds  # evaluations of a sample
+        n = max(least, min(most, int(fits / (limits.fewest + 1)) // slots * slots))
+        steps = max(limits.fewest, min(limits.steps, int(fits / n) - 1))
         fixed, labels = self.ours(slots, steps), self.pair.labels(n).get("labels")
         z = self.given(n)[0]
         threshold = float(fixed.refine(z, labels=labels, snapshots=[steps // 2]).snapshots[steps // 2].logits.median())
