@@ -153,8 +153,8 @@ def _unused(name: str) -> str:
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of Adam.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--take", type=click.Choice(["last", "best"]), default="last", show_default=True,
-              help="Which discriminator. last: after all iterations. best: the one whose refined samples come nearest to a tenth "
-              "of --real, on which it is then not shaped, in checks every 50 iterations.")  # fmt: skip
+              help="Which discriminator. last: after all iterations. best: the one whose refined samples come nearest to a "
+              "tenth of --real, on which it is then not shaped, in checks every 50 iterations.")  # fmt: skip
 @click.option("--held-out", type=click.Path(), help="Real images for the verdict, which it is not shaped on (default: the "
               "held-out part of --real, if it has one).")  # fmt: skip
 @click.option("--outdir", type=FOLDER, required=True, help="New or empty: the new pair (without --pair: "

@@ -129,7 +129,8 @@ def test_seeds_decide_and_the_claim_shows_each():
     """Nine of ten are enough, eight are not."""
     for lost, holds in ((1, True), (2, False)):
         rows = [
-            {"seed": seed, "data": "roll", "name": name, "good": good if name != "tuned" or seed >= lost else 0.95, "distance": 0}
+            {"seed": seed, "data": "roll", "name": name, "distance": 0.0,
+             "good": 0.95 if name == "tuned" and seed < lost else good}
             for seed in range(10) for name, good in GOOD.items()
         ]  # fmt: skip
         found = next(claim for claim in cs0.claims(rows, {}) if "good of refinement" in claim["claim"])
