@@ -154,6 +154,8 @@ class _Examination:
         features: Callable[[Tensor], Tensor] | None, seed: int,
     ):  # fmt: skip
         x, inputs = held
+        if len(x) < 2:
+            raise InputError('keep="best" holds at most half of the real images out and wants two of them; wanted four or more')
         self.latents = None if proposals is None else proposals.hold_out()[0]
         self.count = max(len(x), EXAMINED) if self.latents is None else len(self.latents)
         rows = torch.arange(self.count) % len(x)

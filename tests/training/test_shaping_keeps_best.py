@@ -118,6 +118,11 @@ def test_what_does_not_fit_is_refused(options, told):
         fr.shape_discriminator(refiner(), REAL, 1, 16, 0.01, **options)
 
 
+def test_one_image_cannot_be_compared_with():
+    with pytest.raises(fr.InputError, match="wanted four or more"):
+        shaped(real=REAL[:3])
+
+
 def test_tuning_has_no_refined_samples_to_compare():
     with pytest.raises(fr.InputError, match="with max_steps=0, as in tuning, they do not depend on D"):
         fr.tune_discriminator(refiner(), REAL, 1, 16, 0.01, keep="best")
