@@ -11,7 +11,7 @@ PACKAGE, KERNELS = ROOT / "fastrefine", ROOT / "kernels"
 
 # From top to bottom. A room imports from itself and from the rooms above it, also under TYPE_CHECKING and in functions.
 ROOMS = (
-    ("errors", "checks", "noise", "progress", "models"),
+    ("errors", "checks", "extras", "noise", "progress", "models"),
     ("samplers",),
     ("ops",),
     ("kernels",),

@@ -153,14 +153,17 @@ def _unused(name: str) -> str:
               help="Real images in an update, and as many refined ones.")  # fmt: skip
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of Adam.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random numbers.")
+@click.option("--take", type=click.Choice(["last", "best"]), default="last", show_default=True,
+              help="Which discriminator. last: after all iterations. best: the one whose refined samples come nearest to a "
+              "tenth of --real, on which it is then not shaped, in checks every 50 iterations.")  # fmt: skip
 @click.option("--held-out", type=click.Path(), help="Real images for the verdict, which it is not shaped on (default: the "
               "held-out part of --real, if it has one).")  # fmt: skip
 @click.option("--outdir", type=FOLDER, required=True, help="New or empty: the new pair (without --pair: "
               "discriminator.safetensors) and curve.csv go there.")  # fmt: skip
 @click.pass_context
 def shape(
-    ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, held_out: str | None, outdir: Path,
-    **flags: Any,
+    ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, take: str, held_out: str | None,
+    outdir: Path, **flags: Any,
 ) -> None:  # fmt: skip
     """Train the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator is not changed.
 
@@ -202,7 +205,7 @@ def shape(
     judged = refiner.replaced(real=refiner.real[at], real_labels=None if labels is None else labels[at])
     shaped = fr.shape_discriminator(
         judged, refiner.real, iterations, batch_size, learning_rate, real_labels=labels, stop=refiner.stop,
-        seed=seed, progress=None, callback=curve.append,
+        seed=seed, keep=take, progress=None, callback=curve.append,
     )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     judged = judged.with_discriminator(shaped.cpu())
@@ -218,7 +221,7 @@ def shape(
         part.replace(outdir / "discriminator.safetensors")
     np.save(outdir / SHAPED_ON, digests(unscaled(refiner.real, c.value_range)))
     with (outdir / "curve.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(curve[0]))
+        writer = csv.DictWriter(file, list(curve[-1]))
         writer.writeheader()
         writer.writerows(curve)
     first, last = curve[0], curve[-1]

@@ -21,6 +21,7 @@ from fastrefine import metrics
 from fastrefine.datasets import from_pixels
 from fastrefine.errors import InputError
 from fastrefine.models.digits import Classifier
+from fastrefine.models.pretrained import EFFICIENTNET
 from fastrefine.networks.calls import attempt
 from fastrefine.production import cache, image_features
 from fastrefine.production.configuration import Network
@@ -76,7 +77,7 @@ def given_features(given: str) -> Features:
 
     Example: ``given_features("efficientnet-lite0")(images)[0].shape  # (N, 1280)``
     """
-    if given == image_features.EFFICIENTNET:
+    if given == EFFICIENTNET:
         return Features(image_features.EfficientNetLite0(), given)
     if given.startswith(f"{image_features.INCEPTION}="):
         network = image_features.Inception(Path(given.partition("=")[2]))
@@ -323,7 +324,7 @@ def features_for(images: Tensor, features: str | None, train: str, progress: boo
     """The features of ``evaluate`` for images (N, C, H, W); train: labelled images for a classifier of them."""
     if features is None and images.shape[1] == 3:
         try:
-            return given_features(image_features.EFFICIENTNET)
+            return given_features(EFFICIENTNET)
         except InputError as error:
             missing = str(error)
     else:

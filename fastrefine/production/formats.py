@@ -29,8 +29,8 @@ from safetensors import numpy as safetensors
 from torch import Tensor
 
 from fastrefine.errors import InputError
+from fastrefine.extras import package
 from fastrefine.pictures import levels, png
-from fastrefine.production.extras import package
 from fastrefine.production.images import scaled, unscaled
 from fastrefine.production.sources import COLUMNS, sound
 

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastrefine.errors import InputError
+from fastrefine.extras import package
 from fastrefine.production import sources
-from fastrefine.production.extras import package
 from fastrefine.production.named_code import check_inside
 
 NAME = re.compile(r"(?!.*\.\.)[\w.-]+/[\w.-]+(@[\w./-]+)?")  # user/name, or user/name@revision

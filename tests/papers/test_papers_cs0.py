@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.papers import cs0, plane
+from benchmarks.papers import cs0, plane, result_file
 from benchmarks.papers.cells import Cells
 
 pytest.importorskip("matplotlib")
@@ -33,7 +33,7 @@ def rows_of(good, second_seed=None):
 
 
 def failing(rows, goals=None):
-    """Of good, for every seed, on the mean, trained on; then the goal: which of them fail."""
+    """Of good: against D as it is and tuned, against all others, trained on; then the goal: which of them fail."""
     verdicts = [claim["holds"] for claim in cs0.claims(rows, goals or {})]
     return {index - 3 for index, holds in enumerate(verdicts) if not holds and index >= 3}
 
@@ -113,7 +113,7 @@ def test_all_claims_hold_where_shaped_is_best():
 @pytest.mark.parametrize(
     ("change", "second_seed", "wrong"),
     [
-        ({}, {"tuned": 0.95}, {0}),  # one seed
+        ({}, {"tuned": 0.95}, {0, 1}),  # one seed of two
         ({"frozen, adaptive": 0.95}, {}, {1}),  # another step rule
         ({"early": 0.95}, {}, {1}),  # refinement harms
         ({"optimal": 0.95}, {}, {2}),
@@ -123,6 +123,31 @@ def test_all_claims_hold_where_shaped_is_best():
 )
 def test_a_claim_that_does_not_hold_says_so(change, second_seed, wrong):
     assert failing(rows_of(GOOD | change, second_seed), {"roll": 0.9}) == wrong
+
+
+def test_seeds_decide_and_the_claim_shows_each():
+    """Nine of ten are enough, eight are not."""
+    for lost, holds in ((1, True), (2, False)):
+        rows = [
+            {"seed": seed, "data": "roll", "name": name, "distance": 0.0,
+             "good": 0.95 if name == "tuned" and seed < lost else good}
+            for seed in range(10) for name, good in GOOD.items()
+        ]  # fmt: skip
+        found = next(claim for claim in cs0.claims(rows, {}) if "good of refinement" in claim["claim"])
+        assert found["holds"] == holds
+        assert found["seeds_won"] == f"{10 - lost} of 10" and found["needed"] == 9
+        assert found["false_alarm"] == pytest.approx(11 / 1024)
+        assert found["tuned"] == [0.95] * lost + [0.5] * (10 - lost) and found["shaped"] == [0.9] * 10
+
+
+@pytest.mark.parametrize(
+    ("seeds", "needed", "false_alarm"), [(1, 1, 0.5), (3, 3, 0.125), (5, 5, 1 / 32), (8, 7, 9 / 256), (20, 15, 21700 / 2**20)]
+)
+def test_a_sign_test_asks_for_what_chance_rarely_reaches(seeds, needed, false_alarm):
+    for wins in (needed - 1, needed):
+        found = result_file.by_seeds("a claim", [True] * wins + [False] * (seeds - wins))
+        assert (found["holds"], found["needed"]) == (wins == needed, needed)
+        assert found["false_alarm"] == pytest.approx(false_alarm)
 
 
 def test_a_lower_distance_is_the_better_one():
