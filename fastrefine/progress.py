@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 EVERY = 10.0  # seconds between two lines
+RECENT = 6  # lines over which the speed is measured, for work may become slower
 
 
 class ProgressBar:
@@ -20,10 +22,11 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, name: str, unit: str, show: bool | None, *, done: int = 0):
-        self.total, self.name, self.unit, self.done, self.first = total, name, unit, done, done
+        self.total, self.name, self.unit, self.done = total, name, unit, done
         self.note = ""  # further facts, behind the others
         self._lines = show is None and not sys.stderr.isatty()
         self._started = self._told = time.monotonic()
+        self._seen = deque([(0.0, done)], maxlen=RECENT)  # seconds and units of the last lines
         self._bar: Any = None
         if show or (show is None and not self._lines):
             from tqdm import tqdm
@@ -45,11 +48,15 @@ class ProgressBar:
             self._bar.update(done - self._bar.n)
         elif self._lines and time.monotonic() - self._told >= EVERY:
             self._told = time.monotonic()
-            print(self.line(self._told - self._started), file=sys.stderr, flush=True)
+            seconds = self._told - self._started
+            print(self.line(seconds), file=sys.stderr, flush=True)
+            if done > self._seen[-1][1]:
+                self._seen.append((seconds, done))
 
     def line(self, seconds: float) -> str:
-        """The line after so many seconds."""
-        speed = (self.done - self.first) / seconds if seconds > 0 else 0.0
+        """The line after so many seconds, with the speed since the first of the recent lines."""
+        since, before = self._seen[0]
+        speed = (self.done - before) / (seconds - since) if seconds > since else 0.0
         left = f", {span((self.total - self.done) / speed)} left" if speed > 0 else ""
         rate = f"{speed:.1f} {self.unit}/s" if speed >= 1 or not speed else f"{1 / speed:.1f} s each"
         return f"{self.name}: {self.done} of {self.total} {self.unit}, {rate}{left}{self.note and f', {self.note}'}"

@@ -40,6 +40,19 @@ def test_speed_counts_what_was_done_since_the_start(seconds, said):
     assert bar.line(seconds) == f"refining: 100 of 500 images, {said}, mean steps 3.5"
 
 
+def test_the_speed_is_that_of_the_last_lines(monkeypatch, capsys):
+    """Work that becomes ten times slower: the time left is told by the new speed."""
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    bar = ProgressBar(100, "shaping", "iterations", None)
+    for done in range(1, 41):
+        now += 10.0 if done <= 20 else 100.0
+        bar.to(done)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "shaping: 1 of 100 iterations, 10.0 s each, 16 min left"
+    assert lines[-1] == "shaping: 40 of 100 iterations, 100.0 s each, 1.7 h left"
+
+
 def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(over("abcd", 8, "merging", "images", None, lambda _: 2)) == list("abcd")

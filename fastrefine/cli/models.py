@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from fastrefine.cli.production import (
     GENERATOR,
     REFINEMENT,
     configuration_of,
+    hint_when_busy,
     options,
     trusted_by,
     typed_flags,
@@ -53,7 +59,9 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     if flags["generator"]:  # a configuration has two networks, of which one is used here
         flags |= {f"discriminator{part}": flags[f"generator{part}"] for part in ("", "_args", "_weights", "_key")}
     allow_pickle, trust = flags.pop("allow_pickle"), Trust(**trusted_by(flags))
-    pair, configuration = saved_pair.configured(configuration_of(ctx, flags), trust=trust, allow_pickle=allow_pickle)
+    pair, configuration = saved_pair.configured(
+        configuration_of(ctx, flags), trust=trust, allow_pickle=allow_pickle, roles=("generator", "generator")
+    )
     latents = pair.prior.sample(torch.arange(8), 0)
     labels = torch.zeros(len(latents), dtype=torch.int64) if pair.takes_labels("generate")[1] else None
     given = load_conditions(configuration.conditions) if configuration.conditions else {}
@@ -173,6 +181,8 @@ def shape(
     sampler, steps and stop rule that it was shaped for. Otherwise pass the same --discriminator with
     --discriminator-weights OUTDIR/discriminator.safetensors.
 
+    Ctrl-C ends it after the iteration at work, and OUTDIR gets the discriminator so far. curve.csv has a row for every one.
+
     \b
     fastrefine shape --pair mypair --real train/ --stop median --iterations 300 --outdir shaped
     fastrefine refine --pair shaped --real train/ --ids 0-9999 --outdir run
@@ -191,6 +201,7 @@ def shape(
     import fastrefine as fr
     from fastrefine.diagnosis.check import of_memory
     from fastrefine.production.images import SHAPED_ON, digests, held_out_part, some, unscaled
+    from fastrefine.progress import EVERY, span
 
     trusts = flags["trust_code"]
     typed = typed_flags(ctx, ("pair", "outdir"))
@@ -199,14 +210,24 @@ def shape(
     held_out = held_out or held_out_part(c.real)
     others = worker.real_images(held_out) if held_out else None
     curve: list[dict[str, float]] = []
+    ends: list[float] = []
+
+    def told(facts: dict[str, float]) -> bool:
+        curve.append(facts)
+        ends.append(time.monotonic())
+        if len(ends) == 3 and (left := (ends[-1] - ends[-2]) * (iterations - 3)) > EVERY:
+            more = "it takes longer if refinement comes to take more steps"
+            click.echo(f"shaping: about {span(left)} left at the speed of the third iteration; {more}", err=True)
+        return stopped.is_set()
 
     at = some(len(refiner.real), JUDGED)  # their logits are computed anew after every update
     labels = refiner.real_labels
     judged = refiner.replaced(real=refiner.real[at], real_labels=None if labels is None else labels[at])
-    shaped = fr.shape_discriminator(
-        judged, refiner.real, iterations, batch_size, learning_rate, real_labels=labels, stop=refiner.stop,
-        seed=seed, keep=take, progress=None, callback=curve.append,
-    )  # fmt: skip
+    with _stopped_by_interrupt() as stopped:
+        shaped = fr.shape_discriminator(
+            judged, refiner.real, iterations, batch_size, learning_rate, real_labels=labels, stop=refiner.stop,
+            seed=seed, keep=take, progress=None, callback=told,
+        )  # fmt: skip
     outdir.mkdir(parents=True, exist_ok=True)
     judged = judged.with_discriminator(shaped.cpu())
     seen = judged.real_logits("the verdict")
@@ -221,24 +242,10 @@ def shape(
         part.replace(outdir / "discriminator.safetensors")
     np.save(outdir / SHAPED_ON, digests(unscaled(refiner.real, c.value_range)))
     with (outdir / "curve.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(curve[-1]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in curve for name in row)))
         writer.writeheader()
         writer.writerows(curve)
-    first, last = curve[0], curve[-1]
-    click.echo(
-        f"wrote {outdir}: mean logit of refined images from {first['fake_logit']:.3f} to {last['fake_logit']:.3f}, of real "
-        f"ones from {first['real_logit']:.3f} to {last['real_logit']:.3f} over {iterations} iterations"
-    )
-    by, memory = f"the images that it was shaped on, which flatters it: no --held-out was given, and {c.real} has none", []
-    if others is not None:
-        images, classes = others
-        at = some(len(images), JUDGED)
-        judged = judged.replaced(real=images[at], real_labels=None if labels is None or classes is None else classes[at])
-        by, memory = f"{len(judged.real)} held-out real images ({held_out})", of_memory(seen, judged.real_logits("the verdict"))
-    found = judged.check(shaped=True)
-    found = dataclasses.replace(found, findings=(*found.findings, *memory))
-    for name, words in {"judged by": by, **found.judgements(), "verdict": found.verdict}.items():
-        click.echo(f"{name:<16}{words}")
+    click.echo(f"wrote {outdir}: {_course(curve)}")
     needed = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
     trusted = " --trust-code" * (trusts or bool(c.generate or c.discriminate))
     use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted} --ids 0-999 --outdir run"
@@ -250,9 +257,57 @@ def shape(
             use += f" and --discriminator package.module:callable, of which {c.discriminator.code} is an export"
         elif c.discriminator.key:
             use += " and no --discriminator-key"
+    if len(curve) < iterations:
+        click.echo(
+            f"stopped after {len(curve)} of {iterations} iterations; the discriminator so far is kept, without a verdict"
+        )
+        click.echo(f"to refine with it: {use}")
+        if not c.discriminator:
+            click.echo(f"to shape it further: {further}")
+        ctx.exit(130)
+    by, memory = f"the images that it was shaped on, which flatters it: no --held-out was given, and {c.real} has none", []
+    if others is not None:
+        images, classes = others
+        at = some(len(images), JUDGED)
+        judged = judged.replaced(real=images[at], real_labels=None if labels is None or classes is None else classes[at])
+        by, memory = f"{len(judged.real)} held-out real images ({held_out})", of_memory(seen, judged.real_logits("the verdict"))
+    found = judged.check(shaped=True)
+    found = dataclasses.replace(found, findings=(*found.findings, *memory))
+    for name, words in {"judged by": by, **found.judgements(), "verdict": found.verdict}.items():
+        click.echo(f"{name:<16}{words}")
     if found.findings:
         click.echo(f"{'what to do':<16}{found.next({'fastrefine shape': further})}")
     click.echo(f"to refine with it: {use}")
+
+
+def _course(curve: list[dict[str, float]]) -> str:
+    """How the mean logits changed, in words. Those of one minibatch tell little, so several are averaged."""
+    count = max(len(curve) // 10, 1)
+    parts = []
+    for of, name in (("of refined images", "fake_logit"), ("of real ones", "real_logit")):
+        first, last = (sum(row[name] for row in rows) / count for rows in (curve[:count], curve[-count:]))
+        parts.append(f"{of} from {first:.3f} to {last:.3f}")
+    return f"mean logit {', '.join(parts)} (means of the first and the last {count} of {len(curve)} iterations)"
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets. The second one interrupts as usual; where SIGINT has a handler, none is set."""
+    stopped, usual = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def stop(*_: Any) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, usual)
+        click.echo("stopping after this iteration; Ctrl-C again stops at once and keeps nothing", err=True)
+
+    if usual is not signal.default_int_handler:
+        yield stopped
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @click.command()
@@ -361,6 +416,7 @@ def evaluate(
     fastrefine evaluate run --real held-out/ --baseline unrefined
     fastrefine evaluate run --real held-out/ --features inception=weights-inception-2015-12-05-6726825d.pth
     """
+    hint_when_busy()
     from fastrefine.production import evaluation
 
     found = evaluation.evaluate(images, real, baseline=baseline, features=features, train=train, limit=limit, progress=None)

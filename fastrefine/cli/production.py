@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 RESUMABLE = 3  # exit code
+BUSY = 1.5  # processes that want to run, for each core
 AUTO = "auto"  # a step size that collaborative refinement finds by itself; null in JSON, None in Python
 
 
@@ -351,6 +352,7 @@ def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False
     """The networks of the flags, prepared to run; labels: see ``Worker``."""
     allow_pickle, device, trusted = flags.pop("allow_pickle"), flags.pop("device"), trusted_by(flags)
     configuration = configuration_of(ctx, flags)
+    hint_when_busy()
     import torch
 
     from fastrefine.production.named_code import Trust
@@ -359,6 +361,22 @@ def worker_of(ctx: click.Context, flags: dict[str, Any], *, labels: bool = False
     if not device and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process under torchrun
     return Worker(configuration, device=device, allow_pickle=allow_pickle, labels=labels, trust_code=Trust(**trusted))
+
+
+def hint_when_busy() -> None:
+    """A line on stderr where torch's threads would wait for each other, since others use the cores."""
+    import torch
+
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on every system
+        return
+    if threads > 1 and load / cores > BUSY and not torch.cuda.is_available():
+        click.echo(
+            f"this machine is busy (load {load:.1f} on {cores} cores) and {threads} threads are used: OMP_NUM_THREADS=1 may be "
+            "much faster", err=True,
+        )  # fmt: skip
 
 
 def typed_flags(ctx: click.Context, but: Sequence[str]) -> list[str]:

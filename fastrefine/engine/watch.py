@@ -15,6 +15,8 @@ from fastrefine.errors import NonFiniteError
 from fastrefine.options import Options
 from fastrefine.result import Result, Status
 
+_told = False  # that preparation takes long
+
 
 class Watch:
     """Judges a run by its parts, and raises the error for non-finite samples where that was asked for."""
@@ -48,8 +50,8 @@ def findings_of(sums: Sums, options: Options, drawn: bool = True, shaped: bool =
 
 @contextlib.contextmanager
 def told_when_slow(may_be: bool, seconds: float = 5.0) -> Iterator[None]:
-    """A line on stderr where what is inside, if it ``may_be`` slow at all, takes longer than that."""
-    if not may_be:  # a thread costs a millisecond
+    """One line in a process on stderr where what is inside, if it ``may_be`` slow at all, takes longer than that."""
+    if _told or not may_be:  # a thread costs a millisecond
         yield
         return
     stream = sys.stderr  # of the caller, for a rung of the ladder may redirect it
@@ -58,7 +60,9 @@ def told_when_slow(may_be: bool, seconds: float = 5.0) -> Iterator[None]:
     lasts.acquire()
 
     def tell() -> None:
+        global _told
         if not lasts.acquire(timeout=seconds):
+            _told = True
             print(text, file=stream, flush=True)
 
     _thread.start_new_thread(tell, ())  # threading's own would make the run wait until it has begun

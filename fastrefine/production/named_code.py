@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -78,12 +79,22 @@ def imported(code: str, what: str, trust: Trust) -> Any:
             target = getattr(target, part) if trusted else _entry(target, part)
     except (ImportError, AttributeError) as error:
         hint = "is its folder on PYTHONPATH? In that folder: PYTHONPATH=. fastrefine ..."
+        if isinstance(error, AttributeError):
+            hint = _near(sys.modules.get(module_name), attributes[0])
         if trust.checkout and not trusted:
             hint = f"it was saved with modules in {trust.checkout}: PYTHONPATH={trust.checkout} fastrefine ... . {HOW}"
         raise InputError(f"the {what}'s code {code!r} cannot be imported ({error}); {hint}") from error
     if trusted and trust.checkout:
         _check_checkout(sys.modules[module_name], trust.checkout)
     return target
+
+
+def _near(module: ModuleType | None, name: str) -> str:
+    """What a module has that is named like this, in words; nothing runs."""
+    if module is None:
+        return "its import raised this"
+    near = difflib.get_close_matches(name, [entry for entry, value in vars(module).items() if callable(value)])
+    return f"did you mean {' or '.join(near)}?" if near and name not in near else "wanted the name of a class in that module"
 
 
 def _check_checkout(module: ModuleType, checkout: str) -> None:

@@ -264,7 +264,10 @@ def load_pair(folder: str | Path, *, allow_pickle: bool = False, trust_code: boo
     folder = Path(folder)
     file = folder / CONFIG
     if not file.is_file():
-        raise InputError(f"{folder} has no {CONFIG}; wanted a folder of fastrefine.save_pair, or one of digits, mnist")
+        why = f"has no {CONFIG}" if folder.exists() else "is not there"
+        raise InputError(
+            f"{folder} {why}; wanted a folder of fastrefine.save_pair, or the name of an embedded pair, {' or '.join(EMBEDDED)}"
+        )
     try:
         config = json.loads(file.read_text())
         g, d = (Network(**config[name]) for name in ROLES)
@@ -307,8 +310,10 @@ def _json(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values)))
 
 
-def _loaded(specs: Sequence[Network], trust: Trust, allow_pickle: bool) -> tuple[nn.Module, nn.Module]:
-    g, d = (load_network(spec, name, trust=trust, allow_pickle=allow_pickle) for spec, name in zip(specs, ROLES, strict=True))
+def _loaded(
+    specs: Sequence[Network], trust: Trust, allow_pickle: bool, roles: Sequence[str] = ROLES
+) -> tuple[nn.Module, nn.Module]:
+    g, d = (load_network(spec, name, trust=trust, allow_pickle=allow_pickle) for spec, name in zip(specs, roles, strict=True))
     return g, d
 
 
@@ -327,9 +332,12 @@ def load_network(network: Network, name: str, *, trust: Trust = UNTRUSTED, allow
 
 
 def configured(
-    configuration: Configuration, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False
+    configuration: Configuration, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False, roles: Sequence[str] = ROLES
 ) -> tuple[Pair, Configuration]:
-    """The networks of a configuration, and the configuration with the pair's values filled in where it has none."""
+    """The networks of a configuration, and the configuration with the pair's values filled in where it has none.
+
+    roles: of its two networks, without a pair: by them the weights are found in a file that holds several.
+    """
     pair = None
     if configuration.pair:
         pair = load_pair(configuration.pair, allow_pickle=allow_pickle, trust_code=trust.everything)
@@ -355,7 +363,7 @@ def configured(
         own["prior"] = priors.described(pair.prior)
     prior, filled = as_prior(own.get("prior", configuration.prior)), replace(configuration, **own)
     if pair is None:
-        pair = Pair(*_loaded(specs, trust, allow_pickle), prior, {}, specs)
+        pair = Pair(*_loaded(specs, trust, allow_pickle, roles), prior, {}, specs)
     said = pair.defaults | {name: getattr(filled, name) for name in DEFAULTS}
     calls = pair.calls | _calls(configuration, trust)
     same = calls == pair.calls and filled.discriminator_output == pair.discriminator_output

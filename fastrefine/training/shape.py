@@ -23,7 +23,7 @@ from fastrefine.stopping import StopRule
 from fastrefine.training.batches import Batch, RealBatches, as_given
 from fastrefine.training.trainer import RAW, Kept, Trainer, trainable
 
-Callback = Callable[[dict[str, float]], None]
+Callback = Callable[[dict[str, float]], Any]
 EXAMINED, SIDE = 500, 8  # refined samples of a check at least; pixels a side by which pictures are compared
 _EXAMINED_IDS = 2**31  # from here on: no update sees them
 NOT_BETTER = "shape_discriminator: no check was better than D as it was given, which is returned: try a lower learning rate"
@@ -78,7 +78,7 @@ def shape_discriminator(
         Leave out those on which you report.
     progress: a tqdm bar on stderr; None: on a terminal a bar, elsewhere a line every ten seconds.
     callback: called each iteration with {"iteration", "loss", "real_logit", "fake_logit"}, after a check also with
-        "held_out_distance".
+        "held_out_distance". Where it returns True, shaping ends after that iteration.
 
     Returns a new module in eval mode; use it with ``refiner.with_discriminator``. Raises InputError on bad arguments.
 
@@ -134,9 +134,8 @@ def shape_discriminator(
             twin._networks.refresh(student)
             if examination is not None and ((iteration + 1) % check_every == 0 or iteration + 1 == iterations):
                 facts["held_out_distance"] = examination.take(student)
-            if callback is not None:
-                callback({"iteration": iteration, **facts})
-            if examination is not None and patience is not None and examination.best.since >= patience:
+            ends = callback is not None and callback({"iteration": iteration, **facts}) is True
+            if ends or (examination is not None and patience is not None and examination.best.since >= patience):
                 break
         if examination is not None:
             examination.best.restore(student)

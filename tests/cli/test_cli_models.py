@@ -1,8 +1,11 @@
 """layers, shape, distil, evaluate and bench on the command line: what a first-time user gets wrong, and what is told then."""
 
 import json
+import os
 import re
+import signal
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,6 +13,7 @@ from torch import nn
 
 import fastrefine as fr
 from fastrefine.cli import cli
+from fastrefine.cli.production import hint_when_busy
 from fastrefine.errors import InputError, SplitError
 from fastrefine.models import digits as networks
 from fastrefine.production import bench, images
@@ -75,6 +79,14 @@ def test_an_export_has_its_input_and_its_output_as_layers(files):
 def test_layers_of_another_prior_are_refused_in_words(files):
     with pytest.raises(InputError, match=r"the generator failed.*\(\d+, 5\).*see prior"):
         run("layers", "--pair", files / "pair", "--prior", '{"name": "normal", "shape": [5]}')
+
+
+def test_layers_takes_the_generators_weights_of_a_file_with_both_networks(files, tmp_path):
+    both = {name: torch.load(files / f"{name[-1].lower()}.pt") for name in ("netG", "netD")}
+    torch.save(both, tmp_path / "checkpoint.pt")
+    code = from_code(files)
+    listed = run("layers", *code[:4], "--generator-weights", tmp_path / "checkpoint.pt", "--json")
+    assert listed == run("layers", *code[:6], "--json")
 
 
 class Conditional(nn.Module):
@@ -147,6 +159,91 @@ def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeyp
     monkeypatch.setattr("fastrefine.progress.EVERY", 0.0)
     told = shape(files, tmp_path / "slow", "--pair", files / "pair", iterations=3)
     assert [f"shaping: {k} of 3 iterations" in told for k in range(5)] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("take", ["last", "best"])
+def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_path, monkeypatch, take):
+    shaping = fr.shape_discriminator
+
+    def stopped(*arguments, callback, **options):
+        def told(facts):
+            if facts["iteration"] == 1:
+                signal.raise_signal(signal.SIGINT)
+            return callback(facts)
+
+        return shaping(*arguments, callback=told, **options, check_every=1)
+
+    monkeypatch.setattr(fr, "shape_discriminator", stopped)
+    command = ("shape", "--pair", files / "pair", "--real", "digits", "--iterations", 5, "--batch-size", 8, "--max-steps", 1,
+               "--take", take, "--outdir", tmp_path / "shaped")  # fmt: skip
+    done = CliRunner().invoke(cli, list(map(str, command)))
+    assert done.exit_code == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler, done.output
+    assert "stopping after this iteration; Ctrl-C again stops at once" in done.output
+    assert "stopped after 2 of 5 iterations; the discriminator so far is kept" in done.output
+    assert f"refine --pair {tmp_path / 'shaped'}" in done.output and f"shape --pair {tmp_path / 'shaped'}" in done.output
+    assert "verdict" not in done.output.replace("without a verdict", "")
+    assert len((tmp_path / "shaped" / "curve.csv").read_text().splitlines()) == 3
+    monkeypatch.setattr(fr, "shape_discriminator", shaping)
+    pair = fr.load_pair(tmp_path / "shaped")
+    if take == "last":
+        shape(files, tmp_path / "two", "--pair", files / "pair", iterations=2)
+        wanted = fr.load_pair(tmp_path / "two").discriminator.state_dict()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in pair.discriminator.state_dict().items())
+
+
+def test_a_second_interrupt_ends_shaping_at_once(files, tmp_path, monkeypatch):
+    def stopped(*arguments, **options):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(fr, "shape_discriminator", stopped)
+    with pytest.raises(click.Abort):
+        run("shape", "--pair", files / "pair", "--real", "digits", "--outdir", tmp_path / "shaped")
+    assert not (tmp_path / "shaped").exists()
+
+
+def test_shaping_tells_means_over_iterations_and_how_long_it_will_take(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrefine.progress.EVERY", 0.0)
+    out = shape(files, tmp_path / "shaped", "--pair", files / "pair", iterations=20)
+    told = re.search(r"real ones from (\S+) to (\S+) \(means of the first and the last 2 of 20 iterations\)", out)
+    header, *rows = [line.split(",") for line in (tmp_path / "shaped" / "curve.csv").read_text().splitlines()]
+    logits = [float(row[header.index("real_logit")]) for row in rows]
+    assert told and [float(x) for x in told.groups()] == pytest.approx([sum(logits[:2]) / 2, sum(logits[-2:]) / 2], abs=6e-4)
+    assert out.count("left at the speed of the third iteration") == 1
+
+
+@pytest.mark.parametrize(("load", "threads", "told"), [(6.1, 2, True), (6.1, 1, False), (2.0, 2, False), (None, 2, False)])
+def test_a_busy_machine_and_several_threads_give_a_hint(monkeypatch, capsys, load, threads, told):
+    def average():
+        if load is None:
+            raise OSError
+        return load, load, load
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", average)
+    hint_when_busy()
+    words = "this machine is busy (load 6.1 on 2 cores) and 2 threads are used: OMP_NUM_THREADS=1 may be much faster\n"
+    assert capsys.readouterr() == ("", words * told)
+
+
+@pytest.mark.parametrize("command", ["shape", "check", "evaluate"])
+def test_long_commands_give_the_hint_once(files, tmp_path, monkeypatch, command):
+    class Done(Exception):
+        pass
+
+    def hint():
+        raise Done
+
+    for module in ("models", "production"):
+        monkeypatch.setattr(f"fastrefine.cli.{module}.hint_when_busy", hint)
+    arguments = {"evaluate": (tmp_path,), "check": ("--pair", "digits")}.get(
+        command, ("--pair", "digits", "--outdir", tmp_path / "o")
+    )
+    with pytest.raises(Done):
+        run(command, *arguments, "--real", "digits")
 
 
 # --- distil
