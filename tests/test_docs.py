@@ -46,8 +46,9 @@ def test_the_snippets_of_a_page_run(page, capsys, tmp_path, monkeypatch):
                 exec(compile(block, page, "exec"), namespace)
                 continue
             for line in block.splitlines():
-                assert line.startswith("$ fastrefine "), line
-                done = CliRunner().invoke(cli, shlex.split(line)[2:])
+                command = line.removeprefix("$ ").removeprefix("PYTHONPATH=. ")
+                assert command.startswith("fastrefine "), line
+                done = CliRunner().invoke(cli, shlex.split(command)[1:])
                 assert done.exit_code == 0, (line, done.output[-2000:], done.exception)
     assert capsys.readouterr().out or not any(kind == "python" for kind, _ in blocks)
     assert page != "README.md" or (tmp_path / "digits.png").is_file()

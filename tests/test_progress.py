@@ -80,4 +80,4 @@ def test_refine_tells_images_and_mean_steps_and_json_stays_json(tmp_path):
     assert re.search(r"mean steps \d", lines[-1]) and "mean logit" in done.stderr and "steps on average" in done.stderr
     assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]["status"]) == 4
     merged = fastrefine("merge", tmp_path / "run", "--output", tmp_path / "m.npz")
-    assert "merging: 40 of 40 images" in merged.stderr and merged.stdout == f"wrote {tmp_path / 'm.npz'}: 40 images\n"
+    assert "merging: 40 of 40 samples" in merged.stderr and merged.stdout == f"wrote {tmp_path / 'm.npz'}: 40 images\n"

@@ -34,7 +34,7 @@ def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:
     \b
     fastrefine import network-snapshot.pkl --code stylegan3/ --allow-pickle --outdir pair
     fastrefine import weights/my_run --code BigGAN-PyTorch/ --outdir pair
-    fastrefine import checkpoint.pt --generator mygan:Generator --discriminator mygan:Discriminator \\
+    PYTHONPATH=. fastrefine import checkpoint.pt --generator mygan:Generator --discriminator mygan:Discriminator \\
         --generator-args '{"width": 64}' --prior '{"name": "normal", "shape": [128]}' --outdir pair
     """
     from fastrefine.production.checkpoints import import_pair

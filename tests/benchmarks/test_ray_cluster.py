@@ -66,7 +66,7 @@ def test_without_retries_the_loss_is_told_and_the_same_call_makes_the_rest(recor
 
 def test_errors_are_those_of_the_command_line(tmp_path):
     for given, wanted in (
-        (replace(SMALL, pair="absent"), "absent has no config.json; wanted a folder of fastrefine.save_pair"),
+        (replace(SMALL, pair="absent"), "absent is not there; wanted a folder of fastrefine.save_pair"),
         (replace(SMALL, stop="median"), "reads real logits: pass real=images"),
         ({"pair": "digits", "idz": "0-9"}, "unknown in a configuration: idz"),
     ):

@@ -14,7 +14,7 @@ from fastrefine.models import digits as networks
 from fastrefine.priors import as_prior, described
 from fastrefine.production import saved_pair
 from fastrefine.production.configuration import Configuration, Network
-from fastrefine.production.named_code import Trust
+from fastrefine.production.named_code import Trust, imported
 from fastrefine.production.weights_file import digest, load_weights, read_weights
 
 CODE = ("fastrefine.models.digits:digits_generator", "fastrefine.models.digits:digits_discriminator")
@@ -175,6 +175,29 @@ def test_a_broken_configuration_of_a_pair_is_named(tmp_path, text):
 def test_code_that_makes_no_network_is_named(code, reason):
     with pytest.raises(InputError, match=reason):
         saved_pair.load_network(Network(code, weights="x"), "generator")
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("torch.nn:Linaer", r"no attribute 'Linaer'\); did you mean (\w+ or )*Linear( or \w+)*\?$"),
+        ("torch.nn:Qxyzzy", "wanted the name of a class in that module$"),
+        ("torch.nn:Linear.Qx", "wanted the name of a class in that module$"),
+        ("nosuchmodule:G", "is its folder on PYTHONPATH"),
+    ],
+)
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_wrong_name_is_told_apart_from_a_module_that_is_not_found(code, hint, trusted):
+    if not trusted:
+        hint = hint.replace("no attribute 'Linaer'", "no class 'Linaer' in it")
+    with pytest.raises(InputError, match=hint):
+        imported(code, "generator", Trust(everything=trusted))
+
+
+def test_a_pair_that_is_not_there_is_told_apart_from_a_folder_without_one(tmp_path):
+    for folder, why in ((tmp_path, "has no config.json"), (tmp_path / "p1", "p1 is not there")):
+        with pytest.raises(InputError, match=f"{why}; wanted a folder of .*save_pair, .*embedded pair, digits or mnist"):
+            fr.load_pair(folder)
 
 
 def test_an_exported_generator_is_loaded_and_refined_like_its_module(tmp_path):
