@@ -263,7 +263,9 @@ def shape(
         )
         click.echo(f"to refine with it: {use}")
         if not c.discriminator:
-            click.echo(f"to shape it further: {further}")
+            again, rest = typed_flags(ctx, ("pair", "outdir", "iterations")), iterations - len(curve)
+            more = f"{shlex.join(again)} --iterations {rest} --outdir {_unused(str(outdir))}"
+            click.echo(f"to shape it for the rest: fastrefine shape --pair {shlex.quote(str(outdir))} {more}")
         ctx.exit(130)
     by, memory = f"the images that it was shaped on, which flatters it: no --held-out was given, and {c.real} has none", []
     if others is not None:

@@ -181,6 +181,7 @@ def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_pat
     assert "stopping after this iteration; Ctrl-C again stops at once" in done.output
     assert "stopped after 2 of 5 iterations; the discriminator so far is kept" in done.output
     assert f"refine --pair {tmp_path / 'shaped'}" in done.output and f"shape --pair {tmp_path / 'shaped'}" in done.output
+    assert f"--iterations 3 --outdir {tmp_path / 'shaped2'}" in done.output
     assert "verdict" not in done.output.replace("without a verdict", "")
     assert len((tmp_path / "shaped" / "curve.csv").read_text().splitlines()) == 3
     monkeypatch.setattr(fr, "shape_discriminator", shaping)
@@ -230,7 +231,7 @@ def test_a_busy_machine_and_several_threads_give_a_hint(monkeypatch, capsys, loa
 
 
 @pytest.mark.parametrize("command", ["shape", "check", "evaluate"])
-def test_long_commands_give_the_hint_once(files, tmp_path, monkeypatch, command):
+def test_long_commands_ask_whether_the_machine_is_busy(files, tmp_path, monkeypatch, command):
     class Done(Exception):
         pass
 
