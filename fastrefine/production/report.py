@@ -103,17 +103,21 @@ class Report:
         return found.indices.numpy(), found.values.numpy()
 
     def numbers(self) -> dict[str, Any]:
-        """What the run did, from its files: images, mean steps, counts of each status; of those compared the mean logits."""
+        """What the run did, from its files: images, mean steps, counts of each status; the mean logits, of those compared."""
         columns = self.pairs.every
         status = {s.name: int((columns["status"] == s).sum()) for s in Status}
         found: dict[str, Any] = {
             "images": len(columns["ids"]), "compared": len(self.pairs.ids), "mean_steps": float(columns["steps"].mean()),
             "logit_after": _mean(self.pairs.after.columns["logits"]), "status": status,
         }  # fmt: skip
-        try:
-            found["logit_before"] = _mean(self.pairs.logits_before)
-        except InputError:
-            found["logit_before"] = None
+        others = {
+            "logit_before": lambda: _mean(self.pairs.logits_before),
+            "logit_real": lambda: _mean(self.real_logits.numpy()),
+        }
+        for name, mean in others.items():  # None where they cannot be had
+            found[name] = None
+            with contextlib.suppress(InputError):
+                found[name] = mean()
         return found
 
 

@@ -161,8 +161,8 @@ class Sampler:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._unusual().items())})"
 
     def _unusual(self) -> dict[str, Any]:
-        own = [f for f in fields(self) if f.repr] if is_dataclass(self) else []
-        return {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
+        own = fields(self) if is_dataclass(self) else ()
+        return {f.name: value for f in own if f.repr and (value := getattr(self, f.name)) != f.default}
 
     @property
     def traits(self) -> Traits:

@@ -74,9 +74,8 @@ def test_real_images_give_the_stop_rule_that_a_pair_lacks(tmp_path):
     rules = [fr.Refiner.from_pair(pair, real=real).stop for pair in pairs]
     assert isinstance(rules[0], stopping.MedianOfReal) and rules[1:] == [stopping.FixedSteps(), stopping.Threshold(0.1)]
     plain = fr.Refiner.from_pair(pairs[0]), fr.Refiner.from_pair(pairs[0], real=real, stop=None)
-    assert all(one.stop == stopping.FixedSteps() and "stop=None" in repr(one) for one in plain) and "stop=None" in repr(
-        pairs[0]
-    )
+    assert all(one.stop == stopping.FixedSteps() and "stop=None" in repr(one) for one in plain)
+    assert "stop=None" in repr(pairs[0])
     out = fr.Refiner.from_pair(pairs[0], real=real, num_slots=8).sample(8)
     assert torch.equal(out.images, plain[1].replaced(stop="median", num_slots=8).sample(8).images) and out.steps.min() < 50
     with warnings.catch_warnings():  # the law of a sampler is kept
