@@ -161,7 +161,7 @@ class Sampler:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._unusual().items())})"
 
     def _unusual(self) -> dict[str, Any]:
-        own = fields(self) if is_dataclass(self) else ()
+        own: tuple[Any, ...] = fields(self) if is_dataclass(self) else ()
         return {f.name: value for f in own if f.repr and (value := getattr(self, f.name)) != f.default}
 
     @property
