@@ -28,7 +28,7 @@ from fastrefine.networks.statistics import StatisticsWarning
 from fastrefine.options import Callback, Options, OutputKey
 from fastrefine.priors import Prior
 from fastrefine.result import Result
-from fastrefine.samplers import Sampler
+from fastrefine.samplers import Sampler, as_sampler
 from fastrefine.stopping import FixedSteps, StopRule
 
 _OPTIONS = {field.name for field in fields(Options)}
@@ -170,22 +170,26 @@ class Refiner:
         """The refiner of a pair: its networks, how they are called, prior, place, sampler, stop rule and steps.
 
         pair: of ``fastrefine.load_pair``. changes: arguments of Refiner that win over the pair's, and those that a pair
-        does not hold, such as ``real``. Raises InputError for a name that is no argument, and as Refiner does.
+        does not hold, such as ``real``. With ``real``, where neither the pair nor changes name a stop rule, it is "median",
+        as for ``fastrefine check --real``; stop=None takes all steps. A sampler of a law (DDLS, MALA, PCN, HMC) has no stop
+        rule then. Raises InputError for a name that is no argument, and as Refiner does.
 
         Example: ``fr.Refiner.from_pair(fr.load_pair("digits"), max_steps=5, stop=None).sample(8, seed=0)``
         """
         if not isinstance(getattr(pair, "options", None), dict):
             raise InputError(f"pair is a {type(pair).__name__}; wanted what fastrefine.load_pair(folder or name) gives")
         _check_names(changes, {"generator", "discriminator"})
-        return cls(**{"generator": pair.generator, "discriminator": pair.discriminator, **pair.options, **changes})
+        given = {"generator": pair.generator, "discriminator": pair.discriminator, **pair.options, **changes}
+        if given.get("real") is not None and "stop" not in given and not as_sampler(given["sampler"]).traits.targets_density:
+            given["stop"] = "median"
+        return cls(**given)
 
     def __repr__(self) -> str:
         o = self.options
-        stop = "" if isinstance(o.stop, stopping.FixedSteps) else f", stop={o.stop!r}"
         real = "" if o.real is None else f", {len(o.real)} real images"
         return (
             f"Refiner({checks.network(self.generator)}, {checks.network(self.discriminator)}, {o.sampler!r} at {o.at!r}, "
-            f"max_steps={o.max_steps}{stop}, prior={o.prior!r}{real}, {o.precision} on {o.device})"
+            f"max_steps={o.max_steps}, stop={stopping.shown(o.stop)}, prior={o.prior!r}{real}, {o.precision} on {o.device})"
         )
 
     @property

@@ -197,6 +197,11 @@ def as_rule(stop: StopRule | float | str | None) -> StopRule:
     raise InputError(f"stop is {checks.shown(stop)}; wanted None, a logit, an object of fastrefine.stopping, or one of {names}")
 
 
+def shown(rule: StopRule) -> str:
+    """How a rule is printed: always max_steps as None, which one passes for it."""
+    return "None" if isinstance(rule, FixedSteps) else repr(rule)
+
+
 def described(rule: StopRule) -> str | float:
     """The JSON value from which ``as_rule`` makes this rule; InputError for one that has no name there."""
     if isinstance(rule, Threshold):

@@ -90,7 +90,8 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
     """Before a run: does the discriminator judge well enough to refine with it? Ends in a verdict and the next command.
 
     Shows the scores of real images (--real), of raw and of refined samples, the stop threshold, calibration, and what the
-    networks are like. With --real, --stop is median here unless it is given, or the pair has a rule of its own.
+    networks are like. With --real, --stop is median here unless it is given, or the pair has a rule of its own, or the
+    sampler is one of a law (ddls, mala, pcn, hmc).
 
     \b
     fastrefine check --pair digits --real digits
@@ -113,7 +114,8 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
         warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
         worker = worker_of(ctx, flags, labels=True)
     c, refiner = worker.configuration, worker.refiner
-    if real and ctx.get_parameter_source("stop") == ParameterSource.DEFAULT and "stop" not in worker.pair.defaults:
+    default = ctx.get_parameter_source("stop") == ParameterSource.DEFAULT and "stop" not in worker.pair.defaults
+    if real and default and not refiner.sampler.traits.targets_density:  # as Refiner.from_pair does
         refiner = refiner.replaced(stop="median")
         typed += ["--stop", "median"]
     labels, classes = None, c.num_classes

@@ -17,6 +17,12 @@ from fastrefine.errors import FastrefineWarning, InputError
 from fastrefine.result import Result
 
 TOLERANCE = 0.05  # largest trusted calibration error: near s(d) = 0.5 the density ratio is then wrong by a fifth
+FIGURES = {  # what is shown of a Diagnosis, in words
+    "error": f"of D's probabilities (root mean square, less what chance explains); up to {TOLERANCE} is trusted",
+    "ece": "the mean of their errors (expected calibration error), chance included; 0 is the best",
+    "z": "whether they lean to one side, in standard deviations; -3 to 3 is trusted",
+    "brier": "their mean squared error; 0.25 is that of guessing, 0 the best",
+}
 BOUNDED = 2000  # images: z of more is scaled down to so many, so that the bound is a bias of 0.03 in the mean probability
 
 _Map = Callable[[np.ndarray], np.ndarray]
@@ -65,6 +71,11 @@ class Diagnosis:
     bin_share: np.ndarray = field(repr=False, compare=False)
     bin_real: np.ndarray = field(repr=False, compare=False)
     bin_fake: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The four figures that a check and a report show, by the names of FIGURES."""
+        return {"error": self.calibration_error, "ece": self.ece, "z": self.z, "brier": self.brier}
 
     @property
     def trusted(self) -> bool:
@@ -145,9 +156,8 @@ def check_trust(logits: Tensor | Result, what: str, untrusted: str) -> None:
     if found is None or found.trusted:
         return
     text = (
-        f"{what}: D's logits are no density ratio of these samples: bias z = {found.z:.1f}, calibration error ece = "
-        f"{found.ece:.3f} (mean over the bins) and {found.calibration_error:.3f} (root mean square, less what chance adds; "
-        f"trusted up to {TOLERANCE}); "
+        f"{what}: D's logits are no density ratio of these samples: z = {found.z:.1f} (-3 to 3 is trusted), error = "
+        f"{found.calibration_error:.3f} (up to {TOLERANCE} is trusted), ece = {found.ece:.3f}; "
     )
     python = f"{text}calibrate(...) them on held-out images and pass the calibrated tensor, or pass untrusted='allow'"
     command = f"{text}give --calibrate isotonic, and as --held-out real images that D was not trained on"

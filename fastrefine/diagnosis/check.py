@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrefine.diagnosis.calibration import TOLERANCE, Diagnosis, diagnosis_of
-from fastrefine.diagnosis.findings import SHAPE, Finding, of_shaped
+from fastrefine.diagnosis.calibration import FIGURES, Diagnosis, diagnosis_of
+from fastrefine.diagnosis.findings import SHAPE, SHAPE_FIRST, Finding, of_shaped
 from fastrefine.diagnosis.tally import ended
 from fastrefine.result import Result, Status
 
@@ -21,8 +21,8 @@ ABOVE, BLIND = 0.45, 0.55  # of the separation: below the first D prefers genera
 HEART = 0.6  # of the pairs of a training and a held-out real image, in which D scores the training one higher
 FAR = 0.95  # of the pairs of a real and a refined image: with more, refinement does not come near the real scores
 GOOD = (
-    "nothing speaks against it: D scores real images above generated ones. Whether refined images are better, only an "
-    "evaluation shows; D has never seen refined ones unless it was shaped"
+    "nothing speaks against it: D scores real images above generated ones, and may be used as it is. Shaping it first usually "
+    "gives more, for D has never seen refined images. Whether those are better, only an evaluation shows"
 )
 GOOD_SHAPED = (
     "nothing speaks against it: D was shaped, it scores real images above raw ones, and refined images come up to them. "
@@ -33,7 +33,9 @@ COMPARE = (
     "refine, and compare with the same samples unrefined: `fastrefine refine`, then `fastrefine refine --max-steps 0`, then "
     "`fastrefine evaluate`",
 )
-REFINE = f"{COMPARE[0]}; if they are no better, {SHAPE[0]}", f"{COMPARE[1]}; if they are no better, {SHAPE[1]}"
+REFINE = tuple(f"{shape}, which usually gives more; or, with D as it is, {compare}" for shape, compare in (
+    (SHAPE[0], COMPARE[0]), (f"{SHAPE_FIRST} with `fastrefine shape`", COMPARE[1]),
+))  # fmt: skip
 UNKNOWN = Finding(
     "no_real", "D cannot be judged without real images", "pass real= to the Refiner and check again", "give --real as well"
 )
@@ -124,7 +126,7 @@ class Check:
         lines += ["", *(f"also            {text}" for text in others)] * bool(others) + [""]
         verdict = textwrap.wrap(self.verdict, 110, initial_indent=f"{'verdict':<16}", subsequent_indent=" " * 16)
         told = self.next(commands).replace(" `fastrefine ", "\n" + " " * 16 + "`fastrefine ")  # a line for each whole command
-        told = told.replace("`; if ", "`;\n" + " " * 16 + "if ")
+        told = told.replace("`, which usually", "`,\n" + " " * 16 + "which usually")
         return "\n".join([*lines, *verdict, f"next            {told}"])
 
     def judgements(self) -> dict[str, str]:
@@ -136,8 +138,9 @@ class Check:
         if self.separation is not None:
             rows["separation"] = f"a real image scores above a raw one in {self.separation:.0%} of pairs (50%: by chance)"
         if (d := self.calibration) is not None:
+            text = ", ".join(f"{name} {value:.{1 if name == 'z' else 3}f}" for name, value in d.figures.items())
             may = "D may be selected by" if d.trusted else "to select by D, calibrate it first; to refine, no need"
-            rows["calibration"] = f"error {d.calibration_error:.3f}, z {d.z:.1f}, ece {d.ece:.3f}, brier {d.brier:.3f}: {may}"
+            rows["calibration"] = f"{text}: {may}"
         if self.run:
             before, after = (self.run[name] for name in ("logit_before", "logit_after"))
             change = "" if before is None else f", mean logit {before:.3g} before, {after:.3g} after"
@@ -148,11 +151,8 @@ class Check:
         """What the words of the table mean: an explanation for each row that needs one."""
         found = {}
         if self.calibration is not None:
-            found["logit"] = "D's score of an image. Above 0: D takes it for real. Below 0: D takes it for generated"
-            found["error"] = f"of D's probabilities (root mean square, less what chance explains); up to {TOLERANCE} is trusted"
-            found["ece"] = "the mean of their errors (expected calibration error), chance included; 0 is the best"
-            found["z"] = "whether they lean to one side, in standard deviations; -3 to 3 is trusted"
-            found["brier"] = "their mean squared error; 0.25 is that of guessing, 0 the best"
+            found["logit"] = "D's score of an image. Compare it with the scores of real images, not with 0"
+            found |= FIGURES
         return found
 
     def entry(self, commands: Mapping[str, str]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Check:
             "findings": [finding.entry(command=True) for finding in self.findings],
             "scores": {name: vars(one) for name, one in self.scores.items()}, "quantiles": QUANTILES,
             "thresholds": self.thresholds, "separation": self.separation,
-            "calibration": d and {"brier": d.brier, "z": d.z, "ece": d.ece, "trusted": d.trusted}, "run": self.run,
+            "calibration": d and {**d.figures, "trusted": d.trusted}, "run": self.run,
             "notes": self.notes, "networks": self.networks, "ranges": self.ranges, "ladder": self.ladder,
         }  # fmt: skip
 

@@ -89,7 +89,7 @@ def judge(sums: Sums, max_steps: int, stop: StopRule, *, ascends: bool = True) -
     if max_steps and stop.has_threshold and not reached:
         found.append(Finding(
             "exhausted", f"none of {n} samples reached the stop threshold within {max_steps} steps",
-            "pass more max_steps or a larger step_size, or " + SHAPE[0] + "; for a fixed number of steps leave stop out",
+            "pass more max_steps or a larger step_size, or " + SHAPE[0] + "; for a fixed number of steps pass stop=None",
             "give more --max-steps or a larger --step-size, or " + SHAPE[1] + "; for a fixed number of steps --stop none",
         ))  # fmt: skip
     if ascends and sums["updates"] and reached <= n / 2 and not any(one.code in ("stalled", "unmoved") for one in found):

@@ -103,17 +103,18 @@ class Report:
         return found.indices.numpy(), found.values.numpy()
 
     def numbers(self) -> dict[str, Any]:
-        """What the run did, from its files: images, mean steps, counts of each status; of those compared the mean logits."""
+        """What the run did, from its files: images, mean steps, statuses; mean logits of those compared and of real images."""
         columns = self.pairs.every
         status = {s.name: int((columns["status"] == s).sum()) for s in Status}
         found: dict[str, Any] = {
             "images": len(columns["ids"]), "compared": len(self.pairs.ids), "mean_steps": float(columns["steps"].mean()),
             "logit_after": _mean(self.pairs.after.columns["logits"]), "status": status,
         }  # fmt: skip
-        try:
-            found["logit_before"] = _mean(self.pairs.logits_before)
-        except InputError:
-            found["logit_before"] = None
+        others = {"logit_before": lambda: self.pairs.logits_before, "logit_real": lambda: self.real_logits.numpy()}
+        for name, logits in others.items():
+            found[name] = None  # where they cannot be had
+            with contextlib.suppress(InputError):
+                found[name] = _mean(logits())
         return found
 
 

@@ -15,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from fastrefine import __version__, pictures
+from fastrefine.diagnosis.calibration import FIGURES
 from fastrefine.diagnosis.reliability import reliability_plot
 from fastrefine.errors import InputError
 from fastrefine.production import evaluation
 from fastrefine.production.configuration import Configuration
 from fastrefine.production.report import Report
 from fastrefine.production.run_folder import MANIFEST
+from fastrefine.production.saved_pair import USUAL
 
 SHOWN = 12  # images of a section
 LARGEST = 192  # side of a picture in the page
@@ -50,6 +52,8 @@ SETTINGS = {
     "keep": "which state of a sample is kept", "best_of": "raw proposals of each sample, which starts from the best",
     "ids": "the samples", "seed": "of all random numbers",
     "classes": "labels of the images", "select": "how one of several proposals is chosen", "precision": "of the arithmetic",
+    "coupling": "what is done where samples of a batch depend on each other", "group_size": "samples that go together",
+    "on_noise": "what is done where a network draws random numbers",
     "num_slots": "samples advanced together", "format": "of the files", "shard_size": "images in a file",
     "sample_rate": "of wav files, in Hz",
     "image_range": "of the generator's images", "discriminator_output": "what the discriminator returns",
@@ -114,7 +118,7 @@ class _Page:
             "metrics": metrics, "distance": distance, "verdict": _verdict(metrics or []),
             "notes": metrics and evaluation.learned_on_them(report.features, report.real or ""),
             "num_real": metrics and len(report.truth[0]),
-            "reliability": self.part("reliability", lambda: report.reliability),
+            "reliability": self.part("reliability", lambda: report.reliability), "figures": FIGURES,
             "reliability_figure": self.part("reliability", lambda: _svg(reliability_plot(report.reliability), "Reliability")),
             "speed": {name: report.summary.get(name) for name in ("seconds", "images_per_second")},
             "settings": self.settings(), "missing": self.missing,
@@ -182,7 +186,8 @@ class _Page:
         """(name, value, meaning) of the main settings, and of others that were not left as they are."""
         usual = Configuration(pair="digits").to_json()
         given = self.pairs.manifest["configuration"].items()
-        return [(name, _plain(x), SETTINGS.get(name, "")) for name, x in given if name in MAIN or x != usual.get(name)]
+        kept = [(name, x) for name, x in given if name in MAIN or x not in (usual.get(name), USUAL.get(name))]
+        return [(name, _plain(x), SETTINGS.get(name, "")) for name, x in kept]
 
 
 def _verdict(metrics: Sequence[Mapping[str, Any]]) -> str:

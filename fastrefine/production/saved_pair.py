@@ -34,7 +34,7 @@ from fastrefine.production.images import SHAPED_ON
 from fastrefine.production.named_code import HOW, UNTRUSTED, Trust, check_inside, function, network_code, text_of
 from fastrefine.production.weights_file import load_weights, read_weights
 from fastrefine.samplers import Sampler, as_sampler
-from fastrefine.stopping import StopRule, as_rule
+from fastrefine.stopping import StopRule, as_rule, shown
 from fastrefine.training.distilled import DistilledGenerator
 
 CONFIG = "config.json"
@@ -111,9 +111,10 @@ class Pair:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of Refiner by name, without the networks."""
-        names = ("sampler", "at", "max_steps", "stop", "prior", "discriminator_output", "highest_real_logit")
-        return {**{name: getattr(self, name) for name in names}, **self.calls}
+        """Arguments of Refiner by name, without the networks; without ``stop`` where the pair has no rule of its own."""
+        names = ("sampler", "at", "max_steps", "prior", "discriminator_output", "highest_real_logit")
+        stop = {"stop": self.stop} if "stop" in self.defaults else {}
+        return {**{name: getattr(self, name) for name in names}, **stop, **self.calls}
 
     def _said(self, name: str) -> Any:
         return self.defaults.get(name, USUAL[name])
@@ -124,7 +125,7 @@ class Pair:
         low, high = self.image_range
         return (
             f"Pair({checks.network(self.generator)}, {checks.network(self.discriminator)}, prior={self.prior!r}, "
-            f"at={self.at!r}, sampler={self.sampler!r}, max_steps={self.max_steps}, stop={self.stop!r}, "
+            f"at={self.at!r}, sampler={self.sampler!r}, max_steps={self.max_steps}, stop={shown(self.stop)}, "
             f"{self.discriminator_output}, images {low:g} to {high:g}{labels}{called})"
         )
 

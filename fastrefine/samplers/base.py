@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,14 @@ class Sampler:
     loss: str = "nonsaturating"
     logit_scale: float = 1.0
     latent: Latent | None = None
+
+    def __repr__(self) -> str:
+        """The arguments that are not the usual ones."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._unusual().items())})"
+
+    def _unusual(self) -> dict[str, Any]:
+        own: tuple[Any, ...] = fields(self) if is_dataclass(self) else ()
+        return {f.name: value for f in own if f.repr and (value := getattr(self, f.name)) != f.default}
 
     @property
     def traits(self) -> Traits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fastrefine.samplers.base import LOSSES, Evaluation, Kernel, Networks, Noise
 FIRST_GAIN = 0.1  # of the loss, by a first step whose size was left out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Collaborative(Sampler):
     """a <- Proj(a - step_size * grad L(d(a))), per sample, from [CS] Alg. 1; energy: L itself.
 
@@ -66,14 +66,22 @@ class Collaborative(Sampler):
         if self.adaptive and self.optimizer != "sgd":
             raise InputError(f"adaptive steps are defined for optimizer='sgd', got {self.optimizer!r}")
         if self.control is None:
-            plain = self.optimizer == "sgd" and not self.adaptive
-            adapted = "barzilai_borwein" if self.step_size is None else "backtracking"
-            object.__setattr__(self, "control", adapted if plain else "fixed")
+            object.__setattr__(self, "control", self._usual_control)
         checks.choice("control", self.control, ("backtracking", "barzilai_borwein", "fixed"))
         if self.step_size is None and self.control == "fixed":
             raise InputError("step_size is None; control='fixed' wants a number, for nothing adapts it")
         if self.control != "fixed" and (self.optimizer != "sgd" or self.adaptive):
             raise InputError(f"control={self.control!r} is for optimizer='sgd' without adaptive; use control='fixed'")
+
+    @property
+    def _usual_control(self) -> str:
+        """What control=None stands for."""
+        if self.optimizer != "sgd" or self.adaptive:
+            return "fixed"
+        return "barzilai_borwein" if self.step_size is None else "backtracking"
+
+    def _unusual(self) -> dict[str, Any]:
+        return {k: v for k, v in super()._unusual().items() if (k, v) != ("control", self._usual_control)}
 
     @property
     def size(self) -> float:

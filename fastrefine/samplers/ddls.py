@@ -27,7 +27,7 @@ class Schedule:
         return per_slot(first), per_slot(second)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DDLS(Sampler):
     """z <- z - eps/2 grad U(z) + sqrt(eps) noise_scale xi ([DDLS] Alg. 1), folded back into a bounded prior's box.
 

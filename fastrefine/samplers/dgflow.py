@@ -13,7 +13,7 @@ from fastrefine.samplers.base import Kernel, NoiseSource, Sampler, State, Traits
 _LOSS = {"KL": "wasserstein", "JS": "minimax", "logD": "nonsaturating"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DGflow(Sampler):
     """a <- a + eta w(d) grad d + sqrt(2 eta gamma) xi ([DGflow] Eq. 11, Alg. 1), at the latent or in data space.
 

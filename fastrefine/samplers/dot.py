@@ -17,7 +17,7 @@ SHIFT = 1e-3  # delta: keeps the distance from the origin differentiable at it
 PAIRS = 100  # random pairs whose largest slope is K_eff
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DOT(Sampler):
     """Descent of E(a) = |a - a0 + delta| - d(a) / K_eff from the proposal a0 ([DOT] Alg. 1, 2), delta = 1e-3 per element.
 

@@ -13,7 +13,7 @@ from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, Sample, St
 from fastrefine.samplers.metropolis import MetropolisSampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HMC(MetropolisSampler):
     """Leapfrog trajectories of ``leapfrog`` steps from fresh momenta p ~ N(0, I), accepted with min(1, exp(H - H')).
 

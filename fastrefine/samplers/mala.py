@@ -12,7 +12,7 @@ from fastrefine.samplers.base import Evaluation, Kernel, NoiseSource, State, per
 from fastrefine.samplers.metropolis import MetropolisSampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MALA(MetropolisSampler):
     """z' = z - eps/2 grad U(z) + sqrt(eps) xi, accepted with min(1, exp(U(z) - U(z')) q(z | z') / q(z' | z)).
 

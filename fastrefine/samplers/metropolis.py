@@ -20,7 +20,7 @@ class Energy(NamedTuple):
     grad: Tensor  # (S, F)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MetropolisSampler(Sampler):
     """Base of MALA, PCN and HMC: chains that leave p(z) ~ p0(z) exp(logit_scale d(G(z))) invariant, whatever the step size.
 

@@ -16,7 +16,7 @@ from fastrefine.samplers.metropolis import Energy, MetropolisSampler
 INDEPENDENT = 4.0  # the step size whose proposals keep nothing of z
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PCN(MetropolisSampler):
     """z' = ((4 - eps) z - 2 eps grad V(z) + 4 sqrt(eps) xi) / (4 + eps), accepted with min(1, exp(r(z, z') - r(z', z))).
 

@@ -53,8 +53,13 @@ def test_the_numbers_are_those_of_the_refiner():
     assert found.run["mean_steps"] == float(out.steps.double().mean()) and found.run["images"] == 20
     assert found.ranges["generated"] == (float(raw.images.min()), float(raw.images.max()))
     assert found.ranges["real"] == pytest.approx((-0.95, 0.95)) and list(found.ladder) == out.report["ladder"]
-    assert found.verdict.startswith("nothing speaks against it") and "max_steps=0" in found.next()
+    assert found.verdict.startswith("nothing speaks against it") and "Shaping it first usually gives more" in found.verdict
+    assert found.next().startswith("shape D first (fastrefine.shape_discriminator)") and "max_steps=0" in found.next()
+    assert found.entry({})["calibration"] == found.calibration.figures | {"trusted": found.calibration.trusted}
     text = str(found)
+    for name, value in found.calibration.figures.items():
+        assert f"{name} {value:.{1 if name == 'z' else 3}f}" in text and f"\n{name}  " in text, "a figure, and what it means"
+    assert "with the scores of real images, not with 0" in text and "above 0" not in text.lower()
     for words in ("-2", "100%", "20", "do not depend on their batch", "as training left them", "bitwise", "step recorded"):
         assert words in text
 
@@ -218,7 +223,7 @@ def test_shape_ends_in_a_verdict_and_check_of_the_new_pair_in_commands_that_fit_
 def test_what_is_held_out_stays_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = told(fastrefine("check", "--pair", "digits", "--real", "digits:test", "--samples", 100, "--step-size", 0.3))
-    refine, raw, evaluate, shape = commands_of(out)
+    shape, refine, raw, evaluate = commands_of(out)
     for command in (refine, shape):
         assert "digits:train" in command and "0.3" in command
     assert evaluate[3:5] == ["--real", "digits:test"] and raw[2:6] == ["--pair", "digits", "--max-steps", "0"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,27 @@ def test_a_pair_holds_what_a_run_needs(full):
         o = fr.Refiner.from_pair(pair).options
     assert (o.sampler, o.stop, o.max_steps, o.scale, o.on_noise) == (pair.sampler, pair.stop, 0, "critic", "freeze")
     assert fr.Refiner.from_pair(pair, max_steps=3, stop=None, at="input").max_steps == 3
+
+
+def test_real_images_give_the_stop_rule_that_a_pair_lacks(tmp_path):
+    save(tmp_path / "p"), save(tmp_path / "q", stop="none"), save(tmp_path / "r", stop=0.1)
+    pairs = [fr.load_pair(tmp_path / name) for name in "pqr"]
+    real = load_digits().train[:100]
+    rules = [fr.Refiner.from_pair(pair, real=real).stop for pair in pairs]
+    assert isinstance(rules[0], stopping.MedianOfReal) and rules[1:] == [stopping.FixedSteps(), stopping.Threshold(0.1)]
+    plain = fr.Refiner.from_pair(pairs[0]), fr.Refiner.from_pair(pairs[0], real=real, stop=None)
+    assert all(one.stop == stopping.FixedSteps() and "stop=None" in repr(one) for one in plain)
+    assert "stop=None" in repr(pairs[0])
+    out = fr.Refiner.from_pair(pairs[0], real=real, num_slots=8).sample(8)
+    assert torch.equal(out.images, plain[1].replaced(stop="median", num_slots=8).sample(8).images) and out.steps.min() < 50
+    with warnings.catch_warnings():  # the law of a sampler is kept
+        warnings.simplefilter("error")
+        law = fr.Refiner.from_pair(pairs[0], real=real, sampler=fr.DDLS(0.01), at="input")
+    assert law.stop == stopping.FixedSteps()
+    np.save(tmp_path / "real.npy", real.numpy())
+    for flags, word in (((), "MedianOfReal"), (("--sampler", "ddls", "--at", "input"), "FixedSteps")):
+        command = "check", "--pair", tmp_path / "p", "--real", tmp_path / "real.npy", "--slots", 8, *flags
+        assert f"stop {word}" in told(fastrefine(*command, "--samples", 20, "--refined", 8))
 
 
 def test_a_pair_is_saved_again_as_it_was(full, tmp_path):

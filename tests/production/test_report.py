@@ -68,8 +68,13 @@ def test_the_page_holds_all_it_needs(page):
 def test_its_numbers_follow_from_the_files_of_the_run(page, runs):
     run, raw = columns(runs / "run"), columns(runs / "raw")
     shown = {"mean_steps": run["steps"].mean(), "logit_before": raw["logits"].mean(), "logit_after": run["logits"].mean()}
+    report = Report(BeforeAfter(runs / "run", runs / "raw"), "digits")
+    shown |= {"logit_real": float(report.real_logits.mean())} | report.reliability.figures
     for name, value in shown.items():
         assert float(figure(page, name)) == pytest.approx(value, rel=6e-3), name
+    assert "Compare it with the scores of real images, whose mean is" in page and "above 0" not in page
+    usual = json.loads((runs / "run" / "manifest.json").read_text())["configuration"]
+    assert usual["coupling"] == "refuse" and "<td>coupling" not in page and "<td>sampler<" in page, "what is usual is left out"
     assert figure(page, "images") == str(N)
     for code, name in ((0, "REACHED"), (1, "EXHAUSTED")):
         assert figure(page, name) == str((run["status"] == code).sum()) != "0"

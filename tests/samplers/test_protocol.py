@@ -111,6 +111,15 @@ def test_its_representation_evaluates_to_it(name):
     assert eval(repr(EVERY[name]), vars(samplers) | known) == EVERY[name]
 
 
+def test_its_representation_names_what_is_not_usual():
+    assert repr(samplers.Collaborative(0.1, loss="minimax")) == "Collaborative(step_size=0.1, loss='minimax')"
+    assert repr(samplers.Collaborative()) == "Collaborative()" and repr(samplers.DOT(0.1)) == "DOT(step_size=0.1)"
+    assert repr(samplers.HMC(0.1, leapfrog=3, target=0.8)) == "HMC(step_size=0.1, target=0.8, leapfrog=3)"
+    for control in ("backtracking", "barzilai_borwein", "fixed"):
+        one = samplers.Collaborative(0.1, control=control)
+        assert eval(repr(one), vars(samplers)) == one and ("control" in repr(one)) == (control != "backtracking")
+
+
 # Pure functions
 
 
