@@ -82,7 +82,7 @@ def test_the_examples_of_files_run(tmp_path, monkeypatch):
         )
     sent = []
     stand_in = SimpleNamespace(create_repo=lambda name, **more: None, upload_folder=lambda **more: sent.append(more["repo_id"]))
-    monkeypatch.setattr(hub, "_hub", lambda: stand_in)
+    monkeypatch.setattr(hub, "_hub", lambda what: stand_in)
     exec(example("push_pair"), known)
     assert sent == ["me/my-gan"]
 
