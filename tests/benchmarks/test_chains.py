@@ -13,7 +13,7 @@ PAIR = next(pair for pair in OURS if pair.name == "mlp2d")
 
 def test_a_row_has_both_sides():
     row = chains.row(PAIR, PAIR.load(None), n=8, steps=2, rounds=1)
-    assert row["off"] < 1e-5 and row["ratio"] > 0
+    assert row["off"] < 1e-3 and row["ratio"] > 0
     assert {name: len(seconds) for name, seconds in row["seconds"].items()} == {"torchebm": 1, "ours": 1}
 
 
