@@ -179,8 +179,8 @@ def _colours(results: Path) -> Iterator[str]:
         (t["what"], t["round"], f"{t['distance']:.2f}", f"{t['seconds']:.0f}") for t in record["shaping"]
     ])  # fmt: skip
     yield (
-        "What `tune_sampler` found for at most 50 evaluations, and the FD of the classifier that chooses on the last of its "
-        "seeds: raw, with the setting that was given, with the one that was found:"
+        f"What `tune_sampler` found for at most {recipe['tuning'][0]} evaluations, and the FD of the classifier that chooses "
+        "on the last of its seeds: raw, with the setting that was given, with the one that was found:"
     )
     yield _table(("", "found", "steps", "raw", "given", "found", "evaluations", "seconds"), [
         (_kind(t["method"], t["discriminator"]), ", ".join(f"{k} {v:g}" for k, v in t["setting"].items()) or "nothing better",

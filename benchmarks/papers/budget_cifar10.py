@@ -10,7 +10,7 @@ seeds from 1,000,000 on. It chooses among ``shapings``, each of which goes on in
 the place of refinement. And ``fr.tune_sampler`` chooses by its features the step sizes of all methods but Barzilai-Borwein,
 which finds its own: with D as it is, and shaped. What was tried is told in "shaping" and "tuning". Fixed steps, backtracking,
 Adam and Barzilai-Borwein refine at the chosen place until the median real logit; the samplers move the latent, without a stop
-rule. Their row at the budget of tuning has the tuned number of steps; that at a larger one has the same setting and all steps.
+rule. Their row at the budget of tuning has the tuned number of steps; that at ``longer`` has the same setting and all steps.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fastrefine as fr
 from benchmarks.papers.budget import (
+    ADAM,
     BACKTRACKING,
     CURVATURE,
     DISTILLED,
@@ -39,14 +40,14 @@ from benchmarks.papers.budget import (
     Pair,
     Part,
     draw,
-)  # fmt: skip
+)
 from benchmarks.papers.cells import Cells, checkpoints, trained_judge
 from benchmarks.papers.cifar10 import FULL as DCGAN
 from benchmarks.papers.cifar10 import QUICK as SMALL
 from benchmarks.papers.cifar10 import coloured_digits
 from benchmarks.papers.image_networks import PictureClassifier, networks_of
 from benchmarks.papers.pictures import load_cifar10
-from benchmarks.papers.result_file import Row, claim, pick
+from benchmarks.papers.result_file import Row, against, claim, pick
 from benchmarks.papers.run import Recipe, Run, Table
 from fastrefine.datasets import Images
 from fastrefine.demo import gan
@@ -68,30 +69,38 @@ GOALS = {"the best method": 0.6, "DDLS": 0.75}  # of the generator's distance
 
 @dataclass(frozen=True)
 class Shaping:
-    """A way to shape D: at a place, on samples that a method refined by at most so many steps, for at most so many rounds."""
+    """A way to shape D: at a place, on samples that a method refined by at most so many steps, for at most so many rounds.
+
+    uniform: samples leave at a uniformly drawn step, else at the median real logit.
+    """
 
     at: str
     method: str
     most: int
     rate: float
-    rounds: int
+    rounds: int = 1
+    uniform: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method} at {self.at}, {self.most} steps, rate {self.rate:g}"
+        left = "a uniform step" if self.uniform else "the median"
+        return f"{self.method} at {self.at}, {self.most} steps, left at {left}, rate {self.rate:g}"
 
 
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
-# long: samplers that also get the budget ``longest``. part.shaping: its rate is that of the chosen one.
+# tuning: (budget, samples) of ``fr.tune_sampler``. longer: the other budget of samplers. part.shaping: but for the rate.
 FULL = Recipe(
     network=DCGAN.network, size=DCGAN.size, latent=DCGAN.latent, features=DCGAN.features, checkpoints=DCGAN.checkpoints,
-    training=replace(DCGAN.training, bfloat16=False), classifier_width=32, classifier_steps=2000, reference=500, num_slots=100,
+    training=replace(DCGAN.training, bfloat16=False), classifier_width=32, classifier_steps=1500, reference=500, num_slots=100,
     own=dict(
         methods=METHODS, samplers=tuple(SAMPLERS), budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
-        judged_twice=(0, 5, 10, 50, 200), tuning=(50, 60), longest=200, long=("DDLS", "MALA", "PCN"), adam=0.1, resamples=40,
-        reference_twice=10_000, chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)),
-        shapings=(Shaping("2", CURVATURE, 9, 2e-4, 1),),
-        part=Part(1000, 0.3, (250, 64, 2e-4), (9, 9), dict(pairs=6000, rounds=1, iterations=1000, batch_size=64)),
+        judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=50, adam=0.1, resamples=20,
+        chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)),
+        shapings=(
+            Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
+            Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("8", CURVATURE, 9, 1e-4, rounds=2),
+        ),
+        part=Part(1000, 0.3, (250, 64, 2e-4), (9, 9), dict(pairs=4000, rounds=1, iterations=600, batch_size=64)),
     ),
 )  # fmt: skip
 QUICK = replace(
@@ -99,8 +108,8 @@ QUICK = replace(
     training=SMALL.training, classifier_width=8, classifier_steps=40, reference=150, num_slots=50,
 ).but(
     methods=(BACKTRACKING, CURVATURE), samplers=("DDLS",), budgets=(0, 1, 4, 10), further=(0, 1), judged_twice=(0, 10),
-    tuning=(10, 50), longest=12, long=("DDLS",), resamples=5, reference_twice=100, chooser=(4, 8, 40), held_out=(60, (3, 9)),
-    shapings=(Shaping("0", CURVATURE, 4, 1e-3, 2), Shaping("3", BACKTRACKING, 8, 1e-3, 1)),
+    tuning=(10, 50), longer=12, resamples=5, reference_twice=100, chooser=(4, 8, 40), held_out=(60, (3, 9)),
+    shapings=(Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True)),
     part=Part(60, 1.0, (10, 30, 1e-3), (4, 8), dict(pairs=100, rounds=1, iterations=40)),
 )  # fmt: skip
 REDUCTIONS = ()
@@ -180,7 +189,8 @@ class _Chosen:
             key, started = f"{shaping.name}, round {number + 1}", time.perf_counter()
             d = table.trained(
                 key, self.pair.empty(), refiner.with_discriminator(d), self.pair.real, iterations=iterations, batch=batch,
-                rate=shaping.rate, **self.pair.shaping | {"seed": table.seed + number},
+                rate=shaping.rate, stop=None if shaping.uniform else refiner.stop, seed=table.seed + number,
+                **self.pair.shaping,
             )  # fmt: skip
 
             def measured(d: nn.Module = d, started: float = started) -> Row:
@@ -250,13 +260,20 @@ class _Curves(Curves):
             num_slots=pair.num_slots,
         )  # fmt: skip
         tuned, steps = self.chosen.sampler(one, name, discriminator)
-        numbers = {recipe.tuning[0]: steps} | ({recipe.longest: recipe.longest - 1} if name in recipe.long else {})
+        numbers = {recipe.tuning[0]: steps, recipe.longer: recipe.longer - 1}
         return self.curve(name, discriminator, one.replaced(sampler=tuned), numbers)
 
 
 def comparison(rows: Sequence[Row]) -> list[Row]:
-    """Published distances relative to the generator's beside ours, of the own classifier; other networks, data and features."""
-    return []
+    """The greatest budget's distance relative to the generator's, beside the papers' FID of other networks and more steps."""
+    (raw,), found = pick(rows, "value", method=GENERATOR), []
+    for case, method, discriminator, published in (
+        ("[CS] DCGAN: refine (shaped)", BACKTRACKING, SHAPED, 43 / 50), ("[DDLS] SNGAN: DDLS", "DDLS", OWN, 15.76 / 21.7),
+        ("[Ex2] DCGAN: MALA", "MALA", OWN, 23.4 / 28.4),
+    ):  # fmt: skip
+        ours = [value / raw for value in pick(rows, "value", method=method, discriminator=discriminator)[-1:]]
+        found.append(against(case, "distance / generator's", published, ours, "lower"))
+    return found
 
 
 def claims(rows: Sequence[Row]) -> list[Row]:
