@@ -98,7 +98,8 @@ FULL = Recipe(
         chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
-            Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("8", CURVATURE, 9, 1e-4, rounds=2),
+            Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("2", BACKTRACKING, 20, 2e-4, uniform=True),
+            Shaping("8", CURVATURE, 9, 1e-4, rounds=2),
         ),
         part=Part(1000, 0.3, (250, 64, 2e-4), (9, 9), dict(pairs=4000, rounds=1, iterations=600, batch_size=64)),
     ),
