@@ -88,12 +88,13 @@ class Shaping:
 
 
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
-# tuning: (budget, samples) of ``fr.tune_sampler``. longer: the other budget of samplers. part.shaping: but for the rate.
+# samplers: by discriminator. tuning: (budget, samples) of ``fr.tune_sampler``. longer: the other budget of samplers. part.shaping: but for the rate.
 FULL = Recipe(
     network=DCGAN.network, size=DCGAN.size, latent=DCGAN.latent, features=DCGAN.features, checkpoints=DCGAN.checkpoints,
     training=replace(DCGAN.training, bfloat16=False), classifier_width=32, classifier_steps=1500, reference=500, num_slots=100,
     own=dict(
-        methods=METHODS, samplers=tuple(SAMPLERS), budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
+        methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
+        budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
         judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=50, adam=0.1, resamples=20,
         chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)),
         shapings=(
@@ -108,8 +109,9 @@ QUICK = replace(
     FULL, size=SMALL.size, latent=SMALL.latent, features=SMALL.features, checkpoints=SMALL.checkpoints,
     training=SMALL.training, classifier_width=8, classifier_steps=40, reference=150, num_slots=50,
 ).but(
-    methods=(BACKTRACKING, CURVATURE), samplers=("DDLS",), budgets=(0, 1, 4, 10), further=(0, 1), judged_twice=(0, 10),
-    tuning=(10, 50), longer=12, resamples=5, reference_twice=100, chooser=(4, 8, 40), held_out=(60, (3, 9)),
+    methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("DDLS",), SHAPED: ("DDLS",)}, budgets=(0, 1, 4, 10), further=(0, 1),
+    judged_twice=(0, 10), tuning=(10, 50), longer=12, resamples=5, reference_twice=100, chooser=(4, 8, 40),
+    held_out=(60, (3, 9)),
     shapings=(Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True)),
     part=Part(60, 1.0, (10, 30, 1e-3), (4, 8), dict(pairs=100, rounds=1, iterations=40)),
 )  # fmt: skip
@@ -251,7 +253,7 @@ class _Curves(Curves):
                 if method == CURVATURE:
                     yield from self.curve(DISTILLED, name, partial(self.distilled, name, one), recipe.further)
                     self.tell(f"distilled, D {name}")
-            for sampler in recipe.samplers:
+            for sampler in recipe.samplers[name]:
                 yield from self._sampler(sampler, name, d)
 
     def _sampler(self, name: str, discriminator: str, d: nn.Module) -> list[Row]:
@@ -291,9 +293,7 @@ def claims(rows: Sequence[Row]) -> list[Row]:
                 ours=best[key], theirs=raw, lowered_by=1 - best[key] / raw, evaluations=best["evaluations"],
                 by=f"{best['method']}, D {best['discriminator']}",
             ))  # fmt: skip
-        for name in dict.fromkeys(row["method"] for row in judged):
-            for d in (OWN, SHAPED):
-                last = [row for row in judged if (row["method"], row["discriminator"]) == (name, d)][-1]
-                text = f"{judge}: {name}, D {d}, has a lower distance than the generator"
-                found.append(claim(text, last[key] < raw, ours=last[key], theirs=raw, evaluations=last["evaluations"]))
+        for (name, d), last in {(row["method"], row["discriminator"]): row for row in judged}.items():
+            text = f"{judge}: {name}, D {d}, has a lower distance than the generator"
+            found.append(claim(text, last[key] < raw, ours=last[key], theirs=raw, evaluations=last["evaluations"]))
     return found
