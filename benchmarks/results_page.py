@@ -159,8 +159,8 @@ def _colours(results: Path) -> Iterator[str]:
         f"One DCGAN ({recipe['features'][0]} features, normal latents, {recipe['checkpoints'][0]:,} iterations in float32), "
         f"seed {record['seeds'][0]}, {recipe['part']['samples']:,} samples a row. Its judges: a classifier that was trained "
         f"here ({record['classifier_accuracy']['judges']:.0%} accuracy), and EfficientNet-Lite0, which was trained on "
-        f"ImageNet; D is built on neither. As many real images have FDs of {real['value']:.1f} and {real[second]:.1f}: so few "
-        "samples are never nearer. A second classifier chose how D is shaped, step sizes and numbers of steps, on other seeds "
+        f"ImageNet; D is built on neither. As many real images have FDs of {real['value']:.1f} and {real[second]:.1f}, "
+        "which is about the least that so few samples can have. A second classifier chose how D is shaped, step sizes and numbers of steps, on other seeds "
         "and training images. The first four methods refine at one layer until the median real logit. The samplers DDLS, MALA, "
         "DGflow, DOT and PCN move the latent, without a stop rule."
     )
@@ -176,15 +176,16 @@ def _colours(results: Path) -> Iterator[str]:
     ])  # fmt: skip
     yield "How D was shaped, each round from the last one's D, and the least FD of the classifier that chooses:"
     yield _table(("", "round", "FD", "seconds"), [
-        (t["what"], t["round"], f"{t['distance']:.2f}", f"{t['seconds']:.0f}") for t in record["shaping"]
+        (t["what"], str(t["round"]), f"{t['distance']:.2f}", f"{t['seconds']:.0f}") for t in record["shaping"]
     ])  # fmt: skip
     yield (
         f"What `tune_sampler` found for at most {recipe['tuning'][0]} evaluations, and the FD of the classifier that chooses "
-        "on the last of its seeds: raw, with the setting that was given, with the one that was found:"
+        "on the last of its seeds: raw, with the setting that was given, with the one that was found. The search of DDLS, MALA "
+        "and PCN has more settings, and so more samples at its end:"
     )
     yield _table(("", "found", "steps", "raw", "given", "found", "evaluations", "seconds"), [
         (_kind(t["method"], t["discriminator"]), ", ".join(f"{k} {v:g}" for k, v in t["setting"].items()) or "nothing better",
-         t["steps"], *(f"{t['quality'][k]:.2f}" for k in ("raw", "before", "after")), f"{t['evaluations']:,}",
+         str(t["steps"]), *(f"{t['quality'][k]:.2f}" for k in ("raw", "before", "after")), f"{t['evaluations']:,}",
          f"{t['seconds']:.0f}")
         for t in record["tuning"]
     ])  # fmt: skip
