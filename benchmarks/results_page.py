@@ -160,9 +160,9 @@ def _colours(results: Path) -> Iterator[str]:
         f"seed {record['seeds'][0]}, {recipe['part']['samples']:,} samples a row. Its judges: a classifier that was trained "
         f"here ({record['classifier_accuracy']['judges']:.0%} accuracy), and EfficientNet-Lite0, which was trained on "
         f"ImageNet; D is built on neither. As many real images have FDs of {real['value']:.1f} and {real[second]:.1f}, "
-        "which is about the least that so few samples can have. A second classifier chose how D is shaped, step sizes and numbers of steps, on other seeds "
-        "and training images. The first four methods refine at one layer until the median real logit. The samplers DDLS, MALA, "
-        "DGflow, DOT and PCN move the latent, without a stop rule."
+        "about the least that so few samples can have. A second classifier chose how D is shaped, step sizes and numbers of "
+        "steps, on other seeds and training images. The first four methods refine at one layer until the median real logit. "
+        "The samplers DDLS, MALA, DGflow, DOT and PCN move the latent, without a stop rule."
     )
     yield _told(record, "python -m benchmarks.papers run budget_cifar10 --outdir DIR --data CIFAR10_FOLDER")
     yield "FD of the own classifier by evaluations of D for each image, at most:"

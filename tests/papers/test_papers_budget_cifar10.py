@@ -26,9 +26,9 @@ def test_the_goal_counts_the_best_row_within_fifty_evaluations(best, holds):
     assert verdicts(rows, "DDLS lowers") == {"own classifier": True, "EfficientNet-Lite0": False}
 
 
-def test_a_method_is_compared_at_its_greatest_budget():
+def test_a_method_is_compared_at_its_greatest_budget_and_noise_is_no_gain():
     rows = [
-        row("generator", "none", 0, 10.0, 100.0), row("DDLS", "as it is", 50, 9.0, 101.0),
+        row("generator", "none", 0, 10.0, 100.0), row("DDLS", "as it is", 50, 9.7, 99.0),
         row("DDLS", "shaped", 50, 11.0, 99.0), row("fixed steps", "as it is", 5, 9.0, 90.0),
         row("fixed steps", "as it is", 50, 12.0, 90.0), row("fixed steps", "shaped", 25, 9.0),
         row("fixed steps", "shaped", 50, 9.0, 90.0),
