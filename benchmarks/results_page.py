@@ -19,7 +19,9 @@ Record = dict[str, Any]
 
 def page(results: Path = RESULTS) -> str:
     """The page as Markdown."""
-    parts = (_head, _demo, _seeds, _budget, _papers, _correctors, _laws, _speed, _zoo, _chains, _precision, _production)
+    parts = (
+        _head, _demo, _seeds, _budget, _colours, _papers, _correctors, _laws, _speed, _zoo, _chains, _precision, _production,
+    )  # fmt: skip
     return "\n\n".join(block for part in parts for block in part(results)) + "\n"
 
 
@@ -111,18 +113,8 @@ def _budget(results: Path) -> Iterator[str]:
         budgets, seeds = (sorted({row[key] for row in mine}) for key in ("budget", "seed"))
         digits = 2 if mine[0]["value"] > 1 else 4
 
-        def cell(found: list[Record], digits: int = digits) -> str:
-            return f"{fmean(row['value'] for row in found):.{digits}f}" if found else "–"
-
         yield f"**{pair}**, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        kinds = dict.fromkeys((row["method"], row["discriminator"]) for row in mine)
-        yield _table(("at most", *map(str, budgets)), [
-            (method if judge == "none" else f"{method}, D {judge}", *(
-                cell([r for r in mine if (r["method"], r["discriminator"], r["budget"]) == (method, judge, budget)])
-                for budget in budgets
-            ))
-            for method, judge in kinds
-        ])  # fmt: skip
+        yield _by_budget(mine, digits)
         shown = [("generator", "none", 0), ("backtracking", "shaped", budgets[-1]), ("Barzilai-Borwein", "shaped", 5),
                  ("Barzilai-Borwein", "shaped", 10), *(("distilled", "shaped", budget) for budget in (0, 3, 5))]  # fmt: skip
         lines = []
@@ -137,6 +129,72 @@ def _budget(results: Path) -> Iterator[str]:
         (t["pair"], t["what"], f"{t['evaluations_at_most']:,}", f"{t['seconds']:.0f}")
         for t in record["training"] if t["seed"] == 0
     ])  # fmt: skip
+
+
+def _by_budget(rows: Sequence[Record], digits: int) -> str:
+    """A line for each method and discriminator, a column for each budget."""
+
+    def cell(found: list[Record]) -> str:
+        return f"{fmean(row['value'] for row in found):.{digits}f}" if found else "–"
+
+    budgets = sorted({row["budget"] for row in rows})
+    kinds = dict.fromkeys((row["method"], row["discriminator"]) for row in rows)
+    return _table(("at most", *map(str, budgets)), [
+        (_kind(method, judge), *(
+            cell([r for r in rows if (r["method"], r["discriminator"], r["budget"]) == (method, judge, budget)])
+            for budget in budgets
+        ))
+        for method, judge in kinds
+    ])  # fmt: skip
+
+
+def _kind(method: str, judge: str) -> str:
+    return method if judge == "none" else f"{method}, D {judge}"
+
+
+def _colours(results: Path) -> Iterator[str]:
+    record = _read(results / "papers" / "budget_cifar10" / "result.json")
+    rows, recipe, real, second = record["rows"], record["recipe"], record["real"], "frechet_distance_efficientnet"
+    raw = rows[0]
+    yield "## Quality for a budget: CIFAR-10"
+    yield (
+        f"One DCGAN ({recipe['features'][0]} features, normal latents, {recipe['checkpoints'][0]:,} iterations in float32), "
+        f"seed {record['seeds'][0]}, {recipe['part']['samples']:,} samples a row. Its judges: a classifier that was trained "
+        f"here ({record['classifier_accuracy']['judges']:.0%} accuracy), and EfficientNet-Lite0, which was trained on "
+        f"ImageNet; D is built on neither. As many real images have FDs of {real['value']:.1f} and {real[second]:.1f}, "
+        "about the least that so few samples can have. A second classifier chose how D is shaped, step sizes and numbers of "
+        "steps, on other seeds and training images. The first four methods refine at one layer until the median real logit. "
+        "The samplers DDLS, MALA, DGflow, DOT and PCN move the latent, without a stop rule."
+    )
+    yield _told(record, "python -m benchmarks.papers run budget_cifar10 --outdir DIR --data CIFAR10_FOLDER")
+    yield "FD of the own classifier by evaluations of D for each image, at most:"
+    yield _by_budget(rows, 2)
+    yield "Both judges, the percentage is the change from the generator; in brackets what holds 90 % of resampled sets:"
+    yield _table(("", "evaluations", "FD, own classifier", "change", "FD, EfficientNet", "change"), [
+        (f"{_kind(r['method'], r['discriminator'])}, at most {r['budget']}", f"{r['evaluations']:.1f}",
+         f"{r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f})", _change(r["value"], raw["value"]),
+         f"{r[second]:.1f}", _change(r[second], raw[second]))
+        for r in rows if second in r
+    ])  # fmt: skip
+    yield "How D was shaped, each round from the last one's D, and the least FD of the classifier that chooses:"
+    yield _table(("", "round", "FD", "seconds"), [
+        (t["what"], str(t["round"]), f"{t['distance']:.2f}", f"{t['seconds']:.0f}") for t in record["shaping"]
+    ])  # fmt: skip
+    yield (
+        f"What `tune_sampler` found for at most {recipe['tuning'][0]} evaluations, and the FD of the classifier that chooses "
+        "on the last of its seeds: raw, with the setting that was given, with the one that was found. The search of DDLS, MALA "
+        "and PCN has more settings, and so more samples at its end:"
+    )
+    yield _table(("", "found", "steps", "raw", "given", "found", "evaluations", "seconds"), [
+        (_kind(t["method"], t["discriminator"]), ", ".join(f"{k} {v:g}" for k, v in t["setting"].items()) or "nothing better",
+         str(t["steps"]), *(f"{t['quality'][k]:.2f}" for k in ("raw", "before", "after")), f"{t['evaluations']:,}",
+         f"{t['seconds']:.0f}")
+        for t in record["tuning"]
+    ])  # fmt: skip
+
+
+def _change(value: float, raw: float) -> str:
+    return f"{value / raw - 1:+.0%}"
 
 
 def _papers(results: Path) -> Iterator[str]:

@@ -20,7 +20,7 @@ def list_() -> None:
     """The experiments: name, what it reproduces, seeds and minutes of a full run on one core."""
     for e in EXPERIMENTS.values():
         data = f"  --data {e.data}" if e.data else ""
-        click.echo(f"{e.name:<13}{e.title} ({e.source}); {len(e.seeds)} seed{'s' * (len(e.seeds) > 1)}, {e.minutes} min{data}")
+        click.echo(f"{e.name:<15}{e.title} ({e.source}); {len(e.seeds)} seed{'s' * (len(e.seeds) > 1)}, {e.minutes} min{data}")
 
 
 @cli.command()

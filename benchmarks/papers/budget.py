@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -111,6 +111,7 @@ class Pair:
     features: str
     embed: Callable[[Tensor], Tensor]  # samples -> what the metric reads
     distance: Callable[[Tensor], float]
+    also: Callable[[int, Tensor], Row] = lambda budget, samples: {}  # further figures of a point
 
     def refiner(self, method: str, part: Part, adam: float, steps: int) -> fr.Refiner:
         """The pair refined by a method with D as it is."""
@@ -140,10 +141,10 @@ def rows(run: Run, seed: int) -> Iterator[Row]:
         if (part.seeds and seed not in part.seeds) or (name.startswith("MNIST") and run.data is None):
             continue
         table = Table(run.cells(), run.recipe, seed)
-        yield from _Curves(run, table, _ring(table) if name == "ring" else _images(run, table, name), part).rows()
+        yield from Curves(run, table, _ring(table) if name == "ring" else _images(run, table, name), part).rows()
 
 
-class _Curves:
+class Curves:
     """The rows of one pair and training seed."""
 
     def __init__(self, run: Run, table: Table, pair: Pair, part: Part):
@@ -152,39 +153,40 @@ class _Curves:
 
     def rows(self) -> Iterator[Row]:
         recipe = self.run.recipe
-        yield from self._curve(GENERATOR, "none", self._refiner(BACKTRACKING, 0), (0,))
+        yield from self.curve(GENERATOR, "none", self.refiner(BACKTRACKING, 0), (0,))
         for method in recipe.methods:
-            own = self._refiner(method, max(recipe.budgets) - 1)
+            own = self.refiner(method, max(recipe.budgets) - 1)
             shaped = self._shaped(CURVATURE if method == CURVATURE else BACKTRACKING)
             for name, one in ((OWN, own), (SHAPED, own.with_discriminator(shaped))):
-                yield from self._curve(method, name, one, recipe.budgets[1:])
+                yield from self.curve(method, name, one, recipe.budgets[1:])
                 if method == CURVATURE:
-                    make = functools.partial(self._distilled, name, one)
-                    yield from self._curve(DISTILLED, name, make, recipe.further)
-                    self._tell(f"distilled, D {name}")
+                    make = functools.partial(self.distilled, name, one)
+                    yield from self.curve(DISTILLED, name, make, recipe.further)
+                    self.tell(f"distilled, D {name}")
 
-    def _refiner(self, method: str, steps: int) -> fr.Refiner:
+    def refiner(self, method: str, steps: int) -> fr.Refiner:
         return self.pair.refiner(method, self.part, self.run.recipe.adam, steps)
 
-    def _curve(
-        self, method: str, name: str, refiner: fr.Refiner | Callable[[], fr.Refiner], budgets: Sequence[int]
+    def curve(
+        self, method: str, name: str, refiner: fr.Refiner | Callable[[], fr.Refiner], budgets: Sequence[int] | Mapping[int, int]
     ) -> list[Row]:
-        """The distance at each budget, from one run."""
+        """The distance at each budget, from one run. budgets: with their numbers of steps, where these are not one less."""
         facts = {"pair": self.pair.name, "method": method, "discriminator": name}
-        most, found = max(max(budgets) - 1, 0), {}
+        steps = budgets if isinstance(budgets, Mapping) else {budget: max(budget - 1, 0) for budget in budgets}
+        numbers, found = sorted({*steps.values()}), {}
 
         def make() -> tuple[dict[str, Tensor], Row]:
             one = refiner if isinstance(refiner, fr.Refiner) else refiner()
-            steps = [max(budget - 1, 0) for budget in budgets]
-            out = one.replaced(max_steps=most).sample(self.part.samples, seed=self.table.seed, snapshots=sorted({*steps}))
+            out = one.replaced(max_steps=numbers[-1]).sample(self.part.samples, seed=self.table.seed, snapshots=numbers)
             points = []
-            for budget, k in zip(budgets, steps, strict=True):
+            for budget, k in steps.items():
+                images = out.snapshots[k].images
                 if k not in found:
-                    found[k] = self.pair.measured(out.snapshots[k].images, self.run.recipe.resamples)
+                    found[k] = self.pair.measured(images, self.run.recipe.resamples)
                 gradients = float(out.steps.clamp(max=k).double().mean())
                 points.append({
                     "budget": budget, "most_steps": k, "evaluations": gradients + 1 if budget else 0.0, "gradients": gradients,
-                    **found[k],
+                    **found[k], **self.pair.also(budget, images),
                 })  # fmt: skip
             return {}, {"points": points}
 
@@ -196,16 +198,16 @@ class _Curves:
         """D shaped with a method."""
         if method not in self.shaped:
             pair, (iterations, batch, rate), started = self.pair, self.part.shaping, time.perf_counter()
-            few = self._refiner(method, self.part.shaping_most[method == BACKTRACKING])
+            few = self.refiner(method, self.part.shaping_most[method == BACKTRACKING])
             self.shaped[method] = self.table.trained(
                 f"{pair.name}-{method}", pair.empty(), few, pair.real, iterations=iterations, batch=batch, rate=rate,
                 stop=few.stop, **pair.shaping,
             )  # fmt: skip
             self._cost(f"D shaped by {method}", started, iterations * batch * (few.max_steps + 3))
-            self._tell(f"D shaped by {method}")
+            self.tell(f"D shaped by {method}")
         return self.shaped[method]
 
-    def _distilled(self, name: str, one: fr.Refiner) -> fr.Refiner:
+    def distilled(self, name: str, one: fr.Refiner) -> fr.Refiner:
         """The refiner of what a map gives that was learned from ``one``; as it is: D is not shaped afterwards,
         and one round of a quarter of the iterations shows it."""
         started, most = time.perf_counter(), self.part.shaping_most[0]
@@ -228,7 +230,7 @@ class _Curves:
         facts = {"evaluations_at_most": evaluations, "seconds": time.perf_counter() - started, **facts}
         self.table.cells.row(self._key(what), lambda: facts)
 
-    def _tell(self, what: str) -> None:
+    def tell(self, what: str) -> None:
         facts = {"pair": self.pair.name, "seed": self.table.seed, "what": what}
         self.run.extra.setdefault("training", []).append(facts | self.table.cells.row(self._key(what), dict))
 
