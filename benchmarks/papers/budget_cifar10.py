@@ -54,8 +54,8 @@ from fastrefine.demo import gan
 from fastrefine.demo.judge import Judge
 from fastrefine.metrics import frechet_distance
 from fastrefine.models.digits import Classifier, classify
+from fastrefine.models.pretrained import EFFICIENTNET as BACKBONE
 from fastrefine.production.evaluation import given_features
-from fastrefine.production.image_features import EFFICIENTNET as BACKBONE
 from fastrefine.production.tuning import FIRST_SEED
 from fastrefine.samplers import Sampler
 
