@@ -161,8 +161,16 @@ def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeyp
     assert [f"shaping: {k} of 3 iterations" in told for k in range(5)] == [False, True, True, True, False]
 
 
+@pytest.fixture
+def usual_interrupt():
+    """SIGINT as Python handles it; a shell may have started the tests with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("take", ["last", "best"])
-def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_path, monkeypatch, take):
+def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_path, monkeypatch, usual_interrupt, take):
     shaping = fr.shape_discriminator
 
     def stopped(*arguments, callback, **options):
@@ -192,7 +200,7 @@ def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_pat
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in pair.discriminator.state_dict().items())
 
 
-def test_a_second_interrupt_ends_shaping_at_once(files, tmp_path, monkeypatch):
+def test_a_second_interrupt_ends_shaping_at_once(files, tmp_path, monkeypatch, usual_interrupt):
     def stopped(*arguments, **options):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)

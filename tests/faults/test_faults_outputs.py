@@ -215,7 +215,8 @@ def test_logits_that_happen_to_lie_between_0_and_1_are_logits():
     d[2].bias.data.fill_(0.5)
     with told() as warned:
         out = refiner(d=d).sample(N)
-    assert not warned and torch.allclose(out.logits, d(out.images)[:, 0].detach())
+    assert all("hardly moved" in text for text in warned)  # of the tiny weights; nothing is said of probabilities
+    assert torch.allclose(out.logits, d(out.images)[:, 0].detach())
 
 
 def test_a_critics_result_carries_its_scale_and_selection_refuses_it():
