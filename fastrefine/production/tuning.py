@@ -67,7 +67,8 @@ def tune_sampler(
     ``real`` averaged to 8 x 8 pixels, which no usual report is made of. seed: another one gives another search; it uses
     seeds from 1,000,000 on. labels: one class for all samples.
 
-    Raises InputError for what does not fit, and for a sampler whose step size is a schedule.
+    Warns where the best setting's images are no better than the generator's. Raises InputError for what does not fit, and for a
+    sampler whose step size is a schedule.
 
     Example: ``tuned = fr.tune_sampler(refiner, real, budget=20); out = tuned.refiner.sample(8)``
     """
@@ -117,6 +118,13 @@ def tune_sampler(
     doubt = ERRORS * max((frechet_standard_error(features(x), wanted) for x in known), default=0.0)
     if not quality["after"] < quality["before"] - doubt:
         sampler, steps, quality["after"] = refiner.sampler, given, quality["before"]
+    if not quality["after"] < quality["raw"]:
+        warnings.warn(
+            f"no setting made images better than the generator's: distance {quality['after']:.4g} with the best of them, "
+            f"{quality['raw']:.4g} raw. Shape D first (fastrefine.shape_discriminator), or do not refine with this pair",
+            FastrefineWarning,
+            stacklevel=2,
+        )
     chosen = refiner.replaced(sampler=sampler, max_steps=steps)
     return TunedSampler(chosen, sampler, steps, quality, spent, time.perf_counter() - began, tuple(trials))
 

@@ -49,7 +49,8 @@ def test_the_best_third_goes_on_with_three_times_the_samples_and_another_seed(mo
 
 def test_where_nothing_is_better_all_stays_as_it_was():
     own = refiner(fr.DGflow(0.01))
-    tuned = fr.tune_sampler(own, real(), BUDGET, samples=50, features=lambda x: 0 * x)
+    with pytest.warns(fr.FastrefineWarning, match="no setting made images better than the generator's"):
+        tuned = fr.tune_sampler(own, real(), BUDGET, samples=50, features=lambda x: 0 * x)
     assert tuned.sampler == own.sampler and tuned.max_steps == own.max_steps
     assert tuned.quality == {"raw": 0, "before": 0, "after": 0}
 
