@@ -22,11 +22,6 @@ PARTS = ("train", "validation", "test")  # "digits:test": the held-out images
 SHAPED_ON = "shaped_on.npy"  # in a pair's folder: digests of the images that its discriminator was shaped on
 
 
-def load_images(path: str | Path, limit: int | None = None, *, signed: bool = False) -> Tensor:
-    """The images of ``load_labelled``."""
-    return load_labelled(path, limit, signed=signed)[0]
-
-
 def load_labelled(
     path: str | Path, limit: int | None = None, *, signed: bool = False, images_only: bool = True
 ) -> tuple[Tensor, Tensor | None]:

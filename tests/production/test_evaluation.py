@@ -16,7 +16,7 @@ from fastrefine.datasets import load_mnist
 from fastrefine.errors import InputError
 from fastrefine.metrics import frechet_distance
 from fastrefine.production import evaluation
-from fastrefine.production.images import digests, load_images, load_labelled
+from fastrefine.production.images import digests, load_labelled
 from tests.support.commands import fastrefine, told
 from tests.support.idx_files import write_mnist
 
@@ -184,7 +184,7 @@ def test_images_come_from_every_kind_of_file_alike(tmp_path):
         Image.fromarray(pixels[row]).save(tmp_path / "folder" / str(label) / f"{row}.png")
     expected = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     for name in ("a.npz", "a.npy", "a.safetensors"):
-        torch.testing.assert_close(load_images(tmp_path / name), expected)
+        torch.testing.assert_close(load_labelled(tmp_path / name)[0], expected)
     found, labels = load_labelled(tmp_path / "folder")
     torch.testing.assert_close(found, expected[[0, 2, 4, 1, 3]])
     assert labels.tolist() == [0, 0, 0, 1, 1] and load_labelled(tmp_path / "a.npz")[1].tolist() == [0, 1, 0, 1, 0]
@@ -199,7 +199,7 @@ def test_grey_arrays_without_an_axis_of_channels_are_images(tmp_path):
     save_file({"images": pixels}, tmp_path / "a.safetensors")
     expected = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
     for name in ("a.npz", "a.npy", "floats.npy", "a.safetensors"):
-        torch.testing.assert_close(load_images(tmp_path / name), expected)
+        torch.testing.assert_close(load_labelled(tmp_path / name)[0], expected)
     np.savez(tmp_path / "keras.npz", x_test=pixels[3:], x_train=pixels[:3], y_test=np.arange(2), y_train=np.arange(3))
     for part, wanted in (("", expected[:3]), (":train", expected[:3]), (":test", expected[3:])):
         found, labels = load_labelled(f"{tmp_path / 'keras.npz'}{part}")
@@ -207,7 +207,7 @@ def test_grey_arrays_without_an_axis_of_channels_are_images(tmp_path):
         assert labels.tolist() == list(range(len(wanted)))
     np.save(tmp_path / "one.npy", pixels[0, :27].reshape(18, 14, 3))
     with pytest.raises(InputError, match=r"shape \(18, 14, 3\).*wanted .* grey \(N, H, W\)"):
-        load_images(tmp_path / "one.npy")
+        load_labelled(tmp_path / "one.npy")[0]
 
 
 def test_a_folder_of_mnists_files_is_read_and_its_held_out_part_too(tmp_path):
@@ -217,12 +217,12 @@ def test_a_folder_of_mnists_files_is_read_and_its_held_out_part_too(tmp_path):
                                  (":test", expected.test, [7, 2])):  # fmt: skip
         found, classes = load_labelled(f"{mnist}{part}")
         assert torch.equal(found, images) and classes.tolist() == labels
-    assert len(load_images(mnist, 2)) == 2 and len(load_images("digits:test")) == 397
+    assert len(load_labelled(mnist, 2)[0]) == 2 and len(load_labelled("digits:test")[0]) == 397
     (mnist / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(InputError, match="has no train-labels"):
-        load_images(mnist)
+        load_labelled(mnist)[0]
     with pytest.raises(InputError, match="has no parts, so no :test; wanted e.g. test-00000"):
-        load_images(f"{tmp_path}:test")
+        load_labelled(f"{tmp_path}:test")[0]
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz"])
@@ -256,7 +256,7 @@ def test_what_holds_no_images_is_named(tmp_path):
                          ("text.npy", "wanted"), ("g.pt", "holds no arrays, but files such as"),
                          ("merged.tar", "cannot be read as images: it has no pictures")):  # fmt: skip
         with pytest.raises(InputError, match=reason) as caught:
-            load_images(tmp_path / name)
+            load_labelled(tmp_path / name)[0]
         assert "pickle" not in str(caught.value)
     with pytest.raises(InputError, match=r"wanted a run's folder, a folder of pictures, \.npz, .* or \.tar"):
         evaluation.images_of(tmp_path / "g.pt")
@@ -361,7 +361,7 @@ def test_a_discriminator_that_was_shaped_on_the_real_images_is_told(tmp_path):
     assert f"the discriminator of {shaped} was shaped on 1400 of these 1400 real images" in seen
     part = told(fastrefine("evaluate", tmp_path / "run", "--real", "digits", "--limit", 30, *features))
     assert "on 30 of these 30 real images" in part
-    n = int(np.isin(digests(load_images("digits:test")), digests(load_images("digits"))).sum())
+    n = int(np.isin(digests(load_labelled("digits:test")[0]), digests(load_labelled("digits")[0])).sum())
     assert n < 5  # images that the data set holds twice
     held_out = told(fastrefine("evaluate", tmp_path / "run", "--real", "digits:test", *features))
     assert ("was shaped on" in held_out) == (n > 0)

@@ -269,9 +269,9 @@ def test_real_images_are_scaled_to_the_range_of_the_pair(tmp_path):
 
 
 def test_real_images_of_the_usual_range_keep_their_bits(tmp_path):
-    from fastrefine.production.images import load_images
+    from fastrefine.production.images import load_labelled
 
-    assert torch.equal(Worker(replace(BASE, real="digits")).refiner.real, load_images("digits"))
+    assert torch.equal(Worker(replace(BASE, real="digits")).refiner.real, load_labelled("digits")[0])
 
 
 @pytest.mark.parametrize("how", ["pair", "networks"])

@@ -12,7 +12,7 @@ import fastrefine as fr
 from fastrefine.errors import InputError
 from fastrefine.production import evaluation, formats, run_folder
 from fastrefine.production.configuration import Configuration
-from fastrefine.production.images import load_images, load_labelled
+from fastrefine.production.images import load_labelled
 from fastrefine.production.worker import Worker
 from tests.support.commands import fastrefine, told
 
@@ -115,7 +115,7 @@ def read(path):
     if path.suffix == ".tar":
         with tarfile.open(path) as archive:
             rows = [json.load(archive.extractfile(m)) for m in archive if m.name.endswith("json")]
-        pixels = (load_images(path) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = (load_labelled(path)[0] * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         return pixels, {name: [row[name] for row in rows] for name in rows[0]}
     if path.suffix == ".parquet":
         content = pytest.importorskip("pyarrow.parquet").read_table(path).to_pydict()
@@ -195,6 +195,6 @@ def test_images_with_alpha_are_drawn_and_judged(workers, tmp_path):
     told(fastrefine("grid", path, "--output", tmp_path / "g.png", "--count", "4"))
     real = np.random.RandomState(0).randint(0, 256, (20, 4, 5, 4), np.uint8)
     np.savez(tmp_path / "real.npz", real, np.arange(20) % 2)
-    images, truth = evaluation.images_of(path), load_images(tmp_path / "real.npz")
+    images, truth = evaluation.images_of(path), load_labelled(tmp_path / "real.npz")[0]
     assert images.shape == (10, 4, 4, 5) and truth.shape == (20, 4, 4, 5)
     evaluation.check(images, truth)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastrefine.errors import InputError
 from fastrefine.production import sources
-from fastrefine.production.images import held_out_part, load_images, load_labelled, training_part
+from fastrefine.production.images import held_out_part, load_labelled, training_part
 from tests.support.commands import fastrefine
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (6, 5, 4, 3), np.uint8)
@@ -88,7 +88,7 @@ def test_alpha_that_shows_nothing_is_left_out(tmp_path, alpha):
     for row, x in enumerate(PIXELS):
         see_through = np.dstack([x, np.full(x.shape[:2], 255 if alpha == "opaque" else 100, np.uint8)])
         (tmp_path / f"{row}.png").write_bytes(encoded(see_through if alpha == "opaque" or row else x))
-    torch.testing.assert_close(load_images(tmp_path), expected(PIXELS))
+    torch.testing.assert_close(load_labelled(tmp_path)[0], expected(PIXELS))
 
 
 def test_the_local_copy_of_a_data_set_has_parts(tmp_path):
@@ -103,10 +103,10 @@ def test_the_local_copy_of_a_data_set_has_parts(tmp_path):
     assert held_out_part(f"{hub}") == held_out_part(f"{hub}:train") == f"{hub}:test" and held_out_part(f"{hub}:test") == ""
     assert training_part(f"{hub}:test") == f"{hub}:train"
     with pytest.raises(InputError, match=r"has no part validation; it has test, train"):
-        load_images(f"{hub}:validation")
+        load_labelled(f"{hub}:validation")[0]
     parquet(hub / "small" / "train-0.parquet", PIXELS)
     with pytest.raises(InputError, match="several data sets: data, small; wanted the folder of one"):
-        load_images(hub)
+        load_labelled(hub)[0]
 
 
 def test_a_folder_of_pictures_may_have_parts_and_classes_in_them(tmp_path):
@@ -116,7 +116,7 @@ def test_a_folder_of_pictures_may_have_parts_and_classes_in_them(tmp_path):
         file.write_bytes(encoded(x))
     images, labels = load_labelled(tmp_path)
     torch.testing.assert_close(images, expected(PIXELS[[0, 2, 1, 3]]))
-    assert labels.tolist() == [0, 0, 1, 1] and len(load_images(f"{tmp_path}:validation")) == 2
+    assert labels.tolist() == [0, 0, 1, 1] and len(load_labelled(f"{tmp_path}:validation")[0]) == 2
     assert held_out_part(str(tmp_path)) == f"{tmp_path}:validation"
 
 
@@ -164,13 +164,13 @@ def test_a_data_set_of_the_hub_is_fetched_and_only_its_part(tmp_path, monkeypatc
     fake.HfApi, fake.snapshot_download = Api, snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     monkeypatch.chdir(tmp_path)
-    torch.testing.assert_close(load_images("me/pictures"), expected(PIXELS[:2]))
-    torch.testing.assert_close(load_images("me/pictures@v1:test"), expected(PIXELS[2:]))
+    torch.testing.assert_close(load_labelled("me/pictures")[0], expected(PIXELS[:2]))
+    torch.testing.assert_close(load_labelled("me/pictures@v1:test")[0], expected(PIXELS[2:]))
     assert asked == [
         ("me/pictures", "dataset", None), ["data/train-0.parquet"], ("me/pictures", "dataset", "v1"), ["data/test-0.parquet"],
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"me/pictures is not there, and no data set of the Hub .*it has test, train"):
-        load_images("me/pictures:validation")
+        load_labelled("me/pictures:validation")[0]
 
 
 @pytest.mark.parametrize(("module", "path", "extra"), [
@@ -245,7 +245,7 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
             load_labelled(tmp_path / f"{name}.parquet", images_only=False)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="cannot be read as parquet"):
-        load_images(tmp_path / "a.parquet")
+        load_labelled(tmp_path / "a.parquet")[0]
 
 
 def test_a_picture_of_another_size_is_not_decoded(tmp_path, monkeypatch):
@@ -255,10 +255,10 @@ def test_a_picture_of_another_size_is_not_decoded(tmp_path, monkeypatch):
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     (tmp_path / "b.png").write_bytes(bomb)
     with pytest.raises(InputError, match="b.png is no picture .*decompression bomb"):
-        load_images(tmp_path)
+        load_labelled(tmp_path)[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(InputError, match=r"b.png is of shape \(60000, 60000, 3\), .*wanted all alike"):
-        load_images(tmp_path)
+        load_labelled(tmp_path)[0]
 
 
 def test_names_of_files_say_their_part():
