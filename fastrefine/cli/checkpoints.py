@@ -48,7 +48,7 @@ def import_(source: Path, outdir: Path, no_check: bool, **flags: Any) -> None:
     import_pair(source, outdir, check=not no_check, tell=lambda line: click.echo(line, err=True), **both, **given)
     use = f"--pair {outdir}{' --trust-code' * ('code' in given or _needs_trust(outdir))}"
     click.echo(
-        f"wrote {outdir}. To go on: fastrefine layers {use} (places for --at), then fastrefine check {use} --real IMAGES"
+        f"wrote {outdir}. To go on: fastrefine check {use} --real IMAGES; other places for --at: fastrefine layers {use}"
     )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from fastrefine.cli.production import (
     CONDITIONS,
@@ -48,10 +47,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     """
     if not flags["pair"] and not flags["generator"]:
         raise click.UsageError("wanted --pair, or --generator with --prior; no discriminator is needed here")
-    import torch
-
-    import fastrefine as fr
-    from fastrefine.networks.calls import attempt
+    from fastrefine.networks.cut import middle
     from fastrefine.production import saved_pair
     from fastrefine.production.conditions import load_conditions
     from fastrefine.production.named_code import Trust
@@ -62,12 +58,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     pair, configuration = saved_pair.configured(
         configuration_of(ctx, flags), trust=trust, allow_pickle=allow_pickle, roles=("generator", "generator")
     )
-    latents = pair.prior.sample(torch.arange(8), 0)
-    labels = torch.zeros(len(latents), dtype=torch.int64) if pair.takes_labels("generate")[1] else None
-    given = load_conditions(configuration.conditions) if configuration.conditions else {}
-    given = {name: value[torch.arange(len(latents)) % len(value)] for name, value in given.items()}
-    kwargs, generate = (pair.calls.get(name) for name in ("generator_kwargs", "generate"))
-    found = attempt("generator", lambda: fr.layers(pair.generator, latents, labels, kwargs, generate, given), latents)
+    found = pair.layers(load_conditions(configuration.conditions) if configuration.conditions else None)
     if as_json:
         click.echo(json.dumps([layer.__dict__ for layer in found]))
         return
@@ -76,7 +67,7 @@ def layers(ctx: click.Context, as_json: bool, **flags: Any) -> None:
     for layer in found:
         shape = "x".join(map(str, layer.shape))
         click.echo(f"{layer.name:<{width}}  {shape:<16}{layer.tail_flops / 1e6:>12.3f}{layer.tail_share:>8.1%}")
-    click.echo("give one of them as --at; begin in the middle", err=True)
+    click.echo(f"give one of them as --at; begin in the middle, e.g. --at {middle(found)}", err=True)
 
 
 @click.command()
@@ -90,8 +81,7 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
     """Before a run: does the discriminator judge well enough to refine with it? Ends in a verdict and the next command.
 
     Shows the scores of real images (--real), of raw and of refined samples, the stop threshold, calibration, and what the
-    networks are like. With --real, --stop is median here unless it is given, or the pair has a rule of its own, or the
-    sampler is one of a law (ddls, mala, pcn, hmc).
+    networks are like.
 
     \b
     fastrefine check --pair digits --real digits
@@ -114,10 +104,6 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
         warnings.simplefilter("ignore", FastrefineWarning)  # the check tells them
         worker = worker_of(ctx, flags, labels=True)
     c, refiner = worker.configuration, worker.refiner
-    default = ctx.get_parameter_source("stop") == ParameterSource.DEFAULT and "stop" not in worker.pair.defaults
-    if real and default and not refiner.sampler.traits.targets_density:  # as Refiner.from_pair does
-        refiner = refiner.replaced(stop="median")
-        typed += ["--stop", "median"]
     labels, classes = None, c.num_classes
     if worker.labelled:
         classes = classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
@@ -186,7 +172,7 @@ def shape(
     Ctrl-C ends it after the iteration at work, and OUTDIR gets the discriminator so far. curve.csv has a row for every one.
 
     \b
-    fastrefine shape --pair mypair --real train/ --stop median --iterations 300 --outdir shaped
+    fastrefine shape --pair mypair --real train/ --iterations 300 --outdir shaped
     fastrefine refine --pair shaped --real train/ --ids 0-9999 --outdir run
     """
     if not flags["real"]:
@@ -250,7 +236,7 @@ def shape(
     click.echo(f"wrote {outdir}: {_course(curve)}")
     needed = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
     trusted = " --trust-code" * (trusts or bool(c.generate or c.discriminate))
-    use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted} --ids 0-999 --outdir run"
+    use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted} --ids 0-999 --outdir {_unused('run')}"
     further = f"fastrefine shape --pair {shlex.quote(str(outdir))} {shlex.join(typed)} --outdir {_unused(str(outdir))}"
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
@@ -347,7 +333,7 @@ def distil(
     OUTDIR is written whenever a map is trained or a discriminator shaped, so a run that is stopped keeps what was finished.
 
     \b
-    fastrefine distil --pair shaped --real train/ --stop median --max-steps 20 --outdir distilled
+    fastrefine distil --pair shaped --real train/ --max-steps 20 --outdir distilled
     fastrefine refine --pair distilled --ids 0-49999 --outdir run
     """
     if not flags["real"]:

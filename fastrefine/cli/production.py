@@ -131,7 +131,9 @@ REFINEMENT = [
     click.option("--sampler-args", type=KEYWORDS, help="Further arguments of the sampler, as JSON."),
     click.option("--max-steps", type=click.IntRange(min=0), help="Default: the pair's, or 50."),
     click.option(
-        "--stop", help="When a sample is done: none | median | reference | uniform | a logit (default: the pair's, or none)."
+        "--stop",
+        help="When a sample is done: none | median | reference | uniform | a logit (default: the pair's; else median "
+        "where --real is given, without --select, and the sampler has no law; else none).",
     ),
     click.option(
         "--keep",
@@ -223,7 +225,7 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
     --shard-id and --num-shards do the same for job arrays.
 
     \b
-    fastrefine refine --pair digits --real digits --stop median --ids 0-9999 --outdir run
+    fastrefine refine --pair digits --real digits --ids 0-9999 --outdir run
     fastrefine refine --generator mymodels:Generator --generator-weights g.pt \\
         --discriminator mymodels:Discriminator --discriminator-weights d.pt \\
         --prior '{"name": "normal", "shape": [128]}' --at layer2 --ids 0-9999 --outdir run

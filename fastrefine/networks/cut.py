@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +246,12 @@ def layers(
         if (shape[0], other[0]) == sizes and shape[1:] == other[1:]:
             found.append(layer(name, shape[1:], total - flops))
     return [*found, layer("output", tuple(image.shape[1:]), 0)]
+
+
+def middle(found: Sequence[Layer]) -> str:
+    """The name of the place after which about half of the generator's work is left, behind the activation; else "input"."""
+    inner = [layer for layer in reversed(found) if 0.02 < layer.tail_share < 0.98]
+    return min(inner, key=lambda layer: abs(layer.tail_share - 0.5), default=found[0]).name
 
 
 _Calls = dict[str, list[tuple[tuple[int, ...] | None, int]]]  # module -> for each call: shape of its output, FLOPs so far

@@ -117,6 +117,10 @@ class PreparedDiscriminator:
         return torch.stack([head.mean(1) for head in values.split(self._sizes, 1)]).mean(0)
 
 
+class EndsInSigmoid(InputError):
+    """D was declared to return logits, and returns probabilities."""
+
+
 def _output_form(
     discriminator: nn.Module, options: Options, run: Callable[[nn.Module, NetworkCall], Any], images: Tensor, call: NetworkCall
 ) -> tuple[NetworkCall, LogitReader]:
@@ -150,7 +154,7 @@ def _output_form(
         found = torch.allclose(torch.sigmoid(logits), values, atol=1e-5, equal_nan=True)
     if scale != "probability":
         if len(known) and found:
-            raise InputError(
+            raise EndsInSigmoid(
                 f"the discriminator ends in a sigmoid and returned values in [0, 1], but discriminator_output={scale!r} was "
                 "declared; pass discriminator_output='probability'"
             )

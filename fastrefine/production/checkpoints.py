@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fastrefine.errors import FastrefineError, InputError
 from fastrefine.models import foreign
+from fastrefine.networks.cut import middle
+from fastrefine.networks.discriminator import EndsInSigmoid
 from fastrefine.priors import Normal, Prior, Uniform
 from fastrefine.production import studiogan, unpickle
 from fastrefine.production.configuration import Network
@@ -65,7 +67,9 @@ def import_pair(
         the checkpoint does not say or says it wrongly.
     weights, keys: another file for (generator, discriminator), and which state dict of a file, e.g. "g_ema".
     prior: of the latents; None: as the generator says, standard normal.
-    check: refuse a pair that makes no images and logits when it is tried. tell: is given lines on what was taken.
+    check: try the pair, and refuse one that makes no images and logits. Where ``saved`` does not say, the place ``at`` is then
+        one after which about half of the generator's work is left, and a sigmoid at the end of D is found. tell: is given lines
+        on what was taken.
     saved: further arguments of ``save_pair``, e.g. at, coupling, discriminator_output; they win over what was found. Without
         ``sampler`` the pair has Collaborative(), which finds its step size by itself.
 
@@ -100,7 +104,7 @@ def import_pair(
             arguments=(specs[0].arguments, specs[1].arguments), **facts,
         )  # fmt: skip
         if check:
-            _try(part)
+            facts |= _tried(part, facts)
         os.replace(part, outdir)
     for name, value in facts.items():
         tell(f"{name}: {text_of(value, name) if callable(value) else value}")
@@ -327,11 +331,30 @@ def _conventions(g: nn.Module, d: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def _try(folder: Path) -> None:
-    """InputError where the pair in a folder does not make images and logits."""
+def _tried(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What trying the pair of a folder adds to the facts that it was saved with: place, and what D returns. They are saved too.
+
+    Raises InputError where it does not make images and logits.
+    """
     pair = load_pair(folder, trust_code=True)
-    needs = any(pair.takes_labels(caller)[1] for caller in ("generate", "discriminate"))
+    labels = 0 if any(pair.takes_labels(caller)[1] for caller in ("generate", "discriminate")) else None
+    options = {"max_steps": 0, "stop": None, "sampler": "collaborative"}
+    added: dict[str, Any] = {}
     try:
-        Refiner.from_pair(pair, max_steps=0, stop=None, sampler="collaborative").sample(4, labels=0 if needs else None)
+        try:
+            Refiner.from_pair(pair, **options).sample(4, labels=labels)
+        except EndsInSigmoid:
+            if "discriminator_output" in facts:
+                raise
+            added["discriminator_output"] = "probability"
+            Refiner.from_pair(pair, **options, **added).sample(4, labels=labels)
     except FastrefineError as error:
         raise InputError(f"the networks were read, but do not work as a pair, and nothing was written: {error}") from error
+    if "at" not in facts:
+        with contextlib.suppress(FastrefineError):  # then it stays the input
+            place = middle(pair.layers())
+            Refiner.from_pair(pair, **options, **added, at=place).sample(4, labels=labels)
+            added["at"] = place
+    if added:
+        pair.saved(folder, **added)
+    return added

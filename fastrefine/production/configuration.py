@@ -66,7 +66,8 @@ class Configuration:
 
     pair: "digits" | "mnist" (embedded), or a folder of ``fastrefine.save_pair``; else generator and discriminator. prior,
     sampler: {"name": ..., and its arguments}. stop: one of ``checks.STOPS``, or a logit. These and max_steps: where they
-    are not given as the pair says, or as RUN. real: real images, for stop, steps and select.
+    are not given as the pair says, or as RUN; stop is then "median" with ``real``, without select, for samplers without a law.
+    real: real images, for stop, steps and select.
     ids: the samples, "0-49999" or "3,7,10-12", one image each. classes: None, one class for all, "random" (drawn by seed), or
     "balanced" (image i is of class i modulo num_classes).
     best_of: the raw proposals of which each refined sample starts from the best (``proposals`` of Refiner).

@@ -379,15 +379,15 @@ def shaped_on_them(who: str, n: int, truth: Tensor, real: str, what: str) -> str
 
 
 def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None = None, raw_n: int | None = None) -> list[str]:
-    """Warnings for a reader: too few images; another number of unrefined images; score and distance both higher than theirs.
+    """Warnings for a reader: few images, and no unrefined ones beside them; another number of these; score and distance both
+    higher than theirs.
 
     found, raw: of ``measure``, of n images and of raw_n unrefined ones.
     """
-    warnings = []
-    if n < FEW:
-        warnings.append(f"{n} images are few, and the Frechet distance falls with their number: compare sets of {n} only")
     if raw is None:
-        return warnings
+        few = f"{n} images are few, and the Frechet distance falls with their number: compare sets of {n} only"
+        return [few] if n < FEW else []
+    warnings = []
     if raw_n != n:
         warnings.append(
             f"{n} images, and the baseline has {raw_n}: the Frechet distance falls with their number, so the two do not "

@@ -25,8 +25,9 @@ from torch import nn
 
 from fastrefine import checks, priors, samplers, stopping
 from fastrefine.errors import InputError
-from fastrefine.networks.calls import takes_labels
+from fastrefine.networks.calls import attempt, takes_labels
 from fastrefine.networks.copies import mark_shaped, unwrap
+from fastrefine.networks.cut import Layer, layers
 from fastrefine.priors import Prior, as_prior
 from fastrefine.production import hub
 from fastrefine.production.configuration import CALLS, RUN, USUAL_RANGE, Configuration, Network, changed_sampler
@@ -128,6 +129,19 @@ class Pair:
             f"at={self.at!r}, sampler={self.sampler!r}, max_steps={self.max_steps}, stop={shown(self.stop)}, "
             f"{self.discriminator_output}, images {low:g} to {high:g}{labels}{called})"
         )
+
+    def layers(self, conditions: Mapping[str, torch.Tensor] | None = None) -> list[Layer]:
+        """``fastrefine.layers`` of the generator, as the pair calls it. conditions: further inputs (N, ...) by name.
+
+        Raises InputError where the generator fails.
+
+        Example: ``[layer.name for layer in fr.load_pair("digits").layers()]``
+        """
+        z = self.prior.sample(torch.arange(8), 0)
+        labels = torch.zeros(len(z), dtype=torch.int64) if self.takes_labels("generate")[1] else None
+        rows = {name: value[torch.arange(len(z)) % len(value)] for name, value in (conditions or {}).items()}
+        kwargs, generate = (self.calls.get(name) for name in ("generator_kwargs", "generate"))
+        return attempt("generator", lambda: layers(self.generator, z, labels, kwargs, generate, rows), z)
 
     def saved(self, folder: Path, *, generator: nn.Module | None = None, discriminator: nn.Module | None = None,
               **defaults: Any) -> Path:  # fmt: skip
@@ -356,8 +370,12 @@ def configured(
     own = {name: value for name, value in usual.items() if getattr(configuration, name) == getattr(PLAIN, name)}
     if configuration.sampler and "name" not in configuration.sampler:
         own["sampler"] = changed_sampler(usual["sampler"], configuration.sampler)
-    if own.get("max_steps", configuration.max_steps) == 0 and "stop" in own:
-        own["stop"] = "none"  # the pair's rule would only ask for real images
+    if "stop" in own:
+        sampler = as_sampler(own.get("sampler", configuration.sampler))
+        if own.get("max_steps", configuration.max_steps) == 0:
+            own["stop"] = "none"  # the pair's rule would only ask for real images
+        elif configuration.real and configuration.select == "none" and not (pair and "stop" in pair.defaults):
+            own["stop"] = "none" if sampler.traits.targets_density else "median"  # as Refiner.from_pair does
     if not configuration.prior:
         if pair is None:
             raise InputError('no prior is known; pass e.g. --prior \'{"name": "normal", "shape": [128]}\'')

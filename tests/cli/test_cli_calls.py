@@ -280,15 +280,14 @@ def test_shape_keeps_the_calls_in_the_new_pair(folder, tmp_path):
         folder / "real.npz", "--iterations", 2, "--batch-size", 8, "--max-steps", 1, "--outdir", tmp_path / "shaped",
     ))  # fmt: skip
     assert out.splitlines()[-1].endswith(
-        f"fastrefine refine --pair {tmp_path / 'shaped'} --trust-code --ids 0-999 --outdir run"
+        f"fastrefine refine --pair {tmp_path / 'shaped'} --real {folder / 'real.npz'} --trust-code --ids 0-999 --outdir run"
     )
     with pytest.raises(fr.InputError, match="--trust-code"):
         fr.load_pair(tmp_path / "shaped")
     pair = fr.load_pair(tmp_path / "shaped", trust_code=True)
     assert pair.calls == {"generate": generate, "discriminate": alone}
-    told(
-        fastrefine("refine", "--pair", tmp_path / "shaped", "--trust-code", *QUICK, "--ids", "0-7", "--outdir", tmp_path / "r")
-    )
+    told(fastrefine("refine", "--pair", tmp_path / "shaped", "--trust-code", "--real", folder / "real.npz", *QUICK, "--ids",
+                    "0-7", "--outdir", tmp_path / "r"))  # fmt: skip
 
 
 def alone(network, x):

@@ -144,11 +144,9 @@ def test_the_command_ends_in_the_next_command_as_one_types_it(tmp_path, monkeypa
     given = ("check", "--pair", folder, "--real", real, "--slots", 8, "--sampler-args", '{"loss": "minimax"}')
     last = told(fastrefine(*given)).splitlines()[-1]
     command = shlex.split(last.partition("`fastrefine ")[2].partition("`")[0])
-    assert (
-        "fastrefine.shape" not in last and command[0] == "shape" and command[-4:] == ["--stop", "median", "--outdir", "shaped"]
-    )
+    assert "fastrefine.shape" not in last and command[0] == "shape" and command[-2:] == ["--outdir", "shaped"]
     given_pairs, typed = (set(zip(words[1::2], words[2::2], strict=True)) for words in (list(map(str, given)), command))
-    assert typed == {*given_pairs, ("--stop", "median"), ("--outdir", "shaped")}
+    assert typed == {*given_pairs, ("--outdir", "shaped")}
     told(fastrefine(*command[:-1], tmp_path / "shaped", "--iterations", 1))
     found = json.loads(fastrefine(*given, "--json", "--samples", 20).stdout)
     assert found["findings"][0]["code"] == "inverted" and not found["usable"] and found["scores"]["raw"]["count"] == 20

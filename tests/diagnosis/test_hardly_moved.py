@@ -53,8 +53,8 @@ def test_a_sampler_of_a_law_need_not_ascend():
 
 def test_command_manifest_and_report_tell_it(tmp_path):
     pair, real = flat_pairs.saved(tmp_path)
-    said = told(fastrefine("refine", "--pair", pair, "--real", real, "--max-steps", 4, "--step-size", 1e-3, "--ids", "0-39",
-                          "--slots", 8, "--outdir", tmp_path / "run"))  # fmt: skip
+    said = told(fastrefine("refine", "--pair", pair, "--real", real, "--stop", "none", "--max-steps", 4, "--step-size", 1e-3,
+                          "--ids", "0-39", "--slots", 8, "--outdir", tmp_path / "run"))  # fmt: skip
     assert "warning: the samples hardly moved" in said and "--step-size auto" in said and "step_size" not in said
     (entry,) = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]["findings"]
     assert entry["code"] == "hardly_moved"

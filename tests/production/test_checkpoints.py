@@ -106,7 +106,7 @@ def test_two_files_and_keys_and_arguments(tmp_path):
         "--discriminator-weights", tmp_path / "d.safetensors", "--prior", '{"name": "uniform", "shape": [4]}', "--at", "first",
         "--discriminator-output", "critic", "--image-range", 0, 1,
     )  # fmt: skip
-    assert "to go on: fastrefine layers --pair" in told(done).lower() and "--trust-code" not in done.output
+    assert "to go on: fastrefine check --pair" in told(done).lower() and "--trust-code" not in done.output
     pair = fr.load_pair(tmp_path / "p")
     assert same(pair.generator, g.state_dict()) and same(pair.discriminator, d.state_dict())
     assert (repr(pair.prior), pair.at, pair.discriminator_output, pair.image_range) == (
@@ -128,6 +128,28 @@ def test_what_cannot_be_a_pair_is_named_and_nothing_is_written(tmp_path, content
     with pytest.raises(fr.InputError, match=why):
         fr.import_pair(tmp_path / "c.pt", tmp_path / "p", **ARGS | change)
     assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
+
+
+class Judge(Discriminator):
+    """(N, 1, 4, 4) -> probabilities (N, 1)."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+def test_place_and_sigmoid_are_found_where_nothing_is_said(tmp_path):
+    torch.save({"g": G, "d": D}, tmp_path / "c.pt")
+    lines, judge = [], {"discriminator": f"{HERE}:Judge"}
+    pair = fr.load_pair(fr.import_pair(tmp_path / "c.pt", tmp_path / "p", tell=lines.append, **ARGS | judge))
+    assert (pair.at, pair.discriminator_output) == ("norm", "probability")  # the linear layers do 1/5 and 4/5 of the work
+    assert {"at: norm", "discriminator_output: probability"} <= set(lines)
+    own = pair.generator, pair.discriminator, "collaborative"
+    plain = fr.Refiner(*own, at="norm", prior=fr.Normal(4), discriminator_output="probability", max_steps=2).sample(4)
+    assert torch.equal(fr.Refiner.from_pair(pair, max_steps=2, sampler="collaborative").sample(4).images, plain.images)
+    pair = fr.load_pair(fr.import_pair(tmp_path / "c.pt", tmp_path / "q", at="input", **ARGS))
+    assert (pair.at, pair.discriminator_output) == ("input", "logit")
+    with pytest.raises(fr.InputError, match="ends in a sigmoid"):
+        fr.import_pair(tmp_path / "c.pt", tmp_path / "r", discriminator_output="logit", **ARGS | judge)
 
 
 def test_an_earlier_pair_is_not_written_over(tmp_path):

@@ -88,6 +88,16 @@ def test_real_images_give_the_stop_rule_that_a_pair_lacks(tmp_path):
         assert f"stop {word}" in told(fastrefine(*command, "--samples", 20, "--refined", 8))
 
 
+@pytest.mark.parametrize(("flags", "stop"), [
+    ((), "median"), (("--stop", "none"), "none"), (("--stop", 0.1), 0.1), (("--max-steps", 0), "none"),
+    (("--select", "mh", "--chain-length", 2), "none"), (("--sampler", "ddls", "--at", "input"), "none"),
+])  # fmt: skip
+def test_real_images_give_a_command_the_stop_rule_too(tmp_path, flags, stop):
+    given = "--pair", "digits", "--real", "digits:test", "--ids", "0-7", "--slots", 8, "--max-steps", 2
+    told(fastrefine("refine", *given, *flags, "--outdir", tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["stop"] == stop
+
+
 def test_a_pair_is_saved_again_as_it_was(full, tmp_path):
     again = fr.load_pair(full).saved(tmp_path / "q")
     assert json.loads((again / "config.json").read_text()) == json.loads((full / "config.json").read_text())
