@@ -58,7 +58,7 @@ def specialisations():
 
 def test_every_kernel_and_rule_is_compiled():
     kernels = set()
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in Path(pytest.importorskip("fastrefine.kernels.aot").__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.decorator_list and not node.name.startswith("_"):
                 jit = "triton.jit" in ast.unparse(node.decorator_list[0])
