@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -93,10 +94,7 @@ def import_pair(
     g, d = made
     facts = {"sampler": Collaborative(), **_conventions(g, d), **facts, **({"prior": prior} if prior else {}), **saved}
     if "prior" not in facts:
-        raise InputError(
-            'the generator does not say what its latents are; pass e.g. --prior \'{"name": "normal", "shape": [128]}\', with '
-            "the shape of one latent: [128, 1, 1] where the generator begins with a convolution, as a DCGAN does"
-        )
+        raise InputError(f"the generator does not say what its latents are; pass {_prior_of(g)}")
     outdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outdir.parent, suffix=".part") as folder:
         part = save_pair(
@@ -329,6 +327,21 @@ def _conventions(g: nn.Module, d: nn.Module) -> dict[str, Any]:
         if "minibatchstd" in type(module).__name__.lower():
             facts |= {"coupling": "freeze", "group_size": getattr(module, "group_size", None)}
     return facts
+
+
+def _prior_of(g: nn.Module) -> str:
+    """A --prior to type: of a shape that ``g`` takes, if its first layer tells one, else an example."""
+    said = '--prior \'{{"name": "normal", "shape": {}}}\''
+    first = next((module for module in g.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)), None)
+    width = getattr(first, "in_features", getattr(first, "in_channels", 0))
+    for shape in ([width], [width, 1, 1]):
+        with contextlib.suppress(Exception), torch.no_grad():
+            g(torch.zeros(2, *shape))
+            return f"{said.format(shape)}, whose shape it takes, if it was trained on normal ones"
+    return (
+        f"e.g. {said.format([128])}, with the shape of one latent: [128, 1, 1] where the generator begins with a convolution, "
+        "as a DCGAN does"
+    )
 
 
 def _tried(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

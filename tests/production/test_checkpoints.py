@@ -30,6 +30,14 @@ class Generator(nn.Module):
         return torch.tanh(self.last(self.norm(self.first(z)))).unflatten(1, (1, 4, 4))
 
 
+class Square(Generator):
+    """(N, 2, 2) -> (N, 1, 4, 4)."""
+
+    def forward(self, z):
+        (n, _, _) = z.shape
+        return super().forward(z.view(n, 4))
+
+
 class Discriminator(nn.Sequential):
     """(N, 1, 4, 4) -> (N, 1)."""
 
@@ -116,7 +124,8 @@ def test_two_files_and_keys_and_arguments(tmp_path):
 
 @pytest.mark.parametrize(("content", "change", "why"), [
     ({"g": G, "d": D}, {"generator": ""}, "does not say which class its generator is of; pass --generator"),
-    ({"g": G, "d": D}, {"prior": None}, "does not say what its latents are; pass e.g. --prior"),
+    ({"g": G, "d": D}, {"prior": None}, "does not say what its latents are; pass --prior .*: \\[4\\]}', whose shape it takes"),
+    ({"g": G, "d": D}, {"prior": None, "generator": f"{HERE}:Square"}, "latents are; pass e.g. --prior .*, as a DCGAN does"),
     ({"g": G, "d": D}, {"prior": fr.Normal(5)}, "do not work as a pair, and nothing was written.*generator failed"),
     ({"g": D, "d": G}, {}, "does not fit Generator: .* missing"),
     ({"one": G, "two": EMA, "d": D}, {}, "pass its key: one of one, two, d"),
