@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import fastrefine as fr
 from benchmarks.papers import plots
 from benchmarks.papers.cells import trained_judge
+from benchmarks.papers.likelihood import VAE, Flow
 from benchmarks.papers.result_file import Row, against, claim, pick
 from benchmarks.papers.run import Made, Recipe, Run, Table
 from fastrefine.demo.gan import build, train_gan
 from fastrefine.demo.recipes import DIGITS
 from fastrefine.models.default import default_discriminator
-from fastrefine.models.likelihood import VAE, Flow
 
 
 def train_base(

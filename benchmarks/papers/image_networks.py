@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastrefine as fr
+from benchmarks.papers.infogan import LATENT_DIM, infogan_discriminator, infogan_generator
 from benchmarks.papers.pictures import PictureFolder
 from benchmarks.papers.run import Recipe
 from fastrefine import models
 from fastrefine.demo import gan
 from fastrefine.demo.gan import Pair, Trainer, Training, build
 from fastrefine.models.digits import Classifier
-from fastrefine.models.infogan import LATENT_DIM, infogan_discriminator, infogan_generator
 
 INFO_TRAINING = Training(64, "adam", (1e-3, 2e-4), betas=(0.5, 0.999), bfloat16=True)  # but for bfloat16 as published
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 import fastrefine as fr
-from benchmarks.papers import image_networks
+from benchmarks.papers import image_networks, infogan
 from benchmarks.papers.cells import Cells, checkpoints, trained_judge
 from benchmarks.papers.image_rows import ImageTable, Way
 from benchmarks.papers.result_file import Row
@@ -16,7 +16,7 @@ from benchmarks.papers.run import SHOWN, Recipe, Table
 from fastrefine.datasets import Images
 from fastrefine.demo.gan import Pair, Trainer
 from fastrefine.demo.judge import accuracy
-from fastrefine.models import digits, infogan
+from fastrefine.models import digits
 
 AT = "map7"  # the 7x7x128 map that [CS] refines
 PRIOR = fr.Uniform(infogan.LATENT_DIM)

@@ -7,8 +7,8 @@ from torch.func import jacrev, vmap
 
 import fastrefine as fr
 from benchmarks.papers import corrector
+from benchmarks.papers.likelihood import VAE, Flow
 from fastrefine.demo.gan import build
-from fastrefine.models.likelihood import VAE, Flow
 
 IMAGES = torch.rand(60, 1, 2, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -10,12 +10,11 @@ from torch import nn
 
 pytest.importorskip("matplotlib")
 import fastrefine as fr
-from benchmarks.papers import image_networks, mnist
+from benchmarks.papers import image_networks, infogan, mnist
 from benchmarks.papers.cells import Cells
 from benchmarks.papers.mnist_rows import AT, Mnist, add_faint
 from fastrefine.datasets import Images, load_digits
 from fastrefine.demo import gan
-from fastrefine.models import infogan
 
 BETTER = {"frechet_distance": 5.0, "classifier_score": 8.0}
 WORSE = {"frechet_distance": 10.0, "classifier_score": 7.0}
