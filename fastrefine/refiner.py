@@ -21,7 +21,7 @@ from fastrefine.engine.stream import SampleStream
 from fastrefine.engine.watch import findings_of
 from fastrefine.errors import FastrefineError, FastrefineWarning, InputError
 from fastrefine.networks.calls import takes_labels
-from fastrefine.networks.copies import device_of, is_shaped
+from fastrefine.networks.copies import device_of, has_batch_norm, is_shaped
 from fastrefine.networks.prepared import Networks, refines_latents
 from fastrefine.networks.split import Split
 from fastrefine.networks.statistics import StatisticsWarning
@@ -378,6 +378,10 @@ class Refiner:
         shaped = shaped or is_shaped(self.discriminator)
         found = findings_of(tally.sums, options, latents is None, shaped)
         notes = [str(one) for one in seen if str(one) not in doubts]
+        if has_batch_norm(self.discriminator):
+            notes.append(
+                "D has BatchNorm: its scores in use are not those that training showed, so compare them with each other"
+            )
         run_of = summary(tally.sums)
         return checked(setting, raw, out, thresholds, options.real, networks, doubts, notes, found, run_of, shaped)
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,12 @@ from fastrefine.cli.production import (
     FOLDER,
     GENERATOR,
     REFINEMENT,
+    RESUMABLE,
+    Interrupted,
     configuration_of,
     hint_when_busy,
     options,
+    terminated,
     trusted_by,
     typed_flags,
     worker_of,
@@ -161,15 +163,17 @@ def shape(
     ctx: click.Context, iterations: int, batch_size: int, learning_rate: float, seed: int, take: str, held_out: str | None,
     outdir: Path, **flags: Any,
 ) -> None:  # fmt: skip
-    """Train the discriminator for refinement ([CS] Alg. 2) on the images of --real; the generator is not changed.
+    """Train the discriminator for refinement; the generator is not changed.
 
-    Ends in a verdict as that of `fastrefine check`, on held-out real images where there are any.
+    It learns the images of --real against refined samples ([CS] Alg. 2). Ends in a verdict as that of `fastrefine check`, on
+    held-out real images where there are any.
 
     With --pair, OUTDIR becomes a pair with the shaped discriminator, for `fastrefine refine --pair OUTDIR`. It keeps the place,
     sampler, steps and stop rule that it was shaped for. Otherwise pass the same --discriminator with
     --discriminator-weights OUTDIR/discriminator.safetensors.
 
-    Ctrl-C ends it after the iteration at work, and OUTDIR gets the discriminator so far. curve.csv has a row for every one.
+    Ctrl-C or SIGTERM ends it after the iteration at work, and OUTDIR gets the discriminator so far. curve.csv has a row for
+    every one.
 
     \b
     fastrefine shape --pair mypair --real train/ --iterations 300 --outdir shaped
@@ -204,14 +208,14 @@ def shape(
         curve.append(facts)
         ends.append(time.monotonic())
         if len(ends) == 3 and (left := (ends[-1] - ends[-2]) * (iterations - 3)) > EVERY:
-            more = "it takes longer if refinement comes to take more steps"
+            more = "it takes longer if refinement comes to take more steps, or if others use the machine"
             click.echo(f"shaping: about {span(left)} left at the speed of the third iteration; {more}", err=True)
-        return stopped.is_set()
+        return bool(stopped)
 
     at = some(len(refiner.real), JUDGED)  # their logits are computed anew after every update
     labels = refiner.real_labels
     judged = refiner.replaced(real=refiner.real[at], real_labels=None if labels is None else labels[at])
-    with _stopped_by_interrupt() as stopped:
+    with _stopped_by_signals() as stopped:
         shaped = fr.shape_discriminator(
             judged, refiner.real, iterations, batch_size, learning_rate, real_labels=labels, stop=refiner.stop,
             seed=seed, keep=take, progress=None, callback=told,
@@ -254,7 +258,7 @@ def shape(
             again, rest = typed_flags(ctx, ("pair", "outdir", "iterations")), iterations - len(curve)
             more = f"{shlex.join(again)} --iterations {rest} --outdir {_unused(str(outdir))}"
             click.echo(f"to shape it for the rest: fastrefine shape --pair {shlex.quote(str(outdir))} {more}")
-        ctx.exit(130)
+        ctx.exit(130 if signal.SIGINT in stopped else RESUMABLE)
     by, memory = f"the images that it was shaped on, which flatters it: no --held-out was given, and {c.real} has none", []
     if others is not None:
         images, classes = others
@@ -281,23 +285,27 @@ def _course(curve: list[dict[str, float]]) -> str:
 
 
 @contextlib.contextmanager
-def _stopped_by_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets. The second one interrupts as usual; where SIGINT has a handler, none is set."""
-    stopped, usual = threading.Event(), signal.getsignal(signal.SIGINT)
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """A list that gets the first Ctrl-C or SIGTERM. The second one acts as usual, and so do those that have a handler."""
+    stopped: list[int] = []
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    handled = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
 
-    def stop(*_: Any) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, usual)
-        click.echo("stopping after this iteration; Ctrl-C again stops at once and keeps nothing", err=True)
+    def put_back() -> None:
+        for number in handled:
+            signal.signal(number, usual[number])
 
-    if usual is not signal.default_int_handler:
-        yield stopped
-        return
-    signal.signal(signal.SIGINT, stop)
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        put_back()
+        click.echo("stopping after this iteration; the same again stops at once and keeps nothing", err=True)
+
+    for number in handled:
+        signal.signal(number, stop)
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, usual)
+        put_back()
 
 
 @click.command()
@@ -364,17 +372,18 @@ def distil(
         what = "map and discriminator" if facts["shaped"] else "map, the discriminator as it was before it"
         done = f"the pair of round {facts['round']} of {facts['rounds']}: {what}"
 
+    signal.signal(signal.SIGTERM, terminated)
     shaping = {"iterations": shaping_iterations, "batch_size": shaping_batch_size, "learning_rate": shaping_learning_rate}
     try:
         g = fr.distil(
             worker.refiner, pairs, rounds, seed, conditions=worker.conditions_of(pairs), flops=flops, iterations=iterations,
             batch_size=batch_size, learning_rate=learning_rate, shaping=shaping, callback=save,
         )  # fmt: skip
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         click.echo(
             f"stopped; {f'{outdir} holds {done}' if done else 'no map was finished yet, so nothing was written'}", err=True
         )
-        ctx.exit(130)
+        ctx.exit(130 if isinstance(stop, KeyboardInterrupt) else RESUMABLE)
     click.echo(f"wrote {outdir}; the map's width is {g.report['width']}, its cost {g.report['flops_share']:.1%} of the "
                f"generator's FLOPs, and it leaves {g.report['held_out_error']:.0%} of the refinement undone")  # fmt: skip
     for line in quality(worker, g, samples, features):
@@ -391,8 +400,8 @@ def distil(
               "weights loaded.")  # fmt: skip
 @click.option("--train", help="Labelled real images for the classifier (default: the training images of --real).")
 @click.option("--baseline", type=PATH, help="Unrefined images, for comparison.")
-@click.option("--limit", type=click.IntRange(min=4), help="Images of each set at most, drawn from all of them (default: "
-              "all).")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=4), help="At most so many of DIR and of --baseline, drawn from all of them "
+              "(default: all).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     images: Path, real: str, features: str | None, train: str | None, baseline: Path | None, limit: int | None, as_json: bool
@@ -400,7 +409,8 @@ def evaluate(
     """Frechet distance, KID, score, precision and recall of DIR (a run, pictures or .npz) against real images.
 
     Figures have a 95 % interval, and names that say on which features and on how many images they are. The column "real"
-    says with how many real images they were compared. Compare only figures that agree in all three.
+    says with how many real images they were compared. Compare only figures that agree in all three. Where --real is a held-out
+    part, the last column has as many training images: no generator can be expected to be better.
 
     \b
     fastrefine evaluate run --real held-out/ --baseline unrefined
@@ -415,10 +425,10 @@ def evaluate(
     else:
         click.echo(f"{found.num_samples} images against {found.num_real} real ones, 95 % intervals")
         width = max(map(len, found.figures))
-        beside = "" if found.baseline is None else f"baseline, n={found.num_baseline}"
-        click.echo(f"{'':<{width}}  {'real':<8}{'images':<28}{beside}".rstrip())
-        for name, figure, raw in found.pairs():
-            cells = [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in (figure, *([] if raw is None else [raw]))]
+        columns = found.columns()
+        click.echo(f"{'':<{width}}  {'real':<8}{''.join(f'{of:<28}' for of in columns)}".rstrip())
+        for name, *row in zip(found.figures, *columns.values(), strict=True):
+            cells = [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in row]
             real_ones = str(evaluation.real_compared(name, found.num_real) or "-")
             click.echo(f"{name:<{width}}  {real_ones:<8}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     for line in found.warnings:

@@ -234,7 +234,7 @@ def refine(ctx: click.Context, outdir: Path, shard_id: int, num_shards: int, as_
         raise click.UsageError(f"--shard-id is {shard_id}; wanted it below --num-shards {num_shards}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     again = f"fastrefine {shlex.join(sys.argv[1:])}"
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     try:
         worker = worker_of(ctx, flags)
         share = shard_id * world + rank, num_shards * world
@@ -402,7 +402,8 @@ def trusted_by(flags: dict[str, Any]) -> dict[str, Any]:
     return {"everything": flags.pop("trust_code"), "typed": frozenset(filter(None, typed)), "file": flags.get("config")}
 
 
-def _terminated(*_: Any) -> None:
+def terminated(*_: Any) -> None:
+    """The handler of SIGTERM."""
     raise Interrupted
 
 

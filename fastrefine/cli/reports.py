@@ -48,13 +48,13 @@ def grid(
 @click.option("--real", help="Real images, held out: a folder, .npz, .safetensors, or digits. For quality, neighbours, "
               "reliability.")  # fmt: skip
 @click.option("--features", metavar="CODE", help="Network of the features, as for `evaluate`.")
-@click.option("--train", help="Labelled real images for the default features (default: --real).")
-@click.option("--limit", type=click.IntRange(min=2), help="How many images are compared: of RUN the first ones (default: "
-              f"{COMPARED}), of --real at most as many (default: all).")  # fmt: skip
+@click.option("--train", help="Labelled real images for the default features (default: the training images of --real).")
+@click.option("--limit", type=click.IntRange(min=2), default=COMPARED, show_default=True, help="How many images of RUN are "
+              "compared, the first ones.")  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True)
 def report(
     run: Path, baseline: Path | None, device: str | None, allow_pickle: bool, trust_code: bool, real: str | None,
-    features: str | None, train: str | None, limit: int | None, output: Path,
+    features: str | None, train: str | None, limit: int, output: Path,
 ) -> None:  # fmt: skip
     """Write a page about RUN: pictures, scores, quality, settings. One HTML file, which needs no network.
 
@@ -66,8 +66,8 @@ def report(
     from fastrefine.production.report import Report
     from fastrefine.production.report_page import write
 
-    pairs = BeforeAfter(run, baseline, limit or COMPARED, device=device, allow_pickle=allow_pickle, trust_code=trust_code)
-    missing = write(Report(pairs, real, limit, features=features, train=train), output, ["fastrefine", *sys.argv[1:]])
+    pairs = BeforeAfter(run, baseline, limit, device=device, allow_pickle=allow_pickle, trust_code=trust_code)
+    missing = write(Report(pairs, real, features=features, train=train), output, ["fastrefine", *sys.argv[1:]])
     click.echo(f"wrote {output}: {len(pairs.every['ids'])} images")
     for line in missing:
         click.echo(f"warning: the page is without {line}", err=True)

@@ -72,6 +72,11 @@ class Diagnosis:
     bin_real: np.ndarray = field(repr=False, compare=False)
     bin_fake: np.ndarray = field(repr=False, compare=False)
 
+    def __str__(self) -> str:
+        text = ", ".join(f"{name} {value:.{1 if name == 'z' else 3}f}" for name, value in self.figures.items())
+        verdict = "D may be trusted as a density ratio" if self.trusted else "D may not be trusted as a density ratio"
+        return f"{text} ({self.num_real} real, {self.num_fake} generated): {verdict}"
+
     @property
     def figures(self) -> dict[str, float]:
         """The four figures that a check and a report show, by the names of FIGURES."""

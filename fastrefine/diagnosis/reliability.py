@@ -45,7 +45,7 @@ def reliability_plot(found: Diagnosis | Calibration, path: str | Path | None = N
         _curve(ax, diagnosis, color, name)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", ylabel="share of real images")
     ax.tick_params(labelbottom=False)
-    ax.legend(loc="upper left", frameon=False, fontsize="small")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, frameon=False, fontsize="small")  # above the dots
     below = make_axes_locatable(ax).append_axes("bottom", size="25%", pad=0.1, sharex=ax)
     _histogram(below, *list(shown.values())[-1])
     below.set(xlabel="predicted probability of being real")

@@ -17,8 +17,8 @@ from fastrefine.result import Result, Status
 Sums = Mapping[str, float]
 
 MEANT = {  # each status in words
-    "REACHED": "stopped by the rule", "EXHAUSTED": "took all steps", "STALLED": "no gradient",
-    "NONFINITE": "a value was not finite",
+    "REACHED": "stopped by the rule", "EXHAUSTED": "took all steps", "STALLED": "had no gradient",
+    "NONFINITE": "met a value that is not finite",
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def ended(run: Mapping[str, Any]) -> str:
     status = run["status"]
     if status[Status.EXHAUSTED.name] == 1 and not run["mean_steps"]:
         return "no steps were allowed, so images are as the generator makes them"
-    return ", ".join(f"{share:.1%} {name} ({MEANT[name]})".replace(".0%", "%") for name, share in status.items() if share)
+    return ", ".join(f"{share:.1%} {MEANT[name]} ({name})".replace(".0%", "%") for name, share in status.items() if share)
 
 
 def _median(logits: Tensor | None) -> float:

@@ -264,6 +264,11 @@ def has_spatial_weights(module: nn.Module) -> bool:
     return any(p.dim() == 4 for p in module.parameters())
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a part of it is a BatchNorm that keeps statistics."""
+    return any(isinstance(child, NORMS) and child.track_running_stats for child in unwrap(module).modules())
+
+
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Write the parameters and buffers of ``source`` into the storage of ``target`` (same structure)."""
     with torch.no_grad():

@@ -156,7 +156,10 @@ def train_classifier(
 def check(images: Tensor, real: Tensor) -> None:
     """Raise InputError unless the two sets can be compared."""
     if images.shape[1:] != real.shape[1:]:
-        raise InputError(f"images are {tuple(images.shape[1:])}, real ones {tuple(real.shape[1:])}; wanted one size")
+        shapes = f"images are {tuple(images.shape[1:])}, real ones {tuple(real.shape[1:])}"
+        text = f"{shapes} (channels, height, width); wanted both alike"
+        grey = images.shape[1] == 1 and real.shape[1] == 3 and bool((real == real[:, :1]).all())
+        raise InputError(text + ": the real ones are grey pictures saved in colour, save them with one channel" * grey)
     if min(len(images), len(real)) < 4:
         raise InputError(f"got {len(images)} images and {len(real)} real ones; wanted at least 4 of each")
 
@@ -171,7 +174,7 @@ class Figure(NamedTuple):
 
 def measure(
     images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000, resamples: int = 50,
-    progress: bool | None = False,
+    progress: bool | None = False, what: str = "the images",
 ) -> dict[str, Figure]:  # fmt: skip
     """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1]: name -> (value, low, high).
 
@@ -183,7 +186,7 @@ def measure(
 
     The intervals hold about 95 %: 1.96 standard errors of ``resamples`` bootstrap samples of the images (the real ones stay).
     Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance,
-    which depends on N.
+    which depends on N. what: whose figures they are, for the bar.
 
     Raises InputError on sets of different shape, or of fewer than four images.
 
@@ -195,7 +198,7 @@ def measure(
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
     blocks = sum(-(-min(len(x), COVERED) // metrics.BLOCK) for x in (ours, theirs))
-    with ProgressBar(resamples + SUBSETS + 2 * blocks, "figures", "parts", progress) as bar:
+    with ProgressBar(resamples + SUBSETS + 2 * blocks, f"figures of {what}", "parts", progress) as bar:
 
         def tick() -> None:
             bar.to(bar.done + 1)
@@ -262,7 +265,10 @@ def _mixed(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``evaluate`` found. figures, baseline: as ``measure`` gives them; warnings: sentences for the reader."""
+    """What ``evaluate`` found. figures, baseline, training: as ``measure`` gives them; warnings: sentences for the reader.
+
+    training: of as many training images, as ``yardstick`` gives them.
+    """
 
     features: str
     num_samples: int
@@ -271,16 +277,19 @@ class Evaluation:
     warnings: list[str]
     num_baseline: int | None = None
     baseline: dict[str, Figure] | None = None
+    num_training: int | None = None
+    training: dict[str, Figure] | None = None
 
-    def pairs(self) -> list[tuple[str, Figure, Figure | None]]:
-        """(name, figure, the baseline's figure) of every metric."""
-        others: list[Any] = list((self.baseline or {}).values()) or [None] * len(self.figures)
-        return [(name, figure, other) for (name, figure), other in zip(self.figures.items(), others, strict=True)]
+    def columns(self) -> dict[str, list[Figure]]:
+        """The figures of each set of images that was measured, all in the order of ``figures``."""
+        sets = {"images": self.figures, f"baseline, n={self.num_baseline}": self.baseline}
+        sets[f"training images, n={self.num_training}"] = self.training
+        return {name: list(found.values()) for name, found in sets.items() if found is not None}
 
     def to_json(self) -> dict[str, Any]:
         """JSON values: every figure is {"value", "low", "high", "num_real"}, the last as ``real_compared`` gives it."""
         found = {**self.__dict__}
-        for name in ("figures", "baseline"):
+        for name in ("figures", "baseline", "training"):
             if found[name] is not None:
                 found[name] = {
                     key: {**figure._asdict(), "num_real": real_compared(key, self.num_real)}
@@ -297,7 +306,7 @@ def evaluate(
 
     baseline: unrefined images, which are measured too. features: see ``given_features``; None: EfficientNet-Lite0 for images
     in colour where it is installed, else "classifier", a small classifier that is trained here on the labelled images of
-    ``train`` (None: the training part of ``real``, or ``real`` itself). limit: of each set at most so many images.
+    ``train`` (None: the training part of ``real``, or ``real`` itself). limit: at most so many images and unrefined ones.
 
     Raises InputError where sets do not fit, or where there are no features for them.
 
@@ -305,19 +314,39 @@ def evaluate(
     """
     ours = images_of(images, limit)
     raw = None if baseline is None else images_of(baseline, limit)
-    truth, _ = load_labelled(real, limit, signed=True)
+    truth, _ = load_labelled(real, signed=True)
     for given in (ours, raw):
         if given is not None:
             check(given, truth)
     network = features_for(ours, features, train or training_part(real), progress)
     found = measure(ours, truth, network, progress=progress)
-    unrefined = None if raw is None else measure(raw, truth, network, progress=progress)
+    unrefined = None if raw is None else measure(raw, truth, network, progress=progress, what="the baseline")
+    training, num_training = yardstick(real, truth, len(ours), network, progress)
     told = [
         *learned_on_them(network, real),
         *_seen_in_shaping(images, real, truth),
         *warnings_of(found, len(ours), unrefined, None if raw is None else len(raw)),
     ]
-    return Evaluation(network.name, len(ours), len(truth), found, told, None if raw is None else len(raw), unrefined)
+    return Evaluation(
+        network.name, len(ours), len(truth), found, told, None if raw is None else len(raw), unrefined, num_training, training
+    )
+
+
+def yardstick(
+    real: str, truth: Tensor, n: int, features: Features, progress: bool | None = False
+) -> tuple[dict[str, Figure] | None, int | None]:
+    """The figures of n training images, which no generator is expected to surpass, and how many there were.
+
+    (None, None) unless ``real``, whose images are ``truth``, names the held-out part of images that have a training part.
+    """
+    part = training_part(real)
+    if part == real:
+        return None, None
+    try:
+        images, _ = load_labelled(part, n, signed=True)
+        return measure(images, truth, features, progress=progress, what="training images"), len(images)
+    except InputError:  # no such part, or one of other images
+        return None, None
 
 
 def features_for(images: Tensor, features: str | None, train: str, progress: bool | None = False) -> Features:
@@ -394,14 +423,15 @@ def warnings_of(found: dict[str, Figure], n: int, raw: dict[str, Figure] | None 
             f"compare; wanted as many of each (--limit {min(n, raw_n or n)})"
         )
     ours, theirs = (_by_metric(figures) for figures in (found, raw))
+    intervals = [{_metric(name): figure for name, figure in figures.items()} for figures in (found, raw)]
     score, distance = "classifier_score", "frechet_distance"
-    if score in ours and ours[score] > theirs[score] and ours[distance] > theirs[distance]:
+    rose = intervals[0][distance].low > intervals[1][distance].high
+    if score in ours and ours[score] > theirs[score] and rose:
         warnings.append(
             f"the score rose from {theirs[score]:.3f} to {ours[score]:.3f}, which is better, but the distance rose too, from "
             f"{theirs[distance]:.3f} to {ours[distance]:.3f}, which is worse: the images may be refined too far. Take fewer or "
             "smaller steps, or shape the discriminator"
         )
-    intervals = [{_metric(name): figure for name, figure in figures.items()} for figures in (found, raw)]
     for name, share in (("precision", "images look like a real one"), ("recall", "real images have one like them")):
         if name in intervals[0] and intervals[0][name].high < intervals[1][name].low:
             warnings.append(f"{name} fell from {theirs[name]:.3f} to {ours[name]:.3f}: fewer {share} than without refinement")

@@ -90,6 +90,9 @@ def _arrays(path: Path, part: str, limit: int | None) -> tuple[np.ndarray, np.nd
             f"{path} has no parts, so no :{part}; wanted digits:{part}, or a folder of MNIST's idx files before it"
         )
     if not path.is_file():
+        source, _, other = str(path).rpartition(":")
+        if source and Path(source).exists():
+            raise InputError(f"{source} has no part {other!r}; wanted :{', :'.join(PARTS)} behind it, or nothing")
         raise InputError(f"{path} is not there; {WANTED}")
     try:
         if path.suffix == ".safetensors":

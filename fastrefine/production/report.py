@@ -28,13 +28,14 @@ Figures = dict[str, tuple[float, float | None, float | None]]  # name -> value, 
 class Report:
     """What the page shows of a run; each part is computed when it is asked for, and raises InputError where it cannot be.
 
-    real: real images, as ``load_labelled`` reads them, or None; limit: how many at most, None: all. features, train: as for
-    ``fastrefine evaluate``.
+    real: real images, as ``load_labelled`` reads them, or None. features, train: as for ``fastrefine evaluate``. Raises
+    InputError where there are no such real images.
     """
 
-    def __init__(self, pairs: BeforeAfter, real: str | None = None, limit: int | None = None, *, features: str | None = None,
-                 train: str | None = None):  # fmt: skip
-        self.pairs, self.real, self.limit, self.code, self.train = pairs, real, limit, features, train or real
+    def __init__(self, pairs: BeforeAfter, real: str | None = None, *, features: str | None = None, train: str | None = None):
+        self.pairs, self.real, self.code, self.train = pairs, real, features, train or real
+        if real is not None:
+            _ = self.truth
         self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}  # what the run told of itself at its end
         self.findings: list[Any] = self.summary.get("findings") or pairs.manifest.get("findings") or []
 
@@ -43,7 +44,7 @@ class Report:
         """Real images (M, C, H, W) in [-1, 1], and their labels."""
         if self.real is None:
             raise InputError("no real images were given; pass --real")
-        return load_labelled(self.real, self.limit, signed=True)
+        return load_labelled(self.real, signed=True)
 
     @cached_property
     def features(self) -> evaluation.Features:
@@ -51,9 +52,14 @@ class Report:
         images = from_pixels(self.pairs.after.pixels)
         return evaluation.features_for(images, self.code, evaluation.training_part(self.train), None)
 
+    @property
+    def held_out(self) -> bool:
+        """Whether the real images are the held-out part of images that have a training part."""
+        return self.real is not None and evaluation.training_part(self.real) != self.real
+
     @cached_property
-    def metrics(self) -> tuple[Figures | None, Figures]:
-        """Figures of merit before and after; before is None where there are no images before."""
+    def metrics(self) -> tuple[Figures | None, Figures, Figures | None]:
+        """Figures of merit before and after, and of training images; None where there are no such images."""
         real, _ = self.truth
         before = None
         with contextlib.suppress(InputError):
@@ -63,10 +69,12 @@ class Report:
             if side is not None:
                 evaluation.check(side, real)
         raw, after = (
-            None if side is None else _figures(evaluation.measure(side, real, self.features, progress=None)) for side in sides
+            None if side is None else _figures(evaluation.measure(side, real, self.features, progress=None, what=what))
+            for side, what in zip(sides, ("images before", "images after"), strict=True)
         )
-        assert after is not None
-        return raw, after
+        assert after is not None and self.real is not None
+        training, _ = evaluation.yardstick(self.real, real, len(self.pairs.ids), self.features, None)
+        return raw, after, None if training is None else _figures(training)
 
     @cached_property
     def real_logits(self) -> Tensor:
@@ -78,11 +86,17 @@ class Report:
         return worker.refiner.score(scaled(images, worker.configuration.value_range), labels if takes else None)
 
     @cached_property
-    def reliability(self) -> Diagnosis:
-        """Whether the discriminator's logits may be read as probabilities, on real images and refined ones."""
+    def reliability(self) -> tuple[Diagnosis, bool]:
+        """Whether the discriminator's logits may be read as probabilities, on real images and those before refinement.
+
+        And whether it is these: where none are to be had it is those after it.
+        """
         if self.pairs.folder.configuration.discriminator_output == "critic":
             raise InputError("the discriminator is a critic, whose scores are no probabilities")
-        return diagnose(_finite(self.real_logits), _finite(torch.from_numpy(self.pairs.after.columns["logits"])))
+        logits, before = self.pairs.after.columns["logits"], False
+        with contextlib.suppress(InputError):
+            logits, before = self.pairs.logits_before, True
+        return diagnose(_finite(self.real_logits), _finite(torch.from_numpy(logits))), before
 
     @cached_property
     def change(self) -> np.ndarray:

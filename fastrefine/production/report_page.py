@@ -117,9 +117,11 @@ class _Page:
             "unrefined": pairs.folder.configuration.max_steps == 0,
             "metrics": metrics, "distance": distance, "verdict": _verdict(metrics or []),
             "notes": metrics and evaluation.learned_on_them(report.features, report.real or ""),
-            "num_real": metrics and len(report.truth[0]),
+            "num_real": metrics and len(report.truth[0]), "held_out": report.held_out,
             "reliability": self.part("reliability", lambda: report.reliability), "figures": FIGURES,
-            "reliability_figure": self.part("reliability", lambda: _svg(reliability_plot(report.reliability), "Reliability")),
+            "reliability_figure": self.part(
+                "reliability", lambda: _svg(reliability_plot(report.reliability[0]), "Reliability")
+            ),
             "speed": {name: report.summary.get(name) for name in ("seconds", "images_per_second")},
             "settings": self.settings(), "missing": self.missing,
             "repeat": shlex.join(["fastrefine", "refine", "--config", str(pairs.folder.path / MANIFEST), "--outdir", "again"]),
@@ -174,12 +176,13 @@ class _Page:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of the table of quality."""
-        before, after = self.report.metrics
-        others = list(before.values()) if before is not None else [None] * len(after)
+        before, after, training = self.report.metrics
+        others, ideal = (list(side.values()) if side is not None else [None] * len(after) for side in (before, training))
         return [
             {"name": name, "words": next((text for start, text in METRICS.items() if name.startswith(start)), ""),
-             "before": other, "after": figure, "real": evaluation.real_compared(name, len(self.report.truth[0]))}
-            for (name, figure), other in zip(after.items(), others, strict=True)
+             "before": other, "after": figure, "training": best,
+             "real": evaluation.real_compared(name, len(self.report.truth[0]))}
+            for (name, figure), other, best in zip(after.items(), others, ideal, strict=True)
         ]  # fmt: skip
 
     def settings(self) -> list[tuple[str, str, str]]:

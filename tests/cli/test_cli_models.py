@@ -163,20 +163,23 @@ def test_shaping_without_a_terminal_gives_signs_of_life(files, tmp_path, monkeyp
 
 @pytest.fixture
 def usual_interrupt():
-    """SIGINT as Python handles it; a shell may have started the tests with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT as Python handles it; a shell may have started the tests with it ignored. SIGTERM, which ends them, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
 
 
-@pytest.mark.parametrize("take", ["last", "best"])
-def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_path, monkeypatch, usual_interrupt, take):
+@pytest.mark.parametrize(("take", "number", "code"), [("last", signal.SIGINT, 130), ("best", signal.SIGTERM, 3)])
+def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(
+    files, tmp_path, monkeypatch, usual_interrupt, take, number, code
+):  # fmt: skip
     shaping = fr.shape_discriminator
 
     def stopped(*arguments, callback, **options):
         def told(facts):
             if facts["iteration"] == 1:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             return callback(facts)
 
         return shaping(*arguments, callback=told, **options, check_every=1)
@@ -185,8 +188,9 @@ def test_the_discriminator_so_far_is_kept_when_shaping_is_stopped(files, tmp_pat
     command = ("shape", "--pair", files / "pair", "--real", "digits", "--iterations", 5, "--batch-size", 8, "--max-steps", 1,
                "--take", take, "--outdir", tmp_path / "shaped")  # fmt: skip
     done = CliRunner().invoke(cli, list(map(str, command)))
-    assert done.exit_code == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler, done.output
-    assert "stopping after this iteration; Ctrl-C again stops at once" in done.output
+    assert done.exit_code == code and signal.getsignal(signal.SIGINT) is signal.default_int_handler, done.output
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert "stopping after this iteration; the same again stops at once" in done.output
     assert "stopped after 2 of 5 iterations; the discriminator so far is kept" in done.output
     assert f"refine --pair {tmp_path / 'shaped'}" in done.output and f"shape --pair {tmp_path / 'shaped'}" in done.output
     assert f"--iterations 3 --outdir {tmp_path / 'shaped2'}" in done.output

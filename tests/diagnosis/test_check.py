@@ -189,7 +189,11 @@ def test_shape_ends_in_a_verdict_and_check_of_the_new_pair_in_commands_that_fit_
     )
     rows = dict(line.split(maxsplit=1) for line in said.splitlines())
     assert rows["judged"].startswith("by       the images that it was shaped on, which flatters it")
-    assert "100% of pairs" in rows["separation"] and "100% REACHED" in rows["refinement"] and "ece" in rows["calibration"]
+    assert (
+        "100% of pairs" in rows["separation"]
+        and "100% stopped by the rule (REACHED)" in rows["refinement"]
+        and "ece" in rows["calibration"]
+    )
     assert rows["verdict"].startswith("nothing speaks against it: D was shaped") and "do" not in rows
     assert said.splitlines()[-1] == "to refine with it: fastrefine refine --pair fine --ids 0-999 --outdir run"
     assert fr.load_pair("fine").highest_real_logit == pytest.approx(float(

@@ -80,7 +80,7 @@ def test_the_figures_tell_their_progress(monkeypatch):
     real_to = evaluation.ProgressBar.to
 
     def to(self, done):
-        if self.name == "figures":
+        if self.name == "figures of the images":
             bars.append((done, self.total))
         real_to(self, done)
 

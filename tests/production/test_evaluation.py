@@ -132,7 +132,7 @@ def test_a_baseline_of_another_number_of_images_is_told():
 
 
 def test_sets_that_cannot_be_compared_are_refused():
-    with pytest.raises(InputError, match="wanted one size"):
+    with pytest.raises(InputError, match="wanted both alike"):
         evaluation.measure(images(5, 0), torch.zeros(5, 3, 4, 4), FEATURES)
     with pytest.raises(InputError, match="at least 4"):
         evaluation.measure(images(1, 0), images(5, 0), FEATURES)
@@ -302,11 +302,34 @@ def test_sets_are_checked_before_features_are_trained(tmp_path, monkeypatch):
     small = saved(tmp_path / "small.npz", torch.zeros(4, 1, 4, 4) - 0.5)
     grey8 = saved(tmp_path / "grey8.npz", torch.zeros(4, 1, 8, 8) - 0.5)
     for given, reason in (
-        ((tmp_path / "empty",), "no pictures"), ((small,), "wanted one size"),
-        ((grey8, "--baseline", small), "wanted one size"), ((grey8, "--train", small), "no labels"),
+        ((tmp_path / "empty",), "no pictures"), ((small,), "wanted both alike"),
+        ((grey8, "--baseline", small), "wanted both alike"), ((grey8, "--train", small), "no labels"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             command(*given, "--real", "digits")
+
+
+def test_grey_pictures_in_colour_are_named():
+    grey, tinted = torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8)
+    tinted[:, 0] += 0.5
+    with pytest.raises(InputError, match="grey pictures saved in colour"):
+        evaluation.check(torch.zeros(4, 1, 8, 8), grey)
+    with pytest.raises(InputError, match=r"wanted both alike$"):
+        evaluation.check(torch.zeros(4, 1, 8, 8), tinted)
+
+
+def test_training_images_are_a_yardstick_beside_held_out_ones(tmp_path):
+    some = load_labelled("digits:test")[0][:40]
+    x = saved(tmp_path / "x.npz", some)
+    features = ("--features", f"{__name__}:grey")
+    table = command(x, "--real", "digits:test", *features)
+    assert table.splitlines()[1].endswith("training images, n=40")
+    found = evaluation.evaluate(x, "digits:test", features=f"{__name__}:grey")
+    train = load_labelled("digits", 40)[0]
+    wanted = evaluation.measure(train, load_labelled("digits:test")[0], evaluation.given_features(f"{__name__}:grey"))
+    assert found.training == wanted and found.num_training == 40 and found.to_json()["training"].keys() == wanted.keys()
+    for real in ("digits", x):  # no held-out part of anything
+        assert evaluation.evaluate(x, str(real), features=f"{__name__}:grey").training is None
 
 
 def test_the_command_shows_distance_beside_score_and_warns_when_they_part(tmp_path):
@@ -359,8 +382,6 @@ def test_a_discriminator_that_was_shaped_on_the_real_images_is_told(tmp_path):
     features = ("--features", f"{__name__}:grey")
     seen = told(fastrefine("evaluate", tmp_path / "run", "--real", "digits", *features))
     assert f"the discriminator of {shaped} was shaped on 1400 of these 1400 real images" in seen
-    part = told(fastrefine("evaluate", tmp_path / "run", "--real", "digits", "--limit", 30, *features))
-    assert "on 30 of these 30 real images" in part
     n = int(np.isin(digests(load_labelled("digits:test")[0]), digests(load_labelled("digits")[0])).sum())
     assert n < 5  # images that the data set holds twice
     held_out = told(fastrefine("evaluate", tmp_path / "run", "--real", "digits:test", *features))

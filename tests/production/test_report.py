@@ -65,11 +65,22 @@ def test_the_page_holds_all_it_needs(page):
     assert not re.search(r"\d &gt; -?\d|\d > -?\d", page), "no two numbers look like an inequality"
 
 
+def test_real_images_that_are_not_there_are_refused(runs, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    for real, why in (
+        (tmp_path / "no.npz", "is not there"),
+        (f"{tmp_path / 'real.npz'}:tset", "has no part 'tset'; wanted :train"),
+    ):
+        done = fastrefine("report", runs / "run", "--real", real, "--output", tmp_path / "r.html")
+        assert why in str(done.exception) and not (tmp_path / "r.html").exists()
+
+
 def test_its_numbers_follow_from_the_files_of_the_run(page, runs):
     run, raw = columns(runs / "run"), columns(runs / "raw")
     shown = {"mean_steps": run["steps"].mean(), "logit_before": raw["logits"].mean(), "logit_after": run["logits"].mean()}
     report = Report(BeforeAfter(runs / "run", runs / "raw"), "digits")
-    shown |= {"logit_real": float(report.real_logits.mean())} | report.reliability.figures
+    shown |= {"logit_real": float(report.real_logits.mean())} | report.reliability[0].figures
+    assert "images before refinement. Of those" in page and report.reliability[1]
     for name, value in shown.items():
         assert float(figure(page, name)) == pytest.approx(value, rel=6e-3), name
     assert "Compare it with the scores of real images, whose mean is" in page and "above 0" not in page
@@ -240,15 +251,19 @@ def test_the_embedded_pair_still_makes_the_images_of_the_run(runs):
 def test_report_and_evaluate_compare_with_the_same_real_images(page, runs, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation.trained_features, "__defaults__", (60, 0))
 
-    def found(*limit):
-        asked = ("evaluate", runs / "run", "--real", "digits", "--baseline", runs / "raw", *limit)
+    def found(real):
+        asked = ("evaluate", runs / "run", "--real", real, "--baseline", runs / "raw")
         return json.loads(fastrefine(*asked, "--json").stdout), told(fastrefine(*asked))
 
-    (whole, table), (limited, _) = found(), found("--limit", N)
-    assert (whole["num_real"], limited["num_real"]) == (1400, N)
-    told(fastrefine("report", runs / "run", "--baseline", runs / "raw", "--real", "digits", "--limit", N,
+    (whole, table), (held_out, _) = found("digits"), found("digits:test")
+    assert (whole["num_real"], held_out["num_real"]) == (1400, 397)
+    told(fastrefine("report", runs / "run", "--baseline", runs / "raw", "--real", "digits:test",
                     "--output", tmp_path / "report.html"))  # fmt: skip
-    for text, numbers in ((page, whole), ((tmp_path / "report.html").read_text(), limited)):
+    other = (tmp_path / "report.html").read_text()
+    for word in ("was memorised", "it looks better here than it is"):
+        assert word in page and word not in other
+    assert "Training images</th>" in other and "Training images</th>" not in page
+    for text, numbers in ((page, whole), (other, held_out)):
         assert f"against {report_page._number(numbers['num_real'])} real ones" in text
         for name, one in numbers["figures"].items():
             assert figure(text, name).startswith(report_page._number(one["value"])), name
