@@ -140,7 +140,7 @@ class Check:
         if (d := self.calibration) is not None:
             text = ", ".join(f"{name} {value:.{1 if name == 'z' else 3}f}" for name, value in d.figures.items())
             may = "D may be selected by" if d.trusted else "to select by D, calibrate it first; to refine, no need"
-            rows["calibration"] = f"{text}: {may}"
+            rows["calibration"] = f"{text}, on raw images: {may}"
         if self.run:
             before, after = (self.run[name] for name in ("logit_before", "logit_after"))
             change = "" if before is None else f", mean logit {before:.3g} before, {after:.3g} after"

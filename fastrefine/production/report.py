@@ -34,6 +34,7 @@ class Report:
 
     def __init__(self, pairs: BeforeAfter, real: str | None = None, *, features: str | None = None, train: str | None = None):
         self.pairs, self.real, self.code, self.train = pairs, real, features, train or real
+        self.num_training: int | None = None  # training images among the figures
         if real is not None:
             _ = self.truth
         self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}  # what the run told of itself at its end
@@ -73,7 +74,7 @@ class Report:
             for side, what in zip(sides, ("images before", "images after"), strict=True)
         )
         assert after is not None and self.real is not None
-        training, _ = evaluation.yardstick(self.real, real, len(self.pairs.ids), self.features, None)
+        training, self.num_training = evaluation.yardstick(self.real, real, len(self.pairs.ids), self.features, None)
         return raw, after, None if training is None else _figures(training)
 
     @cached_property

@@ -117,7 +117,7 @@ class _Page:
             "unrefined": pairs.folder.configuration.max_steps == 0,
             "metrics": metrics, "distance": distance, "verdict": _verdict(metrics or []),
             "notes": metrics and evaluation.learned_on_them(report.features, report.real or ""),
-            "num_real": metrics and len(report.truth[0]), "held_out": report.held_out,
+            "num_real": metrics and len(report.truth[0]), "held_out": report.held_out, "num_training": report.num_training,
             "reliability": self.part("reliability", lambda: report.reliability), "figures": FIGURES,
             "reliability_figure": self.part(
                 "reliability", lambda: _svg(reliability_plot(report.reliability[0]), "Reliability")

@@ -262,7 +262,7 @@ def test_report_and_evaluate_compare_with_the_same_real_images(page, runs, monke
     other = (tmp_path / "report.html").read_text()
     for word in ("was memorised", "it looks better here than it is"):
         assert word in page and word not in other
-    assert "Training images</th>" in other and "Training images</th>" not in page
+    assert f"{N} training images</th>" in other and "training images</th>" not in page
     for text, numbers in ((page, whole), (other, held_out)):
         assert f"against {report_page._number(numbers['num_real'])} real ones" in text
         for name, one in numbers["figures"].items():
