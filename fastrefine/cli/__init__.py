@@ -22,7 +22,7 @@ def cli() -> None:
     """Refine the samples of a trained GAN with its own discriminator."""
 
 
-@cli.command()
+@click.command()
 @click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True,
               help="Where comparison.png and metrics.json go.")  # fmt: skip
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -46,7 +46,7 @@ def demo(
     demonstration.run(outdir, data=data, samples=samples, seed=seed, retrain=retrain, converged=converged, as_json=as_json)
 
 
-@cli.command()
+@click.command()
 def doctor() -> None:
     """Print versions, devices and the backends that are used here; include it in bug reports."""
     from fastrefine.cli.doctor import report
@@ -55,10 +55,24 @@ def doctor() -> None:
         click.echo(f"{name:<18} {value}")
 
 
-for command in (
-    production.refine, production.verify, production.merge, checkpoints.import_, checkpoints.push, models.evaluate,
-    models.check, models.shape, models.distil, models.layers, models.bench, reports.grid, reports.report,
-):  # fmt: skip
+for command, line in (  # each with its line of --help
+    (checkpoints.import_, "Make a pair of a checkpoint, or of a run's folder."),
+    (models.layers, "List the places where the generator can be cut."),
+    (models.check, "Is the discriminator good enough to refine with?"),
+    (models.shape, "Train the discriminator for refinement."),
+    (production.refine, "Refine images and write them as shards."),
+    (production.verify, "Check every shard of a run."),
+    (production.merge, "Join the shards of a run into one file or folder."),
+    (models.evaluate, "Measure images against real ones."),
+    (reports.report, "Write a page about a run."),
+    (reports.grid, "Draw images of a run before and after."),
+    (models.distil, "Make a generator that has refinement built in."),
+    (models.bench, "Measure the speed of a pair of yours."),
+    (checkpoints.push, "Put a pair on the Hugging Face Hub."),
+    (demo, "Refine an embedded GAN: a picture and a table."),
+    (doctor, "Print versions, devices and backends."),
+):
+    command.short_help = line
     cli.add_command(command)
 
 
