@@ -7,10 +7,11 @@ have.
 
 Nothing is chosen by what is reported. A second classifier, narrower and of another seed, compares with training images, on
 seeds from 1,000,000 on. It chooses among ``shapings``, each of which goes on in rounds until it gets no better, and with that
-the place of refinement. And ``fr.tune_sampler`` chooses by its features the step sizes of all methods but Barzilai-Borwein,
-which finds its own: with D as it is, and shaped. What was tried is told in "shaping" and "tuning". Fixed steps, backtracking,
-Adam and Barzilai-Borwein refine at the chosen place until the median real logit; the samplers move the latent, without a stop
-rule. Their row at the budget of tuning has the tuned number of steps; that at ``longer`` has the same setting and all steps.
+the place of refinement. One of them begins with a D that is fitted first (``FITTED``), the others with that of the GAN. And
+``fr.tune_sampler`` chooses by its features the step sizes of all methods but Barzilai-Borwein, which finds its own: with D as
+it is, and shaped. What was tried is told in "shaping" and "tuning". Fixed steps, backtracking, Adam and Barzilai-Borwein refine
+at the chosen place until the median real logit; the samplers move the latent, without a stop rule. Their row at the budget of
+tuning has the tuned number of steps; that at ``longer`` has the same setting and all steps.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ from benchmarks.papers.result_file import Row, against, claim, pick
 from benchmarks.papers.run import Recipe, Run, Table
 from fastrefine.datasets import Images
 from fastrefine.demo import gan
+from fastrefine.demo.gan import build
 from fastrefine.demo.judge import Judge
 from fastrefine.metrics import frechet_distance
+from fastrefine.models import default_discriminator
 from fastrefine.models.digits import Classifier, classify
 from fastrefine.models.pretrained import EFFICIENTNET as BACKBONE
 from fastrefine.production.evaluation import given_features
@@ -61,6 +64,7 @@ from fastrefine.samplers import Sampler
 
 __all__ = ["FULL", "QUICK", "REDUCTIONS", "claims", "comparison", "draw", "rows"]
 EFFICIENTNET = "frechet_distance_efficientnet"
+FITTED = "fitted"  # a D without BatchNorm, trained from the beginning on real images against raw samples
 SAMPLERS: dict[str, Sampler] = {  # the search for a step size begins at theirs
     "DDLS": fr.DDLS(0.01, 0.1), "MALA": fr.MALA(0.01), "DGflow": fr.DGflow(0.1), "DOT": fr.DOT(0.1), "PCN": fr.PCN(0.01),
 }  # fmt: skip
@@ -72,7 +76,7 @@ GOALS = {"the best method": 0.6, "DDLS": 0.75}  # of the generator's distance
 class Shaping:
     """A way to shape D: at a place, on samples that a method refined by at most so many steps, for at most so many rounds.
 
-    uniform: samples leave at a uniformly drawn step, else at the median real logit.
+    uniform: samples leave at a uniformly drawn step, else at the median real logit. start: which D is shaped.
     """
 
     at: str
@@ -81,16 +85,19 @@ class Shaping:
     rate: float
     rounds: int = 1
     uniform: bool = False
+    start: str = OWN
 
     @property
     def name(self) -> str:
         left = "a uniform step" if self.uniform else "the median"
-        return f"{self.method} at {self.at}, {self.most} steps, left at {left}, rate {self.rate:g}"
+        text = f"{self.method} at {self.at}, {self.most} steps, left at {left}, rate {self.rate:g}"
+        return text if self.start == OWN else f"D {self.start}, {text}"
 
 
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
 # samplers: by discriminator; longer: the other budget of theirs. tuning: (budget, samples) of ``fr.tune_sampler``.
-# part.shaping: but for the rate. The 12,000 iterations of the GAN took 29 minutes of one shared core.
+# fitted: width and iterations of that D. part.shaping: but for the rate. The 12,000 iterations of the GAN took 29 minutes of
+# one shared core.
 FULL = Recipe(
     network=DCGAN.network, size=DCGAN.size, latent=DCGAN.latent, features=DCGAN.features, checkpoints=DCGAN.checkpoints,
     training=replace(DCGAN.training, bfloat16=False), classifier_width=32, classifier_steps=1500, reference=500, num_slots=100,
@@ -98,11 +105,11 @@ FULL = Recipe(
         methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
         budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
         judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=50, adam=0.1, resamples=20,
-        chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)),
+        chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
             Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("2", BACKTRACKING, 20, 2e-4, uniform=True),
-            Shaping("8", CURVATURE, 9, 1e-4, rounds=2),
+            Shaping("8", CURVATURE, 9, 1e-4, rounds=2), Shaping("8", CURVATURE, 20, 1e-4, rounds=4, start=FITTED),
         ),
         part=Part(1000, 0.3, (250, 64, 2e-4), (9, 9), dict(pairs=4000, rounds=1, iterations=600, batch_size=64)),
     ),
@@ -113,8 +120,11 @@ QUICK = replace(
 ).but(
     methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("DDLS",), SHAPED: ("DDLS",)}, budgets=(0, 1, 4, 10), further=(0, 1),
     judged_twice=(0, 10), tuning=(10, 50), longer=12, resamples=5, reference_twice=100, chooser=(4, 8, 40),
-    held_out=(60, (3, 9)),
-    shapings=(Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True)),
+    held_out=(60, (3, 9)), fitted=(8, 30),
+    shapings=(
+        Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True),
+        Shaping("3", CURVATURE, 4, 1e-3, start=FITTED),
+    ),
     part=Part(60, 1.0, (10, 30, 1e-3), (4, 8), dict(pairs=100, rounds=1, iterations=40)),
 )  # fmt: skip
 REDUCTIONS = ()
@@ -185,15 +195,31 @@ class _Chosen:
             tried += self._rounds(shaping, wanted)
         return min(tried, key=lambda one: one[0])[1:]
 
+    def _unfitted(self) -> nn.Module:
+        return build(lambda: default_discriminator(tuple(self.pair.real.shape[1:]), self.run.recipe.fitted[0]), self.table.seed)
+
+    def fitted(self) -> nn.Module:
+        """D fitted to raw samples."""
+        table, pair, started = self.table, self.pair, time.perf_counter()
+        d = table.cells.network(f"{table.seed}-fitted", self._unfitted(), lambda: fr.fit_discriminator(
+            pair.generator, pair.real, self.run.recipe.fitted[1], prior=pair.prior, discriminator=self._unfitted(),
+            check_every=250, patience=4, seed=table.seed,
+        ))  # fmt: skip
+        self._tell("fitting", table.cells.row(f"fitted-{table.seed}", lambda: {"seconds": time.perf_counter() - started}))
+        return d
+
     def _rounds(self, shaping: Shaping, wanted: Tensor) -> Iterator[tuple[float, Shaping, nn.Module]]:
         """(distance, shaping, D) after each round, as long as the distance falls."""
-        recipe, table, best, d = self.run.recipe, self.table, math.inf, self.pair.discriminator
+        recipe, table, best = self.run.recipe, self.table, math.inf
+        d, empty = self.pair.discriminator, self.pair.empty
+        if shaping.start == FITTED:
+            d, empty = self.fitted(), self._unfitted
         (iterations, batch, _), (samples, numbers) = recipe.part.shaping, recipe.held_out
         refiner = replace(self.pair, at=shaping.at).refiner(shaping.method, recipe.part, recipe.adam, shaping.most)
         for number in range(shaping.rounds):
             key, started = f"{shaping.name}, round {number + 1}", time.perf_counter()
             d = table.trained(
-                key, self.pair.empty(), refiner.with_discriminator(d), self.pair.real, iterations=iterations, batch=batch,
+                key, empty(), refiner.with_discriminator(d), self.pair.real, iterations=iterations, batch=batch,
                 rate=shaping.rate, stop=None if shaping.uniform else refiner.stop, seed=table.seed + number,
                 **self.pair.shaping,
             )  # fmt: skip
