@@ -20,7 +20,8 @@ Record = dict[str, Any]
 def page(results: Path = RESULTS) -> str:
     """The page as Markdown."""
     parts = (
-        _head, _demo, _seeds, _budget, _colours, _papers, _correctors, _laws, _speed, _zoo, _chains, _precision, _production,
+        _head, _demo, _seeds, _budget, _colours, _papers, _correctors, _laws, _speed, _zoo, _chains, _threads, _precision,
+        _production,
     )  # fmt: skip
     return "\n\n".join(block for part in parts for block in part(results)) + "\n"
 
@@ -369,6 +370,22 @@ def _chains(results: Path) -> Iterator[str]:
         [(row["pair"], f"{row['chains']:,}", f"{row['num_slots']:,}", str(row["K"]), f"{row['ratio']:.2f}x",
           f"{row['chain_steps_per_second']:,.0f}") for row in rows],
     )  # fmt: skip
+
+
+def _threads(results: Path) -> Iterator[str]:
+    record = _read(results / "threads-cpu.json")
+    machine = record["machine"]
+    yield "## Two threads against one"
+    yield (
+        "The same samples at the first layer, with one thread of torch and with two, wall time, median of rounds in turn, on "
+        "idle cores. Where an evaluation is small, one of the two threads is used."
+    )
+    yield f"    {record['command']}"
+    yield f"{machine['device']}, torch {machine['torch']}, commit {_short(machine['commit'])}."
+    yield _table(
+        ("networks", "samples", "K", "times as fast", "threads used"),
+        [(row["workload"], str(row["n"]), str(row["K"]), f"{row['ratio']:.2f}x", str(row["used"])) for row in record["rows"]],
+    )
 
 
 ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
