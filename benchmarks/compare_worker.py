@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 import time
+import warnings
 
 PREFIX = "bench_"
 
@@ -16,6 +17,7 @@ def main(file: str, folder: str) -> None:
     """Prepare every case, run each once, say their names, then answer."""
     told = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a case prints is no answer
+    warnings.simplefilter("ignore")  # of networks with random weights
     import fastrefine
 
     home = os.path.realpath(os.path.dirname(os.path.dirname(fastrefine.__file__)))
