@@ -249,9 +249,15 @@ def layers(
 
 
 def middle(found: Sequence[Layer]) -> str:
-    """The name of the place after which about half of the generator's work is left, behind the activation; else "input"."""
-    inner = [layer for layer in reversed(found) if 0.02 < layer.tail_share < 0.98]
-    return min(inner, key=lambda layer: abs(layer.tail_share - 0.5), default=found[0]).name
+    """The name of the place after which about half of the generator's work is left, behind the activation; else "input".
+
+    Nothing inside of a block is taken, for it may be a branch beside a shortcut, or a style. What holds more than half of all
+    places is no block, but a wrapper.
+    """
+    inside = {block.name: [layer.name for layer in found if layer.name.startswith(f"{block.name}.")] for block in found}
+    hidden = {name for names in inside.values() if len(names) <= len(found) / 2 for name in names}
+    open_ = [layer for layer in reversed(found) if 0.02 < layer.tail_share < 0.98 and layer.name not in hidden]
+    return min(open_, key=lambda layer: abs(layer.tail_share - 0.5), default=found[0]).name
 
 
 _Calls = dict[str, list[tuple[tuple[int, ...] | None, int]]]  # module -> for each call: shape of its output, FLOPs so far

@@ -17,7 +17,7 @@ from fastrefine.models import (
     dcgan_generator,
     mlp_generator,
 )
-from fastrefine.networks import copies, ladder, prefix, recording
+from fastrefine.networks import copies, cut, ladder, prefix, recording
 from fastrefine.networks.split import Split
 
 torch.set_num_threads(1)
@@ -439,3 +439,33 @@ def test_given_methods_bring_their_module_along():
 def test_given_parts_must_be_callable():
     with pytest.raises(InputError, match="tail must be a module or a callable, got str"):
         Split(nn.Identity(), "tail")
+
+
+# --- a place to begin with
+
+
+class Shortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(x)))
+
+
+def test_the_middle_is_a_whole_block_and_wrappers_do_not_hide_it():
+    class Wrapped(nn.Module):
+        def __init__(self, *parts):
+            super().__init__()
+            self.main = nn.Sequential(*parts)
+
+        def forward(self, z):
+            return self.main(z)
+
+    blocks = Wrapped(Shortcut(), Shortcut(), Shortcut(), Shortcut(), nn.Tanh())
+    assert cut.middle(fr.layers(blocks, torch.randn(4, 8))) == "main.1"
+    half = Wrapped(nn.Linear(8, 8), Shortcut(), nn.Tanh())  # two thirds of the work lie inside of one block
+    assert cut.middle(fr.layers(half, torch.randn(4, 8))) == "main.0"
+    plain = Wrapped(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh())
+    assert cut.middle(fr.layers(plain, torch.randn(4, 8))) == "main.1"
+    assert cut.middle(fr.layers(nn.Tanh(), torch.randn(4, 8))) == "input"
