@@ -69,7 +69,8 @@ def test_the_examples_of_files_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mygan.py").write_text(f"{CLASSES}Generator, Discriminator = G, D\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mygan", raising=False)  # of another test
+    monkeypatch.setitem(sys.modules, "mygan", None)  # that of another test comes back, and this one's goes
+    del sys.modules["mygan"]
     own = {}
     exec(CLASSES, own)
     g, d = own["G"](), own["D"]()
