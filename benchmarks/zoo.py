@@ -57,7 +57,7 @@ class Limits:
     seconds: float = 0.5  # of one run, about; fewer steps, then fewer samples, where they would take longer
     rounds: tuple[int, int] = (3, 9)
     precision: str = "float32"
-    compile: bool = False  # B2 too
+    compile: bool = False  # B2 too, and ours with a compiled step, for the fewest samples
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -152,7 +152,8 @@ class Place:
             loops = {size: self.loop(kind, size, steps, **more) for size in sizes}
             batches[name] = best(loops, lambda loop: loop(*given))
             runs[name] = functools.partial(loops[batches[name]], *given)
-        if self.limits.compile:
+        compiled = self.limits.compile and wanted == min(self.limits.numbers)
+        if compiled:
             try:
                 loop = self.loop(CompiledLoop, batches["b1"], steps, **own)
                 loop(*given)
@@ -167,8 +168,14 @@ class Place:
         peak = memory("VmHWM")
         chosen = best(refiners, lambda r: r.refine(given[0], labels=labels))
         runs["ours"] = functools.partial(refiners[chosen].refine, given[0], labels=labels)
+        if compiled and "b2" in runs:
+            ours = refiners[chosen].replaced(compile=True)
+            ours.refine(given[0], labels=labels)
+            runs["compiled"] = functools.partial(ours.refine, given[0], labels=labels)
         seconds = self._race(runs)
-        ratios = {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in runs if name != "ours"}
+        ratios = {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in runs if name.startswith("b")}
+        if "compiled" in runs:
+            ratios["ratio_compiled_b2"] = ratio(seconds["b2"], seconds["compiled"])
         first, out = firsts[chosen]
         checked = difference(out, runs["b1"]())
         if checked["off_median"] > WRONG[self.limits.precision]:
@@ -286,7 +293,9 @@ def summary(row: dict[str, Any]) -> str:
     name = f"{row['pair']:<22} {row['at']:<20}"
     if "error" in row:
         return f"{name} {row['error']}"
-    ratios = "  ".join(f"{key[-2:].upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_"))
+    ratios = "  ".join(
+        f"{key.removeprefix('ratio_').upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_")
+    )
     dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
     without = "; without " + ", ".join(dropped) if dropped else ""
     if stopped := row.get("stopped"):
@@ -297,9 +306,19 @@ def summary(row: dict[str, Any]) -> str:
     )
 
 
+def _same(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row was measured of."""
+    return row["pair"], row["at"], row.get("n"), row.get("precision")
+
+
 @click.command()
 @click.argument("zoo", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--pair", "names", multiple=True, help="Only pairs whose name holds this; the output keeps its other rows.")
+@click.option(
+    "--pair",
+    "names",
+    multiple=True,
+    help="Only pairs whose name holds this; the output keeps all rows that are not measured again.",
+)
 @click.option("--at", multiple=True, help="Only at these places [default: input, an inner one, output].")
 @click.option("--n", "numbers", multiple=True, type=int, help="Samples [default: 8, 64, 1024].")
 @click.option("--steps", default=Limits.steps, show_default=True, help="Of every sample, at most.")
@@ -308,7 +327,12 @@ def summary(row: dict[str, Any]) -> str:
     help="Of one run, about: fewer steps (10 at least), then fewer samples, where it is longer.",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(tuple(WRONG)), default="float32", show_default=True)
-@click.option("--compile", "compiled", is_flag=True, help="Race B2, the compiled loop, too.")
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="For the fewest samples, race B2, the compiled loop, and ours with a compiled step, too.",
+)
 @click.option(
     "--output", type=click.Path(path_type=Path), help="[default: benchmarks/results/zoo-cpu.json, or models-cpu.json]"
 )
@@ -327,12 +351,14 @@ def main(
     }  # fmt: skip
     pairs = [p for p in (*(PUBLIC if zoo else ()), *OURS) if not names or any(name in p.name for name in names)]
     if names and path.exists():
-        before, again = json.loads(path.read_text()), {pair.name for pair in pairs}
-        record |= {key: [row for row in before[key] if row["pair"] not in again] for key in ("rows", "failed")}
+        before = json.loads(path.read_text())
+        record |= {key: before[key] for key in ("rows", "failed")}
     for pair in pairs:
         try:
             for row in measure(pair, zoo, limits, at):
                 row["commit"] = record["machine"]["commit"]
+                for key in ("rows", "failed"):  # an earlier run's row of the same
+                    record[key] = [old for old in record[key] if _same(old) != _same(row)]
                 record["failed" if "error" in row else "rows"].append(row)
                 click.echo(summary(row))
                 write_json(path, record)

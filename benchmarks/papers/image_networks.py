@@ -71,8 +71,29 @@ class PictureClassifier(Classifier):
             return super().forward(images).float()
 
 
-class LabelledTrainer(Trainer):
-    """A class-conditional pair on the hinge loss; fakes have the classes of the real batch.
+class HingeTrainer(Trainer):
+    """A pair on the hinge loss (Miyato et al. 2018)."""
+
+    def _update(self) -> None:
+        n = self.training.batch_size
+        real = self.real(n, self.random)
+        self._descend([real], [self.latents(n, self.random) for _ in range(2)], [])
+
+    def _descend(self, real: list[Tensor], latents: list[Tensor], labels: list[Tensor]) -> None:
+        """One update of D with the first latents, then one of G with the others."""
+        device = next(self.generator.parameters()).device
+        real, latents, labels = ([t.to(device) for t in given] for given in (real, latents, labels))
+        with torch.no_grad():
+            fake = self.generator(latents[0], *labels)
+        loss = F.relu(1 - self.discriminator(*real, *labels)).mean() + F.relu(1 + self.discriminator(fake, *labels)).mean()
+        gan.descend(self.optimizers[1], loss)
+        self.discriminator.requires_grad_(False)
+        gan.descend(self.optimizers[0], -self.discriminator(self.generator(latents[1], *labels), *labels).mean())
+        self.discriminator.requires_grad_(True)
+
+
+class LabelledTrainer(HingeTrainer):
+    """A class-conditional pair; fakes have the classes of the real batch.
 
     pictures: the first ``count`` of them are drawn from.
     """
@@ -84,17 +105,10 @@ class LabelledTrainer(Trainer):
         self.pictures, self.count = pictures, count
 
     def _update(self) -> None:
-        n, device = self.training.batch_size, next(self.generator.parameters()).device
+        n = self.training.batch_size
         rows = torch.randint(self.count, (n,), generator=self.random)
-        real, labels = self.pictures.images(rows).to(device), self.pictures.labels[rows].to(device)
-        z = [self.latents(n, self.random).to(device) for _ in range(2)]
-        with torch.no_grad():
-            fake = self.generator(z[0], labels)
-        loss = F.relu(1 - self.discriminator(real, labels)).mean() + F.relu(1 + self.discriminator(fake, labels)).mean()
-        gan.descend(self.optimizers[1], loss)
-        self.discriminator.requires_grad_(False)
-        gan.descend(self.optimizers[0], -self.discriminator(self.generator(z[1], labels), labels).mean())
-        self.discriminator.requires_grad_(True)
+        latents = [self.latents(n, self.random) for _ in range(2)]
+        self._descend([self.pictures.images(rows)], latents, [self.pictures.labels[rows]])
 
 
 def drawn(pictures: PictureFolder, count: int) -> gan.Draw:

@@ -11,26 +11,33 @@ from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fastrefine.networks.cpu_forms import with_equal_rows
-from fastrefine.networks.recording import Effects, Modules, fold_constants, is_view
+from fastrefine.networks.recording import Effects, Held, Modules, fold_constants, hold_weights, is_view
 
 aten = torch.ops.aten
 
 
 class Recording(NamedTuple):
     """A recorded step: prefix(*context) -> carried, step(state..., *carried) -> (logit, loss, gradient), forward the same
-    without the gradient. Without a prefix the context itself is carried."""
+    without the gradient. Without a prefix the context itself is carried. held: what both read that depends on weights alone."""
 
     prefix: fx.GraphModule | None
     step: fx.GraphModule
     forward: fx.GraphModule
+    held: Held | None = None
+
+    def with_held_weights(self) -> Recording:
+        """The same, where what depends on weights alone is not computed in every step."""
+        (step, forward), held = hold_weights([self.step, self.forward])
+        return Recording(self.prefix, step, forward, held)
 
     def with_equal_rows(self, state: torch.dtype, modules: Modules) -> Recording:
         """Copies in which a row has the same bits at every place in the batch, on a CPU."""
-        graphs = [None if graph is None else with_equal_rows(graph, state) for graph in self]
-        for graph in graphs:
+        step, forward = (with_equal_rows(graph, state) for graph in self[1:3])  # type: ignore[arg-type]
+        prefix = None if self.prefix is None else with_equal_rows(self.prefix, state)
+        for graph in (prefix, step, forward):
             if graph is not None:
                 fold_constants(graph, modules)
-        return Recording(*graphs)  # type: ignore[arg-type]
+        return Recording(prefix, step, forward, self.held)
 
 
 def first_outputs(graph: fx.GraphModule, count: int, effects: Effects) -> fx.GraphModule:

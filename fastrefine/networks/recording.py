@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module  # code is made for graphs that run only
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastrefine.networks import cpu_forms
@@ -24,6 +26,7 @@ aten = torch.ops.aten
 Modules = tuple[torch.nn.Module, ...]
 # names of constants: computed from nothing, or from tensors that the trace met; views of weights
 _FOLDED, _DERIVED, _VIEW = "_folded", "_derived", "_view"
+_HELD = "_held"  # computed from weights, again for new ones: see ``hold_weights``
 
 
 def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modules = ()) -> fx.GraphModule:
@@ -34,13 +37,19 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     rules: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = cpu_forms.convolution
+
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
+    def run(*args: Tensor) -> Any:
+        with _ReadsOfConstants():
+            return function(*args)
+
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot(), _use_lazy_graph_module(True):
-        graph = make_fx(function, decomposition_table=rules)(*args)
+        graph = make_fx(run, decomposition_table=rules)(*args)
     for node in graph.graph.nodes:
         if _has_a_size_of_values(node):
             raise ValueError(f"sizes depend on values: {node.target}")
     _leave_out_what_changes_nothing(graph)
+    _join_slices(graph)
     fold_constants(graph, modules)
     return graph
 
@@ -74,6 +83,43 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
     return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
+def _join_slices(graph: fx.GraphModule) -> None:
+    """Gradients of slices that make up a whole tensor become one concatenation, in place of a sum of whole tensors.
+
+    A recurrent layer has a slice for each time, so that the sum takes the square of their number.
+    """
+    for node in reversed(graph.graph.nodes):
+        if node.target is not aten.add.Tensor or (parts := _summed_slices(node)) is None:
+            continue
+        parts.sort(key=lambda part: part.args[3])
+        sizes, dim = parts[0].args[1:3]
+        bounds = [(part.args[3], min(part.args[4], sizes[dim])) for part in parts]
+        whole = [0, *(end for _, end in bounds)] == [*(start for start, _ in bounds), sizes[dim]]
+        if whole and all([*part.args[1:3], part.args[5]] == [sizes, dim, 1] for part in parts):
+            with graph.graph.inserting_before(node):
+                joined = graph.graph.call_function(aten.cat.default, ([part.args[0] for part in parts], dim))
+            joined.meta = dict(node.meta)
+            node.replace_all_uses_with(joined)
+    for node in reversed(graph.graph.nodes):
+        if not node.users and node.target in (aten.add.Tensor, aten.slice_backward.default):
+            graph.graph.erase_node(node)
+
+
+def _summed_slices(node: fx.Node) -> list[Any] | None:
+    """The gradients of slices whose sum this is, each used for this alone, or None."""
+    found: list[Any] = []
+    for part in node.args:
+        if not isinstance(part, fx.Node) or len(part.users) > 1 or node.kwargs:
+            return None
+        if part.target is aten.slice_backward.default:
+            found.append(part)
+        elif part.target is aten.add.Tensor and (more := _summed_slices(part)) is not None:
+            found += more
+        else:
+            return None
+    return found
+
+
 def callable_of(graph: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """The graph as a function. Looked up and called as a module's, it costs a small network a tenth of its step."""
     for node in graph.graph.nodes:
@@ -95,6 +141,36 @@ class _OneHot(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _ReadsOfConstants(TorchDispatchMode):
+    """Lets a network read values of its own making, such as the lengths of sequences, which are the same each time.
+
+    make_fx refuses every read. Values that depend on an input or a weight stay refused, for the step must follow them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constants: dict[int, Tensor] = {}  # by their memory, which lives as long as this
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = _storages(tree_leaves((args, kwargs)))
+        constant = given <= self.constants.keys() and _gives_the_same_each_time(func)
+        if constant and func is aten._local_scalar_dense.default:
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        found = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if func is aten._pack_padded_sequence.default and _storages([args[1]]) <= self.constants.keys():
+            constant, found = True, found[1:]  # what is packed depends on the input, the sizes of the batches do not
+        if constant:
+            self.constants |= {tensor.untyped_storage().data_ptr(): tensor for tensor in found}
+        else:
+            written = given if func._schema.is_mutable else set()
+            for memory in _storages(found) | written:
+                self.constants.pop(memory, None)
+        return out
+
+
 def _has_a_size_of_values(node: fx.Node) -> bool:
     """Whether the shape of the result follows from what the inputs hold, and not from their shapes."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape not in node.target.tags:
@@ -111,7 +187,7 @@ def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
     So are views of weights, which follow them, and fills of a known shape. Random numbers and memory that the step writes to
     stay as they are.
     """
-    weights, written = _storages(_weights(modules)), set[int]()
+    weights, written = _storages(_weights(modules, graph)), set[int]()
     known: dict[fx.Node, Any] = {}
     views: dict[fx.Node, Any] = {}  # of weights
     for node in graph.graph.nodes:
@@ -151,6 +227,78 @@ def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
         graph.recompile()
 
 
+class Held(NamedTuple):
+    """What steps read that depends on weights alone: values() -> what belongs into the buffers."""
+
+    values: Callable[[], tuple[Tensor, ...]]
+    buffers: tuple[Tensor, ...]
+
+    def refresh(self) -> None:
+        """After the weights have changed in place."""
+        with torch.no_grad():
+            for buffer, value in zip(self.buffers, self.values(), strict=True):
+                buffer.copy_(value)
+
+
+def hold_weights(graphs: Sequence[fx.GraphModule]) -> tuple[list[fx.GraphModule], Held | None]:
+    """Copies of graphs without what depends on weights alone, such as weights times a gain or divided by a norm.
+
+    They share what they compute alike. None where there is no such thing.
+    """
+    program, root = fx.Graph(), torch.nn.Module()
+    made: dict[Any, fx.Node] = {}  # by what is computed from which weights
+    values: dict[fx.Node, Any] = {}
+    bases: dict[fx.Node, Tensor] = {}  # what is held; of a view, that of which it is one
+    copies: list[fx.GraphModule] = [_LazyGraphModule(graph, copy.deepcopy(graph.graph)) for graph in graphs]
+    for graph in copies:
+        effects, keys = effects_of(graph), dict[fx.Node, Any]()
+        for node in graph.graph.nodes:
+            keys[node] = key = None if node in effects.written else _of_weights(graph, node, keys)
+            if key is not None and key not in made:
+                if node.op == "get_attr":
+                    root.register_buffer(name := f"weight{len(made)}", operator.attrgetter(node.target)(graph))
+                    made[key] = program.get_attr(name)
+                    values[made[key]] = root.get_buffer(name)
+                else:
+                    made[key] = program.node_copy(node, lambda n, keys=keys: made[keys[n]])  # type: ignore[misc]
+                    values[made[key]] = _computed(made[key], values)
+        for node in reversed(graph.graph.nodes):
+            if node.op != "call_function" or keys[node] is None:
+                continue
+            own = made[keys[node]]
+            if any(keys[user] is None for user in node.users) and isinstance(values[own], Tensor):
+                graph.register_buffer(name := f"{_HELD}{list(made.values()).index(own)}", values[own])
+                with graph.graph.inserting_before(node):
+                    held = graph.graph.get_attr(name)
+                held.meta = dict(node.meta)
+                node.replace_all_uses_with(held, lambda user, keys=keys: keys.get(user) is None)  # type: ignore[misc]
+                while is_view(own.target) or own.target in _UNSAFE_VIEWS:
+                    own = own.args[0]  # type: ignore[assignment]
+                if own.op != "get_attr":
+                    bases[own] = values[own]
+            if not node.users:
+                graph.graph.erase_node(node)
+        graph.recompile()
+    if not bases:
+        return list(graphs), None
+    program.output(tuple(bases))
+    program.eliminate_dead_code()
+    return copies, Held(_LazyGraphModule(root, program), tuple(bases.values()))
+
+
+def _of_weights(graph: fx.GraphModule, node: fx.Node, keys: dict[fx.Node, Any]) -> Any:
+    """What is computed from which weights, equal for equal values; None of what depends on anything else."""
+    if node.op == "get_attr":
+        value = operator.attrgetter(node.target)(graph)  # type: ignore[arg-type]
+        return (value.data_ptr(), value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else None
+    inputs = node.all_input_nodes
+    if node.op != "call_function" or not inputs or not _gives_the_same_each_time(node.target):
+        return None
+    if any(keys[n] is None for n in inputs):
+        return None
+    return node.target, repr(fx.node.map_arg((node.args, node.kwargs), lambda n: hash(keys[n])))
+
+
 _FILLS = {getattr(aten, name).default for name in ("ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full")}
 
 
@@ -173,6 +321,12 @@ def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return node.target(*own_args, **own_kwargs)  # type: ignore[operator]
 
 
+# Views whose schemas do not say so.
+_UNSAFE_VIEWS = {
+    aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default,
+}  # fmt: skip
+
+
 def is_view(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.is_view
 
@@ -184,9 +338,11 @@ def _gives_the_same_each_time(target: Any) -> bool:
     return is_aten and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _weights(modules: Modules) -> Iterator[Tensor]:
+def _weights(modules: Modules, graph: fx.GraphModule) -> Iterator[Tensor]:
+    """The weights, and what is held of them."""
     for module in modules:
         yield from (*module.parameters(), *module.buffers())
+    yield from (value for name, value in graph.named_buffers() if name.startswith(_HELD))
 
 
 def _storages(values: Iterable[Any]) -> set[int]:
@@ -221,8 +377,8 @@ def _convolution_backward(
 
 def has_derived_constants(graph: fx.GraphModule, modules: Modules) -> bool:
     """Whether the trace evaluated something from the weights once: such a value does not follow new weights."""
-    own = _storages(_weights(modules))
-    names = [n.target for n in graph.graph.nodes if n.op == "get_attr" and not n.target.startswith(_FOLDED)]
+    own = _storages(_weights(modules, graph))
+    names = [n.target for n in graph.graph.nodes if n.op == "get_attr" and not n.target.startswith((_FOLDED, _HELD))]
     constants = {name: operator.attrgetter(name)(graph) for name in names}
     return any(n.startswith(_DERIVED) or (c.numel() > 1 and not _storages([c]) <= own) for n, c in constants.items())
 
@@ -248,7 +404,7 @@ def effects_of(graph: fx.GraphModule) -> Effects:
         elif isinstance(node.target, torch._ops.OpOverload):
             arguments = node.target._schema.arguments
             named = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | dict(node.kwargs)
-            aliased = [a for a in arguments if a.alias_info is not None or node.target is aten._unsafe_view.default]
+            aliased = [a for a in arguments if a.alias_info is not None or node.target in _UNSAFE_VIEWS]
             for argument in aliased:
                 found = {m for i in _nodes_in(named.get(argument.name)) for m in memories[i]}
                 shared |= found

@@ -433,6 +433,9 @@ class Target:
         made = self.ladder.climb("last step without gradient", without_gradient, error, tolerance) or made
         if context and not self.coupled:
             made = self.ladder.climb("prefix cached", without_prefix, error, tolerance) or made
+        held = made.with_held_weights()
+        if held.held is not None:
+            made = self.ladder.climb("weights held", lambda: held, error, tolerance) or made
         if self.compiled or self.coupled:  # a compiler rounds as it likes; samples of a group keep their places
             return made
 
@@ -504,3 +507,6 @@ class Target:
         graphs = [graph for recorded in self._recordings.values() for graph in recorded[:2] if graph is not None]
         if any(recording.has_derived_constants(graph, self._modules) for graph in graphs):
             self.forget()
+        for recorded in self._recordings.values():
+            if recorded.held is not None:
+                recorded.held.refresh()
