@@ -297,6 +297,14 @@ class CompiledLoop(ExpertLoop):
         return tuple(t.clone() for t in self._compiled_advance(*given))
 
 
+class CompiledForward(ExpertLoop):
+    """B2 where the whole step does not compile: the compiled forward pass, whose gradient torch.compile derives."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._loss = torch.compile(self._loss, dynamic=False)  # type: ignore[method-assign]
+
+
 def _parts(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What a prefix returned, as a tuple."""
     return found if isinstance(found, tuple) else (found,)
