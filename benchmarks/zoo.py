@@ -120,7 +120,7 @@ class Place:
         limits = self.limits
         fewest = min(limits.fewest, limits.steps)
         fits = limits.seconds / (self.seconds * (fewest + 1))
-        n = wanted if fits >= wanted or wanted <= 8 else max(8, 1 << int(fits).bit_length() - 1)
+        n = wanted if fits >= wanted or wanted <= 8 else max(8, 1 << max(int(fits).bit_length() - 1, 0))
         return n, max(fewest, min(limits.steps, int(limits.seconds / (self.seconds * n)) - 1))
 
     def numbers(self) -> Iterator[tuple[int, int, int]]:

@@ -4,12 +4,17 @@ Collaborative refinement (nonsaturating) of trained pairs, stopped at the median
 with the evaluation of the proposal are K + 1 evaluations: a budget. A budget of 1 scores an image and leaves it as it is. An
 evaluation is a forward pass; "gradients" are those whose gradient moved the sample. Not counted: the threshold of the stop
 rule (D of the real images) and the first step of Barzilai-Borwein (an evaluation for each slot), both once for each pair.
-Pairs: the demo's digits and MNIST at their recipe's layer, and [CS]'s imbalanced ring in data space. Methods: fixed steps and
-backtracking with the recipe's step size, Adam with one for all, Barzilai-Borwein with the scale that it finds by itself; and
-the generator that was distilled from the last, alone and with steps after it. Discriminators: as it is, and shaped: with
-backtracking for the first three methods, with Barzilai-Borwein for the others, and for a distilled generator also on what it
-gives. What shaping and distilling cost, once for each pair, is told in "training". Seeds are training seeds: of the GAN, of
-shaping, distilling and sampling.
+Pairs: the demo's digits and MNIST at their recipe's layer, and [CS]'s imbalanced ring in data space.
+
+Methods: fixed steps and backtracking with the recipe's step size, Adam with one for all, Barzilai-Borwein with the scale that
+it finds by itself; and the generator that was distilled from the last, alone and with steps after it. Of images also the
+samplers that move the latent, without a stop rule: as given, and as ``fr.tune_sampler`` sets them by the features of a second
+classifier, on training images and other seeds. The row at the budget of tuning has the tuned number of steps; those at
+``longer`` have the same setting and all steps.
+
+Discriminators: as it is, and shaped: with backtracking for the first three methods and the samplers, with Barzilai-Borwein for
+the others, and for a distilled generator also on what it gives. What shaping and distilling cost, once for each pair, is told
+in "training". Seeds are training seeds: of the GAN, of shaping, distilling and sampling.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from typing import Any
 
@@ -36,6 +41,7 @@ from fastrefine.demo.recipes import DIGITS, MNIST, embedded
 from fastrefine.demo.recipes import Recipe as Demo
 from fastrefine.metrics import frechet_distance
 from fastrefine.models.digits import classify
+from fastrefine.samplers import Sampler
 from fastrefine.training.distil import refiner_of
 
 FRECHET, JS = "frechet_distance", "jensen_shannon"
@@ -43,7 +49,14 @@ GENERATOR, FIXED, BACKTRACKING, ADAM = "generator", "fixed steps", "backtracking
 CURVATURE, DISTILLED = "Barzilai-Borwein", "distilled"
 METHODS = (FIXED, BACKTRACKING, ADAM, CURVATURE)
 OWN, SHAPED = "as it is", "shaped"
-JUDGE = 0  # seeds the one classifier that judges a data set
+JUDGE = 0  # seeds the one classifier that judges a data set; the next seed that which chooses
+GLOBAL = "MALA, every 5th from the prior"
+SAMPLERS: dict[str, Sampler] = {  # the search for a step size begins at theirs
+    "DDLS": fr.DDLS(0.01, 0.1), "MALA": fr.MALA(0.01), GLOBAL: fr.MALA(0.01, global_every=5), "PCN": fr.PCN(0.01),
+    "DGflow": fr.DGflow(0.1), "DOT": fr.DOT(0.1),
+}  # fmt: skip
+GIVEN = " as given"  # behind the name of a sampler that was not tuned
+NOISE = 0.02  # of a distance; less is taken for noise
 
 
 @dataclass(frozen=True)
@@ -71,11 +84,13 @@ def _of_images(demo: Demo, samples: int, most: int, distil: dict[str, Any], **ch
 _DIGITS = dict(pairs=20_000, rounds=2, iterations=4000)
 _MNIST = dict(pairs=6000, rounds=1, iterations=1500, batch_size=64)
 # budgets: evaluations of D for each image, at most; further: those after a distilled generator. adam: its step size, not
-# tuned. ring_steps: as in `steps`. judged_after: training steps of the classifiers. parts: the pairs by name.
+# tuned. ring_steps: as in `steps`. judged_after: training steps of the classifiers. parts: the pairs by name. samplers: by
+# discriminator; tuning: (budget, samples) of ``fr.tune_sampler``; longer: further budgets of the tuned.
 FULL = Recipe(
     plane=RING,
     own=dict(
         methods=METHODS, budgets=(0, 1, 2, 3, 4, 5, 10, 25, 50), further=(0, 1, 2, 3, 4, 5), adam=0.1, resamples=40,
+        samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", GLOBAL, "DGflow")}, tuning=(25, 50), longer=(50,),
         ring_steps=3000, judged_after={"digits": DIGITS.classifier_steps, "mnist": MNIST.classifier_steps},
         parts={
             "digits": _of_images(DIGITS, 4000, 4, _DIGITS),
@@ -88,6 +103,7 @@ FULL = Recipe(
 )  # fmt: skip
 QUICK = FULL.but(
     methods=(BACKTRACKING, CURVATURE), budgets=(0, 1, 4, 31), further=(0, 1), resamples=5, judged_after={"digits": 100},
+    samplers={OWN: ("DDLS",), SHAPED: ("DDLS",)}, tuning=(10, 50), longer=(12,),
     parts={"digits": Part(150, DIGITS.step_size, (12, 128, 1e-4), (3, 30), dict(pairs=300, rounds=1, iterations=40))},
 )  # fmt: skip
 REDUCTIONS = ()
@@ -111,10 +127,16 @@ class Pair:
     features: str
     embed: Callable[[Tensor], Tensor]  # samples -> what the metric reads
     distance: Callable[[Tensor], float]
+    choose: Callable[[Tensor], Tensor] = lambda samples: samples  # what a choice is made by
     also: Callable[[int, Tensor], Row] = lambda budget, samples: {}  # further figures of a point
 
     def refiner(self, method: str, part: Part, adam: float, steps: int) -> fr.Refiner:
         """The pair refined by a method with D as it is."""
+        if method in SAMPLERS:
+            return fr.Refiner(
+                self.generator, self.discriminator, SAMPLERS[method], at="input", prior=self.prior, max_steps=steps,
+                num_slots=self.num_slots,
+            )  # fmt: skip
         samplers = {
             FIXED: fr.Collaborative(part.step_size, control="fixed"), ADAM: fr.Collaborative(adam, optimizer="adam"),
             BACKTRACKING: fr.Collaborative(part.step_size), CURVATURE: fr.Collaborative(),
@@ -150,6 +172,7 @@ class Curves:
     def __init__(self, run: Run, table: Table, pair: Pair, part: Part):
         self.run, self.table, self.pair, self.part, self.raw = run, table, pair, part, 0.0
         self.shaped: dict[str, nn.Module] = {}
+        self.sizes: dict[tuple[str, str], float] = {}  # tuned step sizes by sampler and discriminator
 
     def rows(self) -> Iterator[Row]:
         recipe = self.run.recipe
@@ -163,6 +186,39 @@ class Curves:
                     make = functools.partial(self.distilled, name, one)
                     yield from self.curve(DISTILLED, name, make, recipe.further)
                     self.tell(f"distilled, D {name}")
+        if self.pair.metric == FRECHET:
+            yield from self.samplers(OWN, self.pair.discriminator)
+            yield from self.samplers(SHAPED, self._shaped(BACKTRACKING))
+
+    def samplers(self, name: str, discriminator: nn.Module) -> Iterator[Row]:
+        """Of the samplers that move the latent, tuned and not."""
+        recipe = self.run.recipe
+        budget, _ = recipe.tuning
+        for method in recipe.samplers[name]:
+            one = self.refiner(method, budget - 1).with_discriminator(discriminator)
+            yield from self.curve(method + GIVEN, name, one, (budget,))
+            sampler, steps = self.tuned(one, method, name)
+            further = {number: number - 1 for number in recipe.longer}
+            yield from self.curve(method, name, one.replaced(sampler=sampler), {budget: steps, **further})
+
+    def tuned(self, refiner: fr.Refiner, method: str, discriminator: str) -> tuple[Sampler, int]:
+        """The tuned sampler of a refiner, and its number of steps."""
+        (budget, samples), real, choose = self.run.recipe.tuning, self.pair.real[:5000], self.pair.choose
+
+        def tune() -> Row:
+            tuned = fr.tune_sampler(refiner, real, budget, samples=samples, seed=self.table.seed, features=choose)
+            mine = {f.name: getattr(tuned.sampler, f.name) for f in fields(tuned.sampler)}  # type: ignore[arg-type]
+            return {
+                "setting": {key: value for key, value in mine.items() if value != getattr(refiner.sampler, key)},
+                "steps": tuned.max_steps, "quality": tuned.quality, "evaluations": tuned.evaluations, "seconds": tuned.seconds,
+            }  # fmt: skip
+
+        row = self.table.cells.row(f"tuned {self.pair.name} {self.table.seed} {method}, D {discriminator}", tune)
+        facts = {"pair": self.pair.name, "seed": self.table.seed, "method": method, "discriminator": discriminator}
+        self.run.extra.setdefault("tuning", []).append(facts | row)
+        sampler = replace(refiner.sampler, **row["setting"])  # type: ignore[type-var]
+        self.sizes[method, discriminator] = sampler.step_size  # type: ignore[attr-defined]
+        return sampler, row["steps"]
 
     def refiner(self, method: str, steps: int) -> fr.Refiner:
         return self.pair.refiner(method, self.part, self.run.recipe.adam, steps)
@@ -242,7 +298,10 @@ def _images(run: Run, table: Table, name: str) -> Pair:
     demo = MNIST if name.startswith("MNIST") else DIGITS
     data = demo.load(run.data if demo is MNIST else None)
     cells = run.cells(run.recipe.but(name=demo.name))  # each set has a classifier of its own
-    judge = trained_judge(cells, demo.classifier, data, seed=JUDGE, steps=run.recipe.judged_after[demo.name])
+    judge, chooser = (
+        trained_judge(cells, demo.classifier, data, seed=seed, steps=run.recipe.judged_after[demo.name])
+        for seed in (JUDGE, JUDGE + 1)
+    )
     run.judged(demo.name, judge.accuracy)
     steps = demo.converged_steps if name.endswith("converged") else demo.early_steps
     g, d = embedded(demo) if steps == demo.early_steps and table.seed == 0 else _trained(table, demo, data.train, steps)
@@ -250,6 +309,7 @@ def _images(run: Run, table: Table, name: str) -> Pair:
         name, g, d, lambda: build(demo.discriminator, 0), demo.at, fr.Normal(demo.latent), data.train, demo.reference,
         demo.num_slots, dict(betas=(0.5, 0.9)), FRECHET, "own classifier, penultimate layer",
         lambda x: classify(judge.classifier, x)[0], lambda x: frechet_distance(x, judge.reference),
+        lambda x: classify(chooser.classifier, x)[0],
     )  # fmt: skip
 
 
@@ -311,6 +371,17 @@ def claims(rows: Sequence[Row]) -> list[Row]:
                 every=True,
             ),
         ]  # fmt: skip
+    return found + tuning_claims(rows)
+
+
+def tuning_claims(rows: Sequence[Row]) -> list[Row]:
+    """Whether a tuned sampler is better than the one given on seeds that the search did not see, mean over training seeds."""
+    found, given = [], [row for row in rows if row["method"].endswith(GIVEN)]
+    for pair, name, d in dict.fromkeys((row["pair"], row["method"], row["discriminator"]) for row in given):
+        budget, method = given[0]["budget"], name.removesuffix(GIVEN)
+        ours, theirs = (pick(rows, "value", pair=pair, method=one, discriminator=d, budget=budget) for one in (method, name))
+        text = f"{pair}: tuned {method}, D {d}, is better than as given, within {budget} evaluations"
+        found.append(_below(text, ours, theirs, 1 - NOISE))
     return found
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import fastrefine as fr
+from benchmarks.papers import ex2mcmc_rows
 from benchmarks.papers.budget import (
     ADAM,
     BACKTRACKING,
@@ -35,18 +36,21 @@ from benchmarks.papers.budget import (
     GENERATOR,
     JUDGE,
     METHODS,
+    NOISE,
     OWN,
+    SAMPLERS,
     SHAPED,
     Curves,
     Pair,
     Part,
     draw,
+    tuning_claims,
 )
 from benchmarks.papers.cells import Cells, checkpoints, trained_judge
 from benchmarks.papers.cifar10 import FULL as DCGAN
 from benchmarks.papers.cifar10 import QUICK as SMALL
 from benchmarks.papers.cifar10 import coloured_digits
-from benchmarks.papers.image_networks import PictureClassifier, networks_of
+from benchmarks.papers.image_networks import HingeTrainer, PictureClassifier, networks_of
 from benchmarks.papers.pictures import load_cifar10
 from benchmarks.papers.result_file import Row, against, claim, pick
 from benchmarks.papers.run import Recipe, Run, Table
@@ -56,19 +60,14 @@ from fastrefine.demo.gan import build
 from fastrefine.demo.judge import Judge
 from fastrefine.metrics import frechet_distance
 from fastrefine.models import default_discriminator
-from fastrefine.models.digits import Classifier, classify
+from fastrefine.models.digits import classify
 from fastrefine.models.pretrained import EFFICIENTNET as BACKBONE
 from fastrefine.production.evaluation import given_features
 from fastrefine.production.tuning import FIRST_SEED
-from fastrefine.samplers import Sampler
 
 __all__ = ["FULL", "QUICK", "REDUCTIONS", "claims", "comparison", "draw", "rows"]
 EFFICIENTNET = "frechet_distance_efficientnet"
 FITTED = "fitted"  # a D without BatchNorm, trained from the beginning on real images against raw samples
-SAMPLERS: dict[str, Sampler] = {  # the search for a step size begins at theirs
-    "DDLS": fr.DDLS(0.01, 0.1), "MALA": fr.MALA(0.01), "DGflow": fr.DGflow(0.1), "DOT": fr.DOT(0.1), "PCN": fr.PCN(0.01),
-}  # fmt: skip
-NOISE = 0.02  # of the generator's distance; less is taken for noise
 GOALS = {"the best method": 0.6, "DDLS": 0.75}  # of the generator's distance
 
 
@@ -95,7 +94,8 @@ class Shaping:
 
 
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
-# samplers: by discriminator; longer: the other budget of theirs. tuning: (budget, samples) of ``fr.tune_sampler``.
+# samplers: by discriminator; longer: further budgets of theirs; peers:
+# those of ex2mcmc. tuning: (budget, samples) of ``fr.tune_sampler``.
 # fitted: width and iterations of that D. part.shaping: but for the rate. The 12,000 iterations of the GAN took 29 minutes of
 # one shared core.
 FULL = Recipe(
@@ -104,7 +104,7 @@ FULL = Recipe(
     own=dict(
         methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
         budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
-        judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=50, adam=0.1, resamples=20,
+        judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
         chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
@@ -118,9 +118,9 @@ QUICK = replace(
     FULL, size=SMALL.size, latent=SMALL.latent, features=SMALL.features, checkpoints=SMALL.checkpoints,
     training=SMALL.training, classifier_width=8, classifier_steps=40, reference=150, num_slots=50,
 ).but(
-    methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("DDLS",), SHAPED: ("DDLS",)}, budgets=(0, 1, 4, 10), further=(0, 1),
-    judged_twice=(0, 10), tuning=(10, 50), longer=12, resamples=5, reference_twice=100, chooser=(4, 8, 40),
-    held_out=(60, (3, 9)), fitted=(8, 30),
+    methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("MALA",), SHAPED: ("DDLS",)}, budgets=(0, 1, 4, 10),
+    further=(0, 1), judged_twice=(0, 10), tuning=(10, 50), longer=(12,), peers=(10,), resamples=5, reference_twice=100,
+    chooser=(4, 8, 40), held_out=(60, (3, 9)), fitted=(8, 30),
     shapings=(
         Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True),
         Shaping("3", CURVATURE, 4, 1e-3, start=FITTED),
@@ -131,17 +131,19 @@ REDUCTIONS = ()
 
 
 def rows(run: Run, seed: int) -> Iterator[Row]:
-    """Of the pair."""
+    """Of the pair, then of the package ex2mcmc where it is installed."""
     recipe, table = run.recipe, Table(run.cells(), run.recipe, seed)
     data = coloured_digits() if run.data is None or run.quick else load_cifar10(run.data)
     cells = run.cells(replace(recipe, name="networks", own={}))
     (width, features, steps), wide = recipe.chooser, recipe.classifier_width
     judge = _judge(run, cells, data, JUDGE, "judges", recipe.classifier_steps, width=wide)
     chooser = _judge(run, cells, data, JUDGE + 1, "chooses", steps, width=width, features=features)
-    pair = _pair(recipe, table, cells, data, judge)
+    pair = _pair(recipe, table, cells, data, judge, chooser)
     real = data.train[: recipe.part.samples]
     run.extra["real"] = table.cells.row("real", lambda: pair.measured(real, recipe.resamples) | pair.also(0, real))
-    yield from _Curves(run, table, pair, _Chosen(run, table, pair, chooser.classifier)).rows()
+    curves = _Curves(run, table, pair, _Chosen(run, table, pair))
+    yield from curves.rows()
+    yield from ex2mcmc_rows.rows(curves, curves.sizes["MALA", OWN], recipe.peers)
 
 
 def _judge(run: Run, cells: Cells, data: Images, seed: int, what: str, steps: int, **sizes: int) -> Judge:
@@ -153,14 +155,15 @@ def _judge(run: Run, cells: Cells, data: Images, seed: int, what: str, steps: in
     return judge
 
 
-def _pair(recipe: Recipe, table: Table, cells: Cells, data: Images, judge: Judge) -> Pair:
+def _pair(recipe: Recipe, table: Table, cells: Cells, data: Images, judge: Judge, chooser: Judge) -> Pair:
     seed, backbone = table.seed, given_features(BACKBONE)
 
     def trainer() -> gan.Trainer:
         pair = networks_of(recipe, seed)
         for network in pair:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return gan.Trainer(*pair, gan.images_of(data.train), gan.normal(recipe.latent), recipe.training, seed)
+        kind = HingeTrainer if recipe.network == "sngan" else gan.Trainer
+        return kind(*pair, gan.images_of(data.train), gan.normal(recipe.latent), recipe.training, seed)
 
     (steps,) = recipe.checkpoints
     g, d = checkpoints(cells, f"gan-{seed}", trainer, (steps,))[steps]
@@ -174,23 +177,21 @@ def _pair(recipe: Recipe, table: Table, cells: Cells, data: Images, judge: Judge
     return Pair(
         "CIFAR-10", g, d, lambda: networks_of(recipe, seed)[1], recipe.shapings[0].at, fr.Normal(recipe.latent), data.train,
         recipe.reference, recipe.num_slots, dict(betas=(0.5, 0.9)), FRECHET, "own classifier, penultimate layer",
-        lambda x: classify(judge.classifier, x)[0], lambda x: frechet_distance(x, judge.reference), also,
+        lambda x: classify(judge.classifier, x)[0], lambda x: frechet_distance(x, judge.reference),
+        lambda x: classify(chooser.classifier, x)[0], also,
     )  # fmt: skip
 
 
 class _Chosen:
     """What is chosen by the classifier that reports nothing."""
 
-    def __init__(self, run: Run, table: Table, pair: Pair, classifier: Classifier):
-        self.run, self.table, self.pair, self.classifier = run, table, pair, classifier
-
-    def features(self, images: Tensor) -> Tensor:
-        return classify(self.classifier, images)[0]
+    def __init__(self, run: Run, table: Table, pair: Pair):
+        self.run, self.table, self.pair = run, table, pair
 
     def discriminator(self) -> tuple[Shaping, nn.Module]:
         """The best way to shape D, and the shaped one."""
         tried: list[tuple[float, Shaping, nn.Module]] = []
-        wanted = self.features(self.pair.real[:5000])
+        wanted = self.pair.choose(self.pair.real[:5000])
         for shaping in self.run.recipe.shapings:
             tried += self._rounds(shaping, wanted)
         return min(tried, key=lambda one: one[0])[1:]
@@ -227,7 +228,7 @@ class _Chosen:
             def measured(d: nn.Module = d, started: float = started) -> Row:
                 one = refiner.with_discriminator(d).replaced(max_steps=max(numbers))
                 out = one.sample(samples, seed=FIRST_SEED, snapshots=numbers)
-                found = {k: frechet_distance(self.features(out.snapshots[k].images), wanted) for k in numbers}
+                found = {k: frechet_distance(self.pair.choose(out.snapshots[k].images), wanted) for k in numbers}
                 return {
                     "distance": min(found.values()), "of_steps": list(found.values()), "seconds": time.perf_counter() - started,
                 }  # fmt: skip
@@ -238,22 +239,6 @@ class _Chosen:
             if row["distance"] >= best:
                 return
             best = row["distance"]
-
-    def sampler(self, refiner: fr.Refiner, name: str, discriminator: str) -> tuple[Sampler, int]:
-        """The tuned sampler of a refiner, and its number of steps."""
-        (budget, samples), real = self.run.recipe.tuning, self.pair.real[:5000]
-
-        def tune() -> Row:
-            tuned = fr.tune_sampler(refiner, real, budget, samples=samples, seed=self.table.seed, features=self.features)
-            mine = {f.name: getattr(tuned.sampler, f.name) for f in fields(tuned.sampler)}  # type: ignore[arg-type]
-            return {
-                "setting": {key: value for key, value in mine.items() if value != getattr(refiner.sampler, key)},
-                "steps": tuned.max_steps, "quality": tuned.quality, "evaluations": tuned.evaluations, "seconds": tuned.seconds,
-            }  # fmt: skip
-
-        row = self.table.cells.row(f"tuned {name}, D {discriminator}", tune)
-        self._tell("tuning", {"method": name, "discriminator": discriminator, **row})
-        return replace(refiner.sampler, **row["setting"]), row["steps"]  # type: ignore[type-var]
 
     def _tell(self, what: str, facts: Row) -> None:
         self.run.extra.setdefault(what, []).append({"seed": self.table.seed, **facts})
@@ -267,7 +252,6 @@ class _Curves(Curves):
         part: Part = run.recipe.part
         part = replace(part, shaping=(*part.shaping[:2], shaping.rate), shaping_most=(shaping.most, shaping.most))
         super().__init__(run, table, replace(pair, at=shaping.at), part)
-        self.chosen = chosen
 
     def rows(self) -> Iterator[Row]:
         recipe, most = self.run.recipe, max(self.run.recipe.budgets) - 1
@@ -276,23 +260,12 @@ class _Curves(Curves):
             for method in recipe.methods:
                 one = self.refiner(method, most).with_discriminator(d)
                 if method != CURVATURE:
-                    one = one.replaced(sampler=self.chosen.sampler(one, method, name)[0])
+                    one = one.replaced(sampler=self.tuned(one, method, name)[0])
                 yield from self.curve(method, name, one, recipe.budgets[1:])
                 if method == CURVATURE:
                     yield from self.curve(DISTILLED, name, partial(self.distilled, name, one), recipe.further)
                     self.tell(f"distilled, D {name}")
-            for sampler in recipe.samplers[name]:
-                yield from self._sampler(sampler, name, d)
-
-    def _sampler(self, name: str, discriminator: str, d: nn.Module) -> list[Row]:
-        recipe, pair = self.run.recipe, self.pair
-        one = fr.Refiner(
-            pair.generator, d, SAMPLERS[name], at="input", prior=pair.prior, max_steps=recipe.tuning[0] - 1,
-            num_slots=pair.num_slots,
-        )  # fmt: skip
-        tuned, steps = self.chosen.sampler(one, name, discriminator)
-        numbers = {recipe.tuning[0]: steps, recipe.longer: recipe.longer - 1}
-        return self.curve(name, discriminator, one.replaced(sampler=tuned), numbers)
+            yield from self.samplers(name, d)
 
 
 def comparison(rows: Sequence[Row]) -> list[Row]:
@@ -315,7 +288,8 @@ def claims(rows: Sequence[Row]) -> list[Row]:
         (raw,) = pick(rows, key, method=GENERATOR)
         judged = [row for row in few if key in row and row["method"] != GENERATOR]
         for name, goal in GOALS.items():
-            best = min((row for row in judged if name in ("the best method", row["method"])), key=lambda row: row[key])
+            ours = [row for row in judged if not row["method"].startswith(ex2mcmc_rows.PEER)]
+            best = min((row for row in ours if name in ("the best method", row["method"])), key=lambda row: row[key])
             found.append(claim(
                 f"{judge}: within 50 evaluations {name} lowers the distance by {1 - goal:.0%}", best[key] <= goal * raw,
                 ours=best[key], theirs=raw, lowered_by=1 - best[key] / raw, evaluations=best["evaluations"],
@@ -325,4 +299,4 @@ def claims(rows: Sequence[Row]) -> list[Row]:
             text = f"{judge}: {name}, D {d}, lowers the distance by more than {NOISE:.0%}"
             holds = last[key] < (1 - NOISE) * raw
             found.append(claim(text, holds, ours=last[key], theirs=raw, evaluations=last["evaluations"]))
-    return found
+    return found + tuning_claims(rows)

@@ -1,18 +1,22 @@
 """The experiment on budgets for colour images: its claims on known rows, and what its quick run chose and measured."""
 
+import importlib.util
+
 import pytest
 
-from benchmarks.papers import budget_cifar10
+from benchmarks.papers import budget, budget_cifar10
 from benchmarks.papers.budget_cifar10 import EFFICIENTNET
 
 
 def row(method, discriminator, budget, value, second=None):
-    found = {"method": method, "discriminator": discriminator, "budget": budget, "value": value, "evaluations": float(budget)}
+    found = {"pair": "P", "method": method, "discriminator": discriminator, "budget": budget, "value": value}
+    found["evaluations"] = float(budget)
     return found | ({} if second is None else {EFFICIENTNET: second})
 
 
 def verdicts(rows, text):
-    return {claim["claim"].partition(":")[0]: claim["holds"] for claim in budget_cifar10.claims(rows) if text in claim["claim"]}
+    claims = [claim for claim in budget_cifar10.claims(rows) if text in claim["claim"] and "tuned" not in claim["claim"]]
+    return {claim["claim"].partition(":")[0]: claim["holds"] for claim in claims}
 
 
 @pytest.mark.parametrize(("best", "holds"), [(6.0, True), (6.1, False)])
@@ -37,6 +41,22 @@ def test_a_method_is_compared_at_its_greatest_budget_and_noise_is_no_gain():
     assert verdicts(rows, "DDLS, D as it is") == {"own classifier": True, "EfficientNet-Lite0": False}
 
 
+def test_the_goal_is_for_our_methods_and_not_for_a_peer():
+    rows = [
+        row("generator", "none", 0, 10.0, 100.0), row("DDLS", "as it is", 50, 7.5, 75.0),
+        row("ex2mcmc: mala", "as it is", 50, 1.0, 10.0),
+    ]  # fmt: skip
+    assert verdicts(rows, "the best method lowers") == {"own classifier": False, "EfficientNet-Lite0": False}
+    assert verdicts(rows, "ex2mcmc: mala, D as it is") == {"own classifier": True, "EfficientNet-Lite0": True}
+
+
+@pytest.mark.parametrize(("tuned", "holds"), [(8.0, True), (9.9, False)])
+def test_tuned_is_compared_with_given_at_the_budget_of_tuning(tuned, holds):
+    rows = [row("DDLS as given", "as it is", 25, 10.0), row("DDLS", "as it is", 25, tuned), row("DDLS", "as it is", 50, 1.0)]
+    (found,) = budget.tuning_claims(rows)
+    assert found["holds"] == holds and found["claim"].endswith("as given, within 25 evaluations")
+
+
 def test_the_quick_run_reports_what_it_chose_and_judges_twice(quick_run):
     _, record = quick_run("budget_cifar10")
     recipe = budget_cifar10.QUICK
@@ -49,4 +69,7 @@ def test_the_quick_run_reports_what_it_chose_and_judges_twice(quick_run):
         assert row["evaluations"] <= row["budget"]
         if row["method"] == "DDLS" and row["budget"] == recipe.tuning[0]:
             assert row["most_steps"] == tuned["DDLS", row["discriminator"]]
+    shown = {row["method"] for row in record["rows"]}
+    assert {"DDLS as given", "MALA as given"} <= shown
+    assert ({"ex2mcmc: mala", "ex2mcmc: ex2mcmc"} <= shown) == (importlib.util.find_spec("ex2mcmc") is not None)
     assert record["real"][EFFICIENTNET] < record["rows"][0][EFFICIENTNET]

@@ -34,6 +34,7 @@ MAIN = {
                      "ring, good samples: fixed steps' worst is worse"),
     "budget": ("is within 5 % of backtracking", "it costs at most 1/5"),
     "budget_cifar10": ("own classifier: Barzilai-Borwein, D shaped, lowers the distance",),
+    "budget_sngan": (),
     "corrector": ("are better than raw",),
     "fitted": ("refines to a lower Frechet distance",),
 }  # fmt: skip
