@@ -343,7 +343,7 @@ def _zoo(results: Path) -> Iterator[str]:
         "in half of the steps: how many times as fast the run is as with fixed steps, and what the steps saved would give, "
         "(K + 1) / (mean steps + 1). At the end of a run slots stand empty, more of them where there are fewer samples."
     )
-    stopped = [(row["pair"], row["stopped"]) for row in rows if "stopped" in row]
+    stopped = [(row["pair"], row["stopped"]) for row in (*rows, *record["held"]) if "stopped" in row]
     yield _table(
         ("pair", "n", "slots", "K", "mean steps", "times as fast", "steps saved", "share"),
         [
@@ -352,6 +352,28 @@ def _zoo(results: Path) -> Iterator[str]:
             for pair, one in stopped
         ],
     )  # fmt: skip
+    yield from _zoo_compiled(results)
+
+
+def _zoo_compiled(results: Path) -> Iterator[str]:
+    record = _read(results / "zoo-compiled-cpu.json")
+    rows = [row for row in record["rows"] if "ratio_b2" in row]
+    yield (
+        "Against B2, which is B1 with the step, or where that fails the forward pass, under `torch.compile`: how many times as "
+        "fast ours is, and ours with `compile=True`. Compiling takes from half a minute to minutes for each number of slots, "
+        "so it is a choice."
+    )
+    yield f"    {record['command']}    # pair by pair; commit {', '.join(dict.fromkeys(_short(row['commit']) for row in rows))}"
+    yield _table(
+        ("pair", "at", "n", "K", "B1", "B2", "compiled, B2", "what B2 compiles"),
+        [(row["pair"], row["at"], str(row["n"]), str(row["K"]), f"{row['ratio_b1']:.2f}x", f"{row['ratio_b2']:.2f}x",
+          f"{row['ratio_compiled_b2']:.2f}x", "forward" if "CompiledLoop" in row["missing"] else "step") for row in rows],
+    )  # fmt: skip
+    means = [geometric_mean([row[key] for row in rows]) for key in ("ratio_b2", "ratio_compiled_b2")]
+    yield f"Geometric means: {means[0]:.2f}x B2, compiled {means[1]:.2f}x B2."
+    for row in record["rows"]:
+        if "CompiledForward" in row["missing"]:
+            yield f"B2 does not compile: {row['pair']} at {row['at']}: {row['missing']['CompiledForward']}"
 
 
 def _chains(results: Path) -> Iterator[str]:

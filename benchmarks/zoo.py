@@ -134,10 +134,15 @@ class Place:
 
     def ours(self, slots: int | None, steps: int) -> fr.Refiner:
         if self.refiner is None:
+            held: dict[str, Any] = {}
+            if self.pair.coupling != "refuse":
+                with torch.no_grad():
+                    real = self.pair.generate(self.networks[0], self.pair.latents(64), **self.pair.labels(64))
+                held = {"coupling": self.pair.coupling, "real": real}
             self.refiner = fr.Refiner(
                 *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=steps,
                 generate=self.pair.generate, discriminate=self.pair.discriminate, precision=self.limits.precision,
-                discriminator_output=self.pair.output,
+                discriminator_output=self.pair.output, **held,
             )  # fmt: skip
         return self.refiner.replaced(num_slots=slots, max_steps=steps)
 
@@ -278,12 +283,16 @@ def measure(pair: ZooPair, zoo: Path | None, limits: Limits, at: Sequence[str] =
     with quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         networks = pair.load(zoo)
-    for place in at or ("input", pair.place, "output"):
+    places = ("input", pair.place, "output") if pair.coupling == "refuse" else (pair.place,)
+    for place in at or places:
         facts = {"pair": pair.name, "checkout": pair.checkout, "at": place}
         try:
             with warnings.catch_warnings(), arithmetic("float32"):
                 warnings.simplefilter("ignore")
                 found = Place(pair, networks, place, limits)
+                if pair.coupling != "refuse":
+                    yield facts | {"stopped": found.stopped()}
+                    continue
                 for count, numbers in enumerate(found.numbers()):
                     extra = {"stopped": found.stopped()} if place == pair.place and not count else {}
                     yield found.row(*numbers) | extra
@@ -296,6 +305,8 @@ def summary(row: dict[str, Any]) -> str:
     name = f"{row['pair']:<22} {row['at']:<20}"
     if "error" in row:
         return f"{name} {row['error']}"
+    if "n" not in row:
+        return f"{name} with a threshold {row['stopped']['factor']:.2f}x of {row['stopped']['bound']:.2f}x"
     ratios = "  ".join(
         f"{key.removeprefix('ratio_').upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_")
     )
@@ -351,18 +362,19 @@ def main(
     record: dict[str, Any] = {
         "kind": KIND, "machine": facts(torch.device("cpu")), "command": command,
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": [], "failed": [],
+        "held": [],
     }  # fmt: skip
     pairs = [p for p in (*(PUBLIC if zoo else ()), *OURS) if not names or any(name in p.name for name in names)]
     if names and path.exists():
         before = json.loads(path.read_text())
-        record |= {key: before[key] for key in ("rows", "failed")}
+        record |= {key: before.get(key, []) for key in ("rows", "failed", "held")}
     for pair in pairs:
         try:
             for row in measure(pair, zoo, limits, at):
                 row["commit"] = record["machine"]["commit"]
-                for key in ("rows", "failed"):  # an earlier run's row of the same
+                for key in ("rows", "failed", "held"):  # an earlier run's row of the same
                     record[key] = [old for old in record[key] if _same(old) != _same(row)]
-                record["failed" if "error" in row else "rows"].append(row)
+                record["failed" if "error" in row else "rows" if "n" in row else "held"].append(row)
                 click.echo(summary(row))
                 write_json(path, record)
         except Exception as error:  # a checkout that is missing or does not import

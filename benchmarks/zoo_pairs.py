@@ -58,6 +58,7 @@ class ZooPair:
     output: str = "logit"  # or "probability", as Refiner(discriminator_output=) takes it
     absent: Sequence[str] = ()
     bare: Sequence[str] = ()
+    coupling: str = "refuse"  # as Refiner takes it; where it is another, the loops do not compute the same
     root: str = "."  # the folder of the checkout that its own imports start from
 
     def load(self, zoo: Path | None) -> Networks:
@@ -192,11 +193,12 @@ def _mimicry(folder: Path) -> Networks:
     return own.SNGANGenerator32(nz=32, ngf=32), own.SNGANDiscriminator32(ndf=32)
 
 
-def _stylegan2(folder: Path) -> Networks:
+def _stylegan2(folder: Path, deviation: int = 0) -> Networks:
+    """deviation: channels of D's minibatch standard deviation."""
     own: Any = importlib.import_module("training.networks")
     sizes = {"channel_base": 1024, "channel_max": 32, "num_fp16_res": 0}
     generator = own.Generator(32, 0, 32, 32, 3, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=sizes)
-    return generator, own.Discriminator(0, 32, 3, epilogue_kwargs={"mbstd_num_channels": 0}, **sizes)
+    return generator, own.Discriminator(0, 32, 3, epilogue_kwargs={"mbstd_num_channels": deviation}, **sizes)
 
 
 def _stylegan3(folder: Path) -> Networks:
@@ -318,6 +320,11 @@ PUBLIC = (
     ZooPair(
         "stylegan2-ada", "NVlabs+stylegan2-ada-pytorch", (32,), "synthesis.b8", _stylegan2,
         lambda G, z: G(z, None, noise_mode="const"), lambda D, x: D(x, None), absent=("pkg_resources", "requests"),
+    ),
+    ZooPair(
+        "stylegan2-ada, deviation held", "NVlabs+stylegan2-ada-pytorch", (32,), "synthesis.b8",
+        functools.partial(_stylegan2, deviation=1), lambda G, z: G(z, None, noise_mode="const"), lambda D, x: D(x, None),
+        absent=("pkg_resources", "requests"), coupling="freeze",
     ),
     ZooPair(
         "stylegan3", "NVlabs+stylegan3", (16,), "synthesis.L1_36_16", _stylegan3, lambda G, z: G(z, None),

@@ -96,6 +96,7 @@ class Shaping:
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
 # samplers: by discriminator; longer: further budgets of theirs; peers:
 # those of ex2mcmc. tuning: (budget, samples) of ``fr.tune_sampler``.
+# catch_up: further updates of D alone at the end.
 # fitted: width and iterations of that D. part.shaping: but for the rate. The 12,000 iterations of the GAN took 29 minutes of
 # one shared core.
 FULL = Recipe(
@@ -105,7 +106,7 @@ FULL = Recipe(
         methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
         budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
         judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
-        chooser=(16, 32, 1000), held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
+        chooser=(16, 32, 1000), catch_up=0, held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
             Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("2", BACKTRACKING, 20, 2e-4, uniform=True),
@@ -162,11 +163,15 @@ def _pair(recipe: Recipe, table: Table, cells: Cells, data: Images, judge: Judge
         pair = networks_of(recipe, seed)
         for network in pair:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        kind = HingeTrainer if recipe.network == "sngan" else gan.Trainer
-        return kind(*pair, gan.images_of(data.train), gan.normal(recipe.latent), recipe.training, seed)
+        return (HingeTrainer if recipe.network == "sngan" else gan.Trainer)(
+            *pair, gan.images_of(data.train), gan.normal(recipe.latent), recipe.training, seed
+        )
 
     (steps,) = recipe.checkpoints
     g, d = checkpoints(cells, f"gan-{seed}", trainer, (steps,))[steps]
+    if recipe.catch_up:
+        own = HingeTrainer(g, d, gan.images_of(data.train), gan.normal(recipe.latent), recipe.training, seed)
+        d = cells.network(f"caught-up-{seed}", networks_of(recipe, seed)[1], lambda: own.catch_up(recipe.catch_up))
     kept = cells.tensors("efficientnet", lambda: {"features": backbone(data.test[: recipe.reference_twice])[0]})
 
     def also(budget: int, images: Tensor) -> Row:

@@ -79,14 +79,25 @@ class HingeTrainer(Trainer):
         real = self.real(n, self.random)
         self._descend([real], [self.latents(n, self.random) for _ in range(2)], [])
 
+    def catch_up(self, steps: int) -> nn.Module:
+        """D, trained alone for so many more updates against G as it is."""
+        self.discriminator.train()
+        for _ in range(steps):
+            n = self.training.batch_size
+            self._discriminate([self.real(n, self.random)], self.latents(n, self.random), [])
+        return self.discriminator.eval()
+
+    def _discriminate(self, real: list[Tensor], latents: Tensor, labels: list[Tensor]) -> None:
+        with torch.no_grad():
+            fake = self.generator(latents, *labels)
+        loss = F.relu(1 - self.discriminator(*real, *labels)).mean() + F.relu(1 + self.discriminator(fake, *labels)).mean()
+        gan.descend(self.optimizers[1], loss)
+
     def _descend(self, real: list[Tensor], latents: list[Tensor], labels: list[Tensor]) -> None:
         """One update of D with the first latents, then one of G with the others."""
         device = next(self.generator.parameters()).device
         real, latents, labels = ([t.to(device) for t in given] for given in (real, latents, labels))
-        with torch.no_grad():
-            fake = self.generator(latents[0], *labels)
-        loss = F.relu(1 - self.discriminator(*real, *labels)).mean() + F.relu(1 + self.discriminator(fake, *labels)).mean()
-        gan.descend(self.optimizers[1], loss)
+        self._discriminate(real, latents[0], labels)
         self.discriminator.requires_grad_(False)
         gan.descend(self.optimizers[0], -self.discriminator(self.generator(latents[1], *labels), *labels).mean())
         self.discriminator.requires_grad_(True)
