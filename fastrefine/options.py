@@ -28,6 +28,13 @@ DTYPES = {
 }  # fmt: skip
 
 
+# Options that the preparation of the networks does not read.
+OF_THE_RUN = {
+    "max_steps", "keep", "proposals", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback",
+    "highest_real_logit",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Options:
     """The arguments of ``Refiner``, where each is described. Raises InputError for a value that is out of range.

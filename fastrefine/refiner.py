@@ -25,18 +25,13 @@ from fastrefine.networks.copies import device_of, has_batch_norm, is_shaped
 from fastrefine.networks.prepared import Networks, refines_latents
 from fastrefine.networks.split import Split
 from fastrefine.networks.statistics import StatisticsWarning
-from fastrefine.options import Callback, Options, OutputKey
+from fastrefine.options import OF_THE_RUN, Callback, Options, OutputKey
 from fastrefine.priors import Prior
 from fastrefine.result import Result
 from fastrefine.samplers import Sampler, as_sampler
 from fastrefine.stopping import FixedSteps, StopRule
 
 _OPTIONS = {field.name for field in fields(Options)}
-# Options that the preparation of the networks does not read.
-_OF_THE_RUN = {
-    "max_steps", "keep", "proposals", "driver", "on_nonfinite", "max_grad_norm", "output_device", "progress", "callback",
-    "highest_real_logit",
-}  # fmt: skip
 
 
 class PairOfNetworks(Protocol):
@@ -222,7 +217,7 @@ class Refiner:
             given["device"] = device_of(self.generator, self.discriminator)
         options = Options(**given)
         _check_networks(self.generator, self.discriminator, options.at)
-        shared = changes.keys() <= _OF_THE_RUN
+        shared = changes.keys() <= OF_THE_RUN
         twin = self._twin(options, self._networks if shared else self._networks.twin(self.discriminator, options))
         if shared:
             twin._idle = self._idle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fastrefine.networks.generator import PreparedGenerator
 from fastrefine.networks.split import Split
 from fastrefine.networks.target import Target
 from fastrefine.noise import Stream
-from fastrefine.options import MOST_SLOTS, Options
+from fastrefine.options import MOST_SLOTS, OF_THE_RUN, Options
 from fastrefine.priors import Prior
 from fastrefine.samplers.base import Evaluation, Latent, Sampler
 from fastrefine.stopping import RealLogits, StopRule
@@ -56,7 +57,21 @@ class Networks:
         if all(new is old or (isinstance(new, torch.device | str) and new == old) for new, old in pairs):
             twin.prepared_generator, twin._generator_kind = self.prepared_generator, self._generator_kind
             twin._seen, twin._probe_batch = (self._seen[0], twin._seen[1]), self._probe_batch
+            if discriminator is self.discriminator and self.target is not None and self._suits(options):
+                twin.prepared_discriminator, twin._lent, twin._seen = self.prepared_discriminator, self.target, self._seen
+                self.target.is_shared = True
         return twin
+
+    def _suits(self, options: Options) -> bool:
+        """Whether the target is one for other options: only the sampler's rule and the stop rule may differ."""
+
+        def same(name: str) -> bool:
+            new, old = getattr(options, name), getattr(self.options, name)
+            return new is old or not (isinstance(new, Tensor | dict) or isinstance(old, Tensor | dict) or new != old)
+
+        new, old = options.sampler, self.options.sampler
+        read = {own.name for own in fields(Options)} - OF_THE_RUN - {"sampler", "stop"}
+        return (new.loss, new.logit_scale) == (old.loss, old.logit_scale) and all(map(same, read))
 
     def _forget(self) -> None:
         self.prepared_generator: PreparedGenerator | None = None
@@ -66,6 +81,7 @@ class Networks:
     def _forget_discriminator(self) -> None:
         self.prepared_discriminator: PreparedDiscriminator | None = None
         self._scorer: PreparedDiscriminator | None = None
+        self._lent: Target | None = None  # of other options, on the same networks
         self.target: Target | None = None
         self.real: RealLogits | None = None  # logits of the options' real images
         self.bound: tuple[Sampler, StopRule] | None = None
@@ -130,8 +146,11 @@ class Networks:
                 checks.real_images(options.real, g.image_shape, images)
             sampler, stop = self._bind(d)
             self.check_labels(inputs.get("labels"))
-            target = Target(g, d, sampler, options, num_slots)
-            target.prepare(a, (*context, *d.call.values(given)))
+            if self._lent is not None:
+                target = self._lent.resized(num_slots)
+            else:
+                target = Target(g, d, sampler, options, num_slots)
+                target.prepare(a, (*context, *d.call.values(given)))
             self.bound = sampler.with_loss_error(self._loss_error(target)), stop
             self._start(target)
         self.target = target
@@ -157,6 +176,8 @@ class Networks:
         """Take an updated discriminator of the same structure; nothing is recorded again (used while shaping)."""
         self.discriminator = discriminator
         self._seen = self._seen[0], Weights(discriminator)
+        if self.target is not None and self.target.is_shared:
+            self._forget_discriminator()
         if self.target is None or self.prepared_discriminator is None:
             return
         options = self.options

@@ -87,6 +87,7 @@ class Target:
         self._fresh: tuple[fx.GraphModule, tuple[Tensor, ...]] | None = (
             None  # a recording of present weights, and its arguments
         )
+        self.is_shared = False  # by refiners of one pair: then its weights must stay
         self._whole = False  # whether gradients come by backward() alone
         self.forget()
         self.flops: float | None = None  # of one evaluation of one sample, where the flat route could count them

@@ -81,11 +81,14 @@ def tune_sampler(
         raise InputError("tune_sampler draws samples: pass prior= to the Refiner, e.g. fastrefine.Normal(64)")
     features, left, spent = features or _Components(real), settings(refiner.sampler), 0
     wanted, trials = features(real), []
+    prepared: dict[float, Refiner] = {}  # by temperature: settings that differ in the step size share a recorded step
 
     def made(sampler: Sampler, numbers: list[int], n: int, at: int) -> dict[int, Tensor]:
         """The images after each number of steps."""
         nonlocal spent
-        own = refiner.replaced(sampler=sampler, max_steps=numbers[-1], keep="last", progress=False)
+        like = prepared.get(sampler.logit_scale, refiner)
+        own = like.replaced(sampler=sampler, max_steps=numbers[-1], keep="last", progress=False)
+        prepared[sampler.logit_scale] = own
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastrefineWarning)  # of step sizes that are too large: they lose by themselves
             out = own.sample(n, seed=at, snapshots=numbers, labels=labels)

@@ -101,6 +101,48 @@ def test_another_sampler_shares_the_prepared_generator():
     assert other._networks.prepared_generator is one._networks.prepared_generator is not None
 
 
+def test_another_step_size_shares_the_recorded_step_and_another_loss_does_not():
+    one = refiner(at="1", stop=0.5)
+    one.sample(6)
+    target = one._networks.target
+    shared = [one.replaced(sampler=fr.Collaborative(0.3)), one.replaced(sampler=fr.Collaborative(0.2), stop=None, max_steps=2)]
+    others = [
+        one.replaced(sampler=fr.Collaborative(0.3, loss="minimax")), one.replaced(at="2"),
+        one.with_discriminator(networks()[1]), one.replaced(sampler=fr.Collaborative(0.3), real=torch.randn(8, 6)),
+    ]  # fmt: skip
+    for other in (*shared, *others):
+        found = other.sample(6)
+        assert (other._networks.target is target) == (other in shared)
+        wanted = fr.Refiner(other.generator, other.discriminator, **{
+            name: getattr(other.options, name) for name in ("sampler", "at", "stop", "max_steps", "prior", "num_slots", "real")
+        }).sample(6)  # fmt: skip
+        assert torch.equal(found.images, wanted.images) and torch.equal(found.steps, wanted.steps)
+
+
+def test_new_weights_reach_one_of_two_refiners_that_share_a_step():
+    one = refiner(at="1")
+    before = one.sample(6)
+    other = one.replaced(sampler=fr.Collaborative(0.3))
+    assert not torch.equal(other.sample(6).images, before.images)
+    torch.manual_seed(9)
+    new = networks()[1]
+    other._networks.refresh(new)
+    assert torch.equal(one.sample(6).images, before.images)
+    wanted = one.with_discriminator(new).replaced(sampler=fr.Collaborative(0.3)).sample(6)
+    torch.testing.assert_close(other.sample(6).images, wanted.images)
+
+
+def test_weights_that_change_in_place_are_noticed_where_a_step_is_shared():
+    g, d = networks()
+    one = refiner(g, d, at="1")
+    one.sample(6)
+    other = one.replaced(sampler=fr.Collaborative(0.3))
+    before = other.sample(6)
+    with torch.no_grad():
+        next(d.parameters()).mul_(-2)
+    assert not torch.equal(other.sample(6).images, before.images)
+
+
 def test_a_coupled_generator_is_rendered_in_the_groups_that_it_was_judged_in():
     g = Centred(before=networks()[0])
     one = refiner(g, coupling="lockstep", group_size=2, num_slots=4)
