@@ -138,7 +138,7 @@ class Place:
             if self.pair.coupling != "refuse":
                 with torch.no_grad():
                     real = self.pair.generate(self.networks[0], self.pair.latents(64), **self.pair.labels(64))
-                held = {"coupling": self.pair.coupling, "real": real}
+                held = {"coupling": self.pair.coupling, "real": real, "real_labels": self.pair.labels(64).get("labels")}
             self.refiner = fr.Refiner(
                 *self.networks, fr.Collaborative(self.step_size, control="fixed"), at=self.at, max_steps=steps,
                 generate=self.pair.generate, discriminate=self.pair.discriminate, precision=self.limits.precision,

@@ -1,6 +1,7 @@
 """The zoo's harness on a tiny checkout: how it is imported, what a row holds, and that its loops compute the same."""
 
 import copy
+import dataclasses
 import functools
 import importlib
 import json
@@ -52,6 +53,22 @@ class Discriminator(nn.Module):
 def make(folder):
     own = importlib.import_module("model")
     return own.Generator(), own.Discriminator()
+
+
+class Deviating(nn.Module):
+    """Adds the deviation over the batch."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, x, y):
+        return torch.sigmoid(torch.logit(self.discriminator(x, y)) + x.flatten(1).std(0).mean())
+
+
+def make_coupled(folder):
+    generator, discriminator = make(folder)
+    return generator, Deviating(discriminator)
 
 
 PAIR = ZooPair(
@@ -151,6 +168,24 @@ def test_the_command_writes_rows_and_what_failed(checkouts, monkeypatch, tmp_pat
         assert row["preparation_seconds"] >= 0 and any(entry["rung"] == "step recorded" for entry in row["ladder"])
         assert all(len(row["seconds"][name]) >= 3 for name in ("b0", "b1", "ours"))
     assert done.output.count(" images/s ") == len(record["rows"]) and "no checkout someone+gone" in done.output
+
+
+def test_rows_that_are_measured_again_take_the_place_of_those_before(checkouts, monkeypatch, tmp_path):
+    held = dataclasses.replace(PAIR, name="held", coupling="freeze", make=make_coupled)
+    monkeypatch.setattr(zoo, "PUBLIC", (PAIR, held))
+    monkeypatch.setattr(zoo, "OURS", ())
+    path, threads = tmp_path / "zoo.json", torch.get_num_threads()
+    records = []
+    for more in (["--n", "5", "--n", "6"], ["--n", "5", "--pair", PAIR.name, "--at", "first"]):
+        given = [str(checkouts), "--steps", "2", "--seconds", "0.01", "--output", str(path), *more]
+        assert CliRunner().invoke(zoo.main, given, catch_exceptions=False).exit_code == 0
+        records.append(json.loads(path.read_text()))
+    torch.set_num_threads(threads)
+    before, after = ({(row["at"], row["n"]): row for row in record["rows"]} for record in records)
+    assert before.keys() == after.keys() and len(before) == 6
+    assert {key for key in before if before[key] != after[key]} == {("first", 5)}
+    for record in records:  # of a held pair only what a threshold saves
+        assert [row["pair"] for row in record["held"]] == ["held"] and record["held"][0]["stopped"]["factor"] > 0
 
 
 def test_results_that_differ_are_an_error_and_not_a_ratio(networks):
