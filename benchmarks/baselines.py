@@ -55,7 +55,8 @@ class HandCut(nn.Module):
 
 
 class Hooked(nn.Module):
-    """Networks of anyone: a hook puts ``a`` in the place of a module's output. Modules that ended before do not run again.
+    """Networks of anyone: a hook puts ``a`` in the place of a module's output. That module and those that ended before
+    do not run again.
 
     generate: (generator, z, **inputs) -> images. discriminate: (discriminator, images, **inputs) -> logits (N, ...).
     names: of the inputs, which follow the latents. The context of a step is (z, *inputs).
@@ -92,11 +93,11 @@ class Hooked(nn.Module):
             self.place.register_forward_hook(self._put)
             self.hooked = True
         ended: dict[nn.Module, list[Any]] = {}
-        reached: list[nn.Module] = []
+        places: list[Any] = []
 
         def end(module: nn.Module, _: Any, output: Any) -> None:
-            reached.extend([module] if module is self.place else [])
-            if not reached:
+            places.extend([output] if module is self.place else [])
+            if not places:
                 ended.setdefault(module, []).append(output)
 
         handles = [module.register_forward_hook(end) for module in self.generator.modules()]
@@ -110,12 +111,19 @@ class Hooked(nn.Module):
         self.once = [module for module, outputs in ended.items() if len(outputs) == 1 and module not in inside]
         for module in self.once:
             module.forward = functools.partial(_kept, ended[module][0])  # type: ignore[method-assign]
+        if len(places) == 1:  # nor does the module itself run
+            self.place.forward = functools.partial(self._given, places[0])  # type: ignore[method-assign]
+            self.once.append(self.place)
         return self.seen.to(z.dtype), own, *inputs
 
     def _put(self, _: nn.Module, __: Any, output: Any) -> Any:
         if self.given is None:
             self.seen = output[0] if isinstance(output, tuple) else output
             return None
+        return self._given(output)
+
+    def _given(self, output: Any, *_: Any, **__: Any) -> Any:
+        """What the place gave, with the activation in it."""
         return (self.given, *output[1:]) if isinstance(output, tuple) else self.given
 
     def forward(self, a: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,23 @@ def _budget(results: Path) -> Iterator[str]:
         (t["pair"], t["what"], f"{t['evaluations_at_most']:,}", f"{t['seconds']:.0f}")
         for t in record["training"] if t["seed"] == 0
     ])  # fmt: skip
+    yield (
+        f"The samplers of the latent are as given, or as `tune_sampler` set them for at most {record['recipe']['tuning'][0]} "
+        "evaluations, by a second classifier on other seeds. What it found, and FDs of that classifier on the last seed of the "
+        "search: raw, as given, found. The search of a law has more settings, and so more samples at its end:"
+    )
+    yield _tuning(record["tuning"])
+
+
+def _tuning(found: Sequence[Record]) -> str:
+    """A line for each search."""
+    several = len({(t.get("pair"), t["seed"]) for t in found}) > 1
+    return _table((*(("pair", "seed") if several else ()), "", "found", "steps", "raw", "given", "found", "evaluations", "s"), [
+        (*((t["pair"], str(t["seed"])) if several else ()), _kind(t["method"], t["discriminator"]),
+         ", ".join(f"{k} {v:g}" for k, v in t["setting"].items()) or "nothing better", str(t["steps"]),
+         *(f"{t['quality'][k]:.2f}" for k in ("raw", "before", "after")), f"{t['evaluations']:,}", f"{t['seconds']:.0f}")
+        for t in found
+    ])  # fmt: skip
 
 
 def _by_budget(rows: Sequence[Record], digits: int) -> str:
@@ -154,20 +171,34 @@ def _kind(method: str, judge: str) -> str:
 
 
 def _colours(results: Path) -> Iterator[str]:
-    record = _read(results / "papers" / "budget_cifar10" / "result.json")
+    yield from _of_cifar10(
+        results, "budget_cifar10", "CIFAR-10",
+        "One DCGAN ({features} features, normal latents, {iterations:,} iterations in float32)",
+        "The first four methods refine at one layer until the median real logit. The samplers DDLS, MALA, DGflow, DOT and PCN "
+        "move the latent, without a stop rule.",
+    )  # fmt: skip
+    yield from _of_cifar10(
+        results, "budget_sngan", "an SNGAN of CIFAR-10",
+        "One residual SNGAN on the hinge loss ({features} features, {iterations:,} iterations, then {catch_up} of D alone)",
+        "Backtracking and Barzilai-Borwein refine at one block until the median real logit, the others move the latent. "
+        '"ex2mcmc" is the package, with the step size that MALA has.',
+    )  # fmt: skip
+
+
+def _of_cifar10(results: Path, name: str, title: str, what: str, methods: str) -> Iterator[str]:
+    record = _read(results / "papers" / name / "result.json")
     rows, recipe, real, second = record["rows"], record["recipe"], record["real"], "frechet_distance_efficientnet"
     raw = rows[0]
-    yield "## Quality for a budget: CIFAR-10"
+    what = what.format(features=recipe["features"][0], iterations=recipe["checkpoints"][0], catch_up=recipe.get("catch_up"))
+    yield f"## Quality for a budget: {title}"
     yield (
-        f"One DCGAN ({recipe['features'][0]} features, normal latents, {recipe['checkpoints'][0]:,} iterations in float32), "
-        f"seed {record['seeds'][0]}, {recipe['part']['samples']:,} samples a row. Its judges: a classifier that was trained "
-        f"here ({record['classifier_accuracy']['judges']:.0%} accuracy), and EfficientNet-Lite0, which was trained on "
+        f"{what}, seed {record['seeds'][0]}, {recipe['part']['samples']:,} samples a row. Its judges: a classifier that was "
+        f"trained here ({record['classifier_accuracy']['judges']:.0%} accuracy), and EfficientNet-Lite0, which was trained on "
         f"ImageNet; D is built on neither. As many real images have FDs of {real['value']:.1f} and {real[second]:.1f}, "
         "about the least that so few samples can have. A second classifier chose how D is shaped, step sizes and numbers of "
-        "steps, on other seeds and training images. The first four methods refine at one layer until the median real logit. "
-        "The samplers DDLS, MALA, DGflow, DOT and PCN move the latent, without a stop rule."
+        f"steps, on other seeds and training images. {methods}"
     )
-    yield _told(record, "python -m benchmarks.papers run budget_cifar10 --outdir DIR --data CIFAR10_FOLDER")
+    yield _told(record, f"python -m benchmarks.papers run {name} --outdir DIR --data CIFAR10_FOLDER")
     yield "FD of the own classifier by evaluations of D for each image, at most:"
     yield _by_budget(rows, 2)
     yield "Both judges, the percentage is the change from the generator; in brackets what holds 90 % of resampled sets:"
@@ -183,15 +214,10 @@ def _colours(results: Path) -> Iterator[str]:
     ])  # fmt: skip
     yield (
         f"What `tune_sampler` found for at most {recipe['tuning'][0]} evaluations, and the FD of the classifier that chooses "
-        "on the last of its seeds: raw, with the setting that was given, with the one that was found. The search of DDLS, MALA "
-        "and PCN has more settings, and so more samples at its end:"
+        "on the last of its seeds: raw, with the setting that was given, with the one that was found. The search of a law has "
+        "more settings, and so more samples at its end:"
     )
-    yield _table(("", "found", "steps", "raw", "given", "found", "evaluations", "seconds"), [
-        (_kind(t["method"], t["discriminator"]), ", ".join(f"{k} {v:g}" for k, v in t["setting"].items()) or "nothing better",
-         str(t["steps"]), *(f"{t['quality'][k]:.2f}" for k in ("raw", "before", "after")), f"{t['evaluations']:,}",
-         f"{t['seconds']:.0f}")
-        for t in record["tuning"]
-    ])  # fmt: skip
+    yield _tuning(record["tuning"])
 
 
 def _change(value: float, raw: float) -> str:
