@@ -198,7 +198,8 @@ def choose(name: str, device: torch.device) -> Driver:
 def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool) -> Driver:
     """The driver with its machine ready, or the host loop where the step cannot be captured and "auto" was asked for."""
     refused, cause = machine.target.refused, None
-    if driver.name not in refused:
+    key = driver.name, type(machine.rule.sampler)
+    if key not in refused:
         try:
             driver.prepare(machine, forward)
             return driver
@@ -208,11 +209,11 @@ def prepare(driver: Driver, machine: Machine, forward: bool, may_fall_back: bool
                 raise
             if error.__context__ is not None and is_out_of_memory(error.__context__):  # the end of the capture failed too
                 raise error.__context__ from error
-            cause, refused[driver.name] = error, _reason(error)
+            cause, refused[key] = error, _reason(error)
             if may_fall_back:
-                log.warning("the step cannot be captured, so it is launched from Python: %s", refused[driver.name])
+                log.warning("the step cannot be captured, so it is launched from Python: %s", refused[key])
     if not may_fall_back:
-        reason = refused[driver.name]
+        reason = refused[key]
         raise BackendError(f"driver={driver.name!r} cannot repeat this step: {reason}; use driver='host'") from cause
     return HostLoop()
 

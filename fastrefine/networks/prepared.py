@@ -65,13 +65,10 @@ class Networks:
     def _suits(self, options: Options) -> bool:
         """Whether the target is one for other options: only the sampler's rule and the stop rule may differ."""
 
-        def same(name: str) -> bool:
-            new, old = getattr(options, name), getattr(self.options, name)
-            return new is old or not (isinstance(new, Tensor | dict) or isinstance(old, Tensor | dict) or new != old)
-
         new, old = options.sampler, self.options.sampler
         read = {own.name for own in fields(Options)} - OF_THE_RUN - {"sampler", "stop"}
-        return (new.loss, new.logit_scale) == (old.loss, old.logit_scale) and all(map(same, read))
+        alike = all(_same(getattr(options, name), getattr(self.options, name)) for name in read)
+        return alike and (new.loss, new.logit_scale) == (old.loss, old.logit_scale)
 
     def _forget(self) -> None:
         self.prepared_generator: PreparedGenerator | None = None
@@ -82,6 +79,7 @@ class Networks:
         self.prepared_discriminator: PreparedDiscriminator | None = None
         self._scorer: PreparedDiscriminator | None = None
         self._lent: Target | None = None  # of other options, on the same networks
+        self._first: tuple[Tensor, tuple[Tensor, ...]]  # the probe batch's activations, and contexts as a step has them
         self.target: Target | None = None
         self.real: RealLogits | None = None  # logits of the options' real images
         self.bound: tuple[Sampler, StopRule] | None = None
@@ -146,8 +144,9 @@ class Networks:
                 checks.real_images(options.real, g.image_shape, images)
             sampler, stop = self._bind(d)
             self.check_labels(inputs.get("labels"))
+            self._first = a, (*context, *d.call.values(given))
             if self._lent is not None:
-                target = self._lent.resized(num_slots)
+                target, self._lent = self._lent.resized(num_slots), None
             else:
                 target = Target(g, d, sampler, options, num_slots)
                 target.prepare(a, (*context, *d.call.values(given)))
@@ -173,17 +172,21 @@ class Networks:
         return torch.cat([self.prepared_generator.render(a, context) for a, context, _ in blocks]), inputs
 
     def refresh(self, discriminator: nn.Module) -> None:
-        """Take an updated discriminator of the same structure; nothing is recorded again (used while shaping)."""
+        """Take an updated discriminator of the same structure (used while shaping).
+
+        Nothing is recorded again, unless constants were derived from weights, or others share what was recorded.
+        """
         self.discriminator = discriminator
         self._seen = self._seen[0], Weights(discriminator)
-        if self.target is not None and self.target.is_shared:
+        if self._lent is not None or (self.target is not None and self.target.is_shared):
             self._forget_discriminator()
         if self.target is None or self.prepared_discriminator is None:
             return
         options = self.options
         with torch_state.quiet_torch(options.device), self.target.generator.evaluation_mode():
             d = self.prepared_discriminator = self.prepared_discriminator.updated(discriminator)
-            self.target.refresh(d)
+            with torch_state.arithmetic("float32", options.deterministic):
+                self.target.refresh(d)
             self._scorer = self.real = None
             assert self.bound is not None
             sampler, stop = self._bind(d) if options.needs_real else (options.sampler.bind(self), self.bound[1])
@@ -338,7 +341,7 @@ class Networks:
         assert self._probe_batch is not None
         prior = self.options.prior
         if prior is None or tuple(self._probe_batch[0].shape[1:]) != tuple(prior.shape):
-            return target.first_evaluation()
+            return target.first_evaluation(*self._first)
         ((a, context, _),) = self._proposals(probe.rows(self.options))
         return target.first_evaluation(a, context)
 
@@ -347,7 +350,7 @@ class Networks:
         assert self._probe_batch is not None
         prior = self.options.prior
         if target.is_exact or prior is None or tuple(self._probe_batch[0].shape[1:]) != tuple(prior.shape):
-            return target.loss_error()
+            return target.loss_error(*self._first)
         ((a, context, _),) = self._proposals(probe.ROWS)
         return target.loss_error(a, context)
 
@@ -386,6 +389,14 @@ class Networks:
         assert self.prepared_generator is not None and self._probe_batch is not None
         with self.prepared_generator.evaluation_mode():
             return self.prepared_generator.render(*self.prepared_generator.prefix(*self._probe_batch))
+
+
+def _same(new: Any, old: Any) -> bool:
+    if isinstance(new, dict) and isinstance(old, dict):
+        return new is old or (new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new))
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return new.is_set_to(old)
+    return new is old or not (isinstance(new, Tensor | dict) or isinstance(old, Tensor | dict) or new != old)
 
 
 def refines_latents(generator: nn.Module | Split | None, at: str) -> bool:

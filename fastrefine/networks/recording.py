@@ -39,12 +39,13 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
         rules[aten.convolution.default] = cpu_forms.convolution
 
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
-    def run(*args: Tensor) -> Any:
-        with _ReadsOfConstants():
-            return function(*args)
-
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot(), _use_lazy_graph_module(True):
-        graph = make_fx(run, decomposition_table=rules)(*args)
+        try:
+            graph = make_fx(lambda *args: function(*args), decomposition_table=rules)(*args)
+        except RuntimeError as error:
+            if "value out of a tracing tensor" not in str(error):
+                raise
+            graph = make_fx(_reading_constants(function), decomposition_table=rules)(*args)
     for node in graph.graph.nodes:
         if _has_a_size_of_values(node):
             raise ValueError(f"sizes depend on values: {node.target}")
@@ -79,7 +80,11 @@ def _leave_out_what_changes_nothing(graph: fx.GraphModule) -> None:
 def _alike(node: fx.Node, other: fx.Node) -> bool:
     """Whether a view or copy has the shape, strides, dtype and offset of what it was made from: then the two are equal."""
     found, wanted = node.meta["val"], other.meta.get("val")
-    kinds = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in (found, wanted) if isinstance(t, Tensor)]
+    kinds = [
+        (t.shape, t.stride(), t.dtype, t.storage_offset(), t.is_conj(), t.is_neg())
+        for t in (found, wanted)
+        if isinstance(t, Tensor)
+    ]
     return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
@@ -98,6 +103,11 @@ def _join_slices(graph: fx.GraphModule) -> None:
         if whole and all([*part.args[1:3], part.args[5]] == [sizes, dim, 1] for part in parts):
             with graph.graph.inserting_before(node):
                 joined = graph.graph.call_function(aten.cat.default, ([part.args[0] for part in parts], dim))
+                like = [torch.empty_strided(v.shape, v.stride(), device="meta") for v in (p.args[0].meta["val"] for p in parts)]
+                if torch.cat(like, dim).stride() != node.meta["val"].stride():
+                    joined = graph.graph.call_function(
+                        aten.clone.default, (joined,), {"memory_format": torch.contiguous_format}
+                    )
             joined.meta = dict(node.meta)
             node.replace_all_uses_with(joined)
     for node in reversed(graph.graph.nodes):
@@ -108,15 +118,18 @@ def _join_slices(graph: fx.GraphModule) -> None:
 def _summed_slices(node: fx.Node) -> list[Any] | None:
     """The gradients of slices whose sum this is, each used for this alone, or None."""
     found: list[Any] = []
-    for part in node.args:
-        if not isinstance(part, fx.Node) or len(part.users) > 1 or node.kwargs:
-            return None
-        if part.target is aten.slice_backward.default:
-            found.append(part)
-        elif part.target is aten.add.Tensor and (more := _summed_slices(part)) is not None:
-            found += more
-        else:
-            return None
+    sums = [node]
+    while sums:
+        one = sums.pop()
+        for part in one.args:
+            if not isinstance(part, fx.Node) or len(part.users) > 1 or one.kwargs:
+                return None
+            if part.target is aten.slice_backward.default:
+                found.append(part)
+            elif part.target is aten.add.Tensor:
+                sums.append(part)
+            else:
+                return None
     return found
 
 
@@ -141,10 +154,18 @@ class _OneHot(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _reading_constants(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Tensor) -> Any:
+        with _ReadsOfConstants():
+            return function(*args)
+
+    return run
+
+
 class _ReadsOfConstants(TorchDispatchMode):
     """Lets a network read values of its own making, such as the lengths of sequences, which are the same each time.
 
-    make_fx refuses every read. Values that depend on an input or a weight stay refused, for the step must follow them.
+    make_fx refuses a tensor's value. Values that depend on an input or a weight stay refused, for the step must follow them.
     """
 
     def __init__(self) -> None:
@@ -230,7 +251,7 @@ def fold_constants(graph: fx.GraphModule, modules: Modules) -> None:
 class Held(NamedTuple):
     """What steps read that depends on weights alone: values() -> what belongs into the buffers."""
 
-    values: Callable[[], tuple[Tensor, ...]]
+    values: fx.GraphModule
     buffers: tuple[Tensor, ...]
 
     def refresh(self) -> None:
@@ -256,7 +277,8 @@ def hold_weights(graphs: Sequence[fx.GraphModule]) -> tuple[list[fx.GraphModule]
             keys[node] = key = None if node in effects.written else _of_weights(graph, node, keys)
             if key is not None and key not in made:
                 if node.op == "get_attr":
-                    root.register_buffer(name := f"weight{len(made)}", operator.attrgetter(node.target)(graph))
+                    kind = next((k for k in (_FOLDED, _DERIVED) if node.target.startswith(k)), "weight")
+                    root.register_buffer(name := f"{kind}{len(made)}", operator.attrgetter(node.target)(graph))
                     made[key] = program.get_attr(name)
                     values[made[key]] = root.get_buffer(name)
                 else:
@@ -290,7 +312,9 @@ def _of_weights(graph: fx.GraphModule, node: fx.Node, keys: dict[fx.Node, Any]) 
     """What is computed from which weights, equal for equal values; None of what depends on anything else."""
     if node.op == "get_attr":
         value = operator.attrgetter(node.target)(graph)  # type: ignore[arg-type]
-        return (value.data_ptr(), value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else None
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return None
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.is_conj(), value.is_neg()
     inputs = node.all_input_nodes
     if node.op != "call_function" or not inputs or not _gives_the_same_each_time(node.target):
         return None
@@ -346,7 +370,7 @@ def _weights(modules: Modules, graph: fx.GraphModule) -> Iterator[Tensor]:
 
 
 def _storages(values: Iterable[Any]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in values if isinstance(t, Tensor)}
+    return {t.untyped_storage().data_ptr() for t in values if isinstance(t, Tensor) and t.layout is torch.strided}
 
 
 def _convolution_backward(

@@ -85,7 +85,7 @@ def test_a_broken_capture_gives_its_memory_back_and_tells_the_first_error(monkey
             self.runtime.capture(step)
 
     driver = Driver(drivers.CudaRuntime(torch.device("cuda", 3)))
-    machine = SimpleNamespace(target=SimpleNamespace(refused={}), captured={})
+    machine = SimpleNamespace(target=SimpleNamespace(refused={}), captured={}, rule=SimpleNamespace(sampler=None))
     assert drivers.prepare(driver, machine, False, True).name == "host"
     assert log == [("_cuda_endAllocateToPool", 3, (0, 7)), ("_cuda_releasePool", 3, (0, 7))]
     assert "Python: operation not permitted when stream is capturing" in caplog.text

@@ -159,3 +159,97 @@ def test_gradients_of_slices_of_a_whole_are_joined():
         graph = recording.record(lambda a, ends=ends: slices(a, ends), (x,))
         assert ("cat" in _operations(graph)) == joined
         torch.testing.assert_close(graph(x), slices(x, ends))
+
+
+def test_joined_gradients_have_the_layout_that_views_after_them_need():
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 8, 8).to(memory_format=torch.channels_last)
+    layers = [nn.Conv2d(2, 3, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False) for _ in range(2)]
+
+    def step(a):
+        with torch.enable_grad():
+            leaf = a.detach().requires_grad_()
+            loss = sum(layer(part).square().sum() for layer, part in zip(layers, (leaf[:, :2], leaf[:, 2:]), strict=True))
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return (grad.contiguous().view(4, -1),)
+
+    graph = recording.record(step, (x,), tuple(layers))
+    torch.testing.assert_close(graph(x), step(x))
+
+
+def test_thousands_of_slices_are_joined():
+    def step(a):
+        with torch.enable_grad():
+            leaf = a.detach().requires_grad_()
+            loss = sum(leaf.narrow(1, i, 1).square().sum() for i in range(1200))
+        return torch.autograd.grad(loss, leaf)
+
+    x = torch.randn(1, 1200)
+    graph = recording.record(step, (x,))
+    assert "cat" in _operations(graph) and torch.equal(graph(x)[0], step(x)[0])
+
+
+class Measured(nn.Module):
+    """Weights times a tensor that is made of weights on the host in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gain, self.last = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6)), nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.last(F.linear(x, self.weight * torch.tensor(self.gain.tolist())).relu())
+
+
+@pytest.mark.parametrize("kind", [Scaled, Measured])
+def test_shaped_weights_reach_a_held_step(kind):
+    torch.manual_seed(0)
+    generator, d, new = nn.Linear(4, 6), kind(), kind()
+    refiner = fr.Refiner(generator, d, fr.Collaborative(0.1, control="fixed"), at="output", max_steps=3, num_slots=4)
+    z = torch.randn(8, 4)
+    refiner.refine(z)
+    refiner._networks.refresh(new)
+    wanted = fr.Refiner(generator, new, fr.Collaborative(0.1, control="fixed"), at="output", max_steps=3, num_slots=4).refine(z)
+    torch.testing.assert_close(refiner.refine(z).images, wanted.images)
+
+
+class Looking(nn.Module):
+    """Reads values of its input where torch does not see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x):
+        largest = torch.zeros(len(x))
+        largest.numpy()[:] = x.detach().numpy().max(1)
+        return self.last(x) * torch.tensor([float(value) for value in largest])[:, None]
+
+
+def test_values_of_an_input_that_torch_does_not_see_are_not_baked_in():
+    torch.manual_seed(0)
+    generator, d = nn.Linear(4, 6), Looking()
+    refiner = fr.Refiner(generator, d, fr.Collaborative(0.1, control="fixed"), at="output", max_steps=3, num_slots=4)
+    out = refiner.refine(torch.randn(8, 4))
+    assert out.report["route"] == "autograd"
+    torch.testing.assert_close(d(out.images)[:, 0].detach(), out.logits)
+
+
+def test_a_network_with_a_sparse_tensor_is_recorded():
+    def step(a):
+        sparse = torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 0]]), torch.tensor([2.0, 3.0]), (2, 2))
+        return (torch.sparse.mm(sparse, a.t()).t(),)
+
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(recording.record(step, (x,))(x), step(x))
+
+
+def test_what_cannot_be_held_is_computed_in_every_step(monkeypatch):
+    def refuse(graphs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("fastrefine.networks.prefix.hold_weights", refuse)
+    torch.manual_seed(0)
+    refiner = fr.Refiner(nn.Linear(4, 6), Scaled(), fr.Collaborative(0.1), at="output", max_steps=3, num_slots=4)
+    out = refiner.refine(torch.randn(8, 4))
+    assert out.report["route"] == "flat" and out.report["num_slots"] == 4
+    assert {entry["rung"]: entry["kept"] for entry in out.report["ladder"]}["weights held"] is False

@@ -132,6 +132,39 @@ def test_new_weights_reach_one_of_two_refiners_that_share_a_step():
     torch.testing.assert_close(other.sample(6).images, wanted.images)
 
 
+def test_a_refiner_that_shares_a_step_and_never_ran_takes_new_weights():
+    one = refiner(at="1")
+    before = one.sample(6)
+    other = one.replaced(sampler=fr.Collaborative(0.3))
+    torch.manual_seed(9)
+    new = networks()[1]
+    other._networks.refresh(new)
+    wanted = one.with_discriminator(new).replaced(sampler=fr.Collaborative(0.3)).sample(6)
+    torch.testing.assert_close(other.sample(6).images, wanted.images)
+    assert torch.equal(one.sample(6).images, before.images)
+
+
+def test_a_step_size_that_is_found_is_that_of_a_refiners_own_latents():
+    own, found = networks(), []
+    z = torch.randn(6, 4)
+    one = fr.Refiner(*own, FIXED, at="1", max_steps=4)
+    one.refine(5 * z)
+    for refine in (one.replaced(sampler=fr.Collaborative()), fr.Refiner(*own, fr.Collaborative(), at="1", max_steps=4)):
+        found.append(refine.refine(z + 1).images)
+    assert torch.equal(*found)
+
+
+def test_a_step_is_shared_where_there_are_real_images():
+    one = refiner(at="1", real=torch.randn(16, 6), stop="median")
+    one.sample(6)
+    other = one.replaced(sampler=fr.Collaborative(0.3))
+    found = other.sample(6)
+    assert other._networks.target is one._networks.target
+    own = fr.Refiner(one.generator, one.discriminator, fr.Collaborative(0.3), at="1", max_steps=4, prior=fr.Normal(4),
+                     real=one.options.real, stop="median")  # fmt: skip
+    assert torch.equal(found.images, own.sample(6).images)
+
+
 def test_weights_that_change_in_place_are_noticed_where_a_step_is_shared():
     g, d = networks()
     one = refiner(g, d, at="1")
