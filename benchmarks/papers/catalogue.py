@@ -63,9 +63,9 @@ _ALL = (
         "folder", "The image protocol on a folder of pictures", "[CS] 4.3, SAGAN", 600, (0,), "a folder of pictures", True
     ),
     Experiment("step_control", "Backtracking against fixed step sizes", "new", 30, (0,), _MNIST + " (else without MNIST)"),
-    Experiment("budget", "Quality for a budget of evaluations", "new", 60, (0, 1, 2), _MNIST + " (else digits and ring)"),
-    Experiment("budget_cifar10", "Quality for a budget on colour images", "new", 120, (0,), _CIFAR10, True),
-    Experiment("budget_sngan", "The same for an SNGAN, with ex2mcmc", "new", 120, (0,), _CIFAR10, True),
+    Experiment("budget", "Quality for a budget of evaluations", "new", 110, (0, 1, 2), _MNIST + " (else digits and ring)"),
+    Experiment("budget_cifar10", "Quality for a budget on colour images", "new", 150, (0,), _CIFAR10, True),
+    Experiment("budget_sngan", "The same for an SNGAN", "new", 150, (0,), _CIFAR10, True),
     Experiment("corrector", "VAE and flow with a borrowed discriminator", "[DGflow] 4.3", 10, (0, 1, 2)),
     Experiment("fitted", "A generator that comes alone", "new", 10, (0,), _MNIST + " (else digits)"),
 )
