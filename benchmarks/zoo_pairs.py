@@ -137,9 +137,25 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+forgotten: dict[str, types.ModuleType] = {}  # by the last of ``imports``
+
+
+@contextlib.contextmanager
+def known_again() -> Iterator[None]:
+    """The modules that were forgotten last have their names: torch.compile looks for them."""
+    modules = dict(forgotten)
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            sys.modules.pop(name, None)
+
+
 @contextlib.contextmanager
 def imports(folder: Path, absent: Sequence[str] = (), bare: Sequence[str] = ()) -> Iterator[None]:
     """Imports start from a folder; afterwards the modules that came are forgotten, for checkouts use the same names."""
+    forgotten.clear()
     before, path, finder = set(sys.modules), list(sys.path), _StandIns(absent)
     sys.path.insert(0, str(folder))
     sys.meta_path.append(finder)
@@ -157,7 +173,7 @@ def imports(folder: Path, absent: Sequence[str] = (), bare: Sequence[str] = ()) 
             module = sys.modules[name]
             places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
             if isinstance(module, _StandIn) or any(str(Path(place).resolve()).startswith(roots) for place in places):
-                del sys.modules[name]
+                forgotten[name] = sys.modules.pop(name)
 
 
 def classes_of(path: Path, **names: Any) -> types.SimpleNamespace:
