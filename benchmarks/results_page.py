@@ -109,6 +109,7 @@ def _budget(results: Path) -> Iterator[str]:
         "[learned refinement](distil.md), and Barzilai-Borwein steps after it. [Which one to use](which.md)."
     )
     yield _told(record, "python -m benchmarks.papers run budget --outdir DIR --data MNIST_FOLDER")
+    yield "The rows that are not of samplers of the latent were made at commit 4f5f4bb and kept; other work ran on the machine."
     for pair in dict.fromkeys(row["pair"] for row in rows):
         mine = [row for row in rows if row["pair"] == pair]
         budgets, seeds = (sorted({row[key] for row in mine}) for key in ("budget", "seed"))
