@@ -64,7 +64,6 @@ class Networks:
 
     def _suits(self, options: Options) -> bool:
         """Whether the target is one for other options: only the sampler's rule and the stop rule may differ."""
-
         new, old = options.sampler, self.options.sampler
         read = {own.name for own in fields(Options)} - OF_THE_RUN - {"sampler", "stop"}
         alike = all(_same(getattr(options, name), getattr(self.options, name)) for name in read)
@@ -392,11 +391,14 @@ class Networks:
 
 
 def _same(new: Any, old: Any) -> bool:
+    """Whether two values of an option are one; tensors where they share their memory, for ``Options`` detaches them."""
     if isinstance(new, dict) and isinstance(old, dict):
         return new is old or (new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new))
     if isinstance(new, Tensor) and isinstance(old, Tensor):
         return new.is_set_to(old)
-    return new is old or not (isinstance(new, Tensor | dict) or isinstance(old, Tensor | dict) or new != old)
+    if isinstance(new, Tensor | dict) or isinstance(old, Tensor | dict):
+        return False
+    return new is old or new == old
 
 
 def refines_latents(generator: nn.Module | Split | None, at: str) -> bool:

@@ -37,10 +37,10 @@ def record(function: Callable[..., Any], args: tuple[Tensor, ...], modules: Modu
     rules: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}
     if args[0].device.type == "cpu":
         rules[aten.convolution.default] = cpu_forms.convolution
-
     # make_fx notes the shape of every value in a fake tensor, each of a mode of its own unless it is traced under one
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _OneHot(), _use_lazy_graph_module(True):
         try:
+            # a lambda, for make_fx would take the defaults of a function for further inputs
             graph = make_fx(lambda *args: function(*args), decomposition_table=rules)(*args)
         except RuntimeError as error:
             if "value out of a tracing tensor" not in str(error):
@@ -289,7 +289,7 @@ def hold_weights(graphs: Sequence[fx.GraphModule]) -> tuple[list[fx.GraphModule]
                 continue
             own = made[keys[node]]
             if any(keys[user] is None for user in node.users) and isinstance(values[own], Tensor):
-                graph.register_buffer(name := f"{_HELD}{list(made.values()).index(own)}", values[own])
+                graph.register_buffer(name := f"{_HELD}_{own.name}", values[own])
                 with graph.graph.inserting_before(node):
                     held = graph.graph.get_attr(name)
                 held.meta = dict(node.meta)
