@@ -41,24 +41,29 @@ def frechet_distance(features_a: ArrayLike | torch.Tensor, features_b: ArrayLike
 
 def frechet_standard_error(
     features: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, resamples: int = 50, seed: int = 0, *,
-    tick: Callable[[], None] = _silent,
+    paired: ArrayLike | torch.Tensor | None = None, tick: Callable[[], None] = _silent,
 ) -> float:  # fmt: skip
     """Standard error of ``frechet_distance(features, reference)``: its deviation over bootstrap samples of ``features``.
 
     features: (N, F), reference: (M, F), which is held as it is. So it tells how far the distance would be from this one for N
-    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2. tick: called
-    after each of them.
+    other samples of the same generator. It does not tell of the bias, which is O(1/N). resamples: at least 2. paired: (N, F),
+    rows that belong to those of ``features``, for example of the same latents before refinement; then the standard error is
+    that of the difference of the two distances, which is far smaller where the rows are alike. tick: called after each sample.
 
     Example: ``frechet_standard_error(torch.randn(500, 8), torch.randn(500, 8))  # about 0.01``
 
-    Raises InputError as ``frechet_distance`` does.
+    Raises InputError as ``frechet_distance`` does, and where ``paired`` has another shape than ``features``.
     """
     x, fixed = _two_sets(2, features=features, reference=reference)
+    other = None if paired is None else _rows(paired, "paired")
+    if other is not None and other.shape != x.shape:
+        raise InputError(f"paired has shape {other.shape}, features {x.shape}; wanted a row of the one for each of the other")
     random, moments = np.random.RandomState(seed), _moments(fixed)
     draws = (random.randint(len(x), size=len(x)) for _ in range(count("resamples", resamples, 2)))
     root, found = _root(moments[1]), []
     for rows in draws:
-        found.append(_distance(moments, root, _moments(x[rows])))
+        value = _distance(moments, root, _moments(x[rows]))
+        found.append(value if other is None else value - _distance(moments, root, _moments(other[rows])))
         tick()
     return float(np.std(found, ddof=1))
 

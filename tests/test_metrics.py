@@ -121,6 +121,19 @@ def test_the_standard_error_of_the_distance_is_its_spread_over_samples():
     assert frechet_standard_error(samples[0], y) == frechet_standard_error(samples[0], y)
 
 
+def test_the_standard_error_of_a_difference_is_that_of_paired_rows():
+    random = np.random.RandomState(0)
+    y = 1.2 * random.standard_normal((400, 5)) + 0.3
+    samples = [random.standard_normal((200, 5)) for _ in range(60)]
+    differences = [frechet_distance(x, y) - frechet_distance(1.05 * x, y) for x in samples]
+    found = [frechet_standard_error(x, y, 20, paired=1.05 * x) for x in samples[:10]]
+    assert np.mean(found) == pytest.approx(np.std(differences), rel=0.3)
+    assert np.mean(found) < 0.3 * frechet_standard_error(samples[0], y)
+    assert frechet_standard_error(samples[0], y, paired=samples[0]) == 0
+    with pytest.raises(InputError, match=r"paired has shape \(199, 5\), features \(200, 5\)"):
+        frechet_standard_error(samples[0], y, paired=samples[0][1:])
+
+
 def test_kernel_distance_agrees_with_torchmetrics():
     image = pytest.importorskip("torchmetrics.image.kid")
     random = np.random.RandomState(0)

@@ -25,7 +25,7 @@ TEMPERATURES = (1.0, 0.5, 0.25)  # of the noise of DDLS; of a law's logit_scale 
 KEPT = 3  # a third of the settings stays in each round, and gets as many times the samples
 STEPS = (1, 2, 3, 4, 6, 9, 14, 19, 29, 39, 49, 74, 99, 149, 199)  # numbers of steps that are compared, and the most allowed
 SIDE, DIMENSIONS = 8, 32  # of the features: pictures are averaged to so many pixels a side, and so many components are kept
-ERRORS = 2.0  # standard errors by which the found setting must be better than the given one
+ERRORS = 2.0  # standard errors of the difference, by which the found setting must be better than the given one
 FIRST_SEED = 1_000_000  # of the search; nobody reports on these
 
 
@@ -58,8 +58,9 @@ def tune_sampler(
     Settings of all step sizes (1/64 to 64 times the sampler's) and temperatures (noise_scale of DDLS, logit_scale of MALA, PCN
     and HMC) make ``samples`` images each; the best third makes three times as many, with another seed, until one is left.
     Every number of steps up to the budget is read off the same run. The last one is compared with the settings given, on a
-    seed of its own, and wins only where its distance is lower by more than two standard errors. Otherwise, and in all else,
-    the refiner stays as it is. This is for better images: another logit_scale or noise_scale is another law.
+    seed of its own and from the same latents, and wins only where its distance is lower by more than two standard errors of
+    the difference. Otherwise, and in all else, the refiner stays as it is. This is for better images: another logit_scale or
+    noise_scale is another law.
 
     refiner: with a prior. Of a sampler that finds its step size itself (``fr.Collaborative()``) the number of steps is tuned.
     real: (R, ...) real images in the generator's range, 100 or more, best such as you do not report on. budget: 2 or more.
@@ -117,8 +118,9 @@ def tune_sampler(
     before = made(refiner.sampler, sorted({0, given}), samples, last)
     after = made(sampler, [steps], samples, last)[steps]
     quality = {"raw": distance(before[0]), "before": distance(before[given]), "after": distance(after)}
-    known = [x for x in (before[given], after) if bool(torch.isfinite(x).all())]
-    doubt = ERRORS * max((frechet_standard_error(features(x), wanted) for x in known), default=0.0)
+    doubt = 0.0
+    if math.isfinite(quality["before"] - quality["after"]):  # sample by sample the two have the same latents
+        doubt = ERRORS * frechet_standard_error(features(after), wanted, paired=features(before[given]))
     if not quality["after"] < quality["before"] - doubt:
         sampler, steps, quality["after"] = refiner.sampler, given, quality["before"]
     if not quality["after"] < quality["raw"]:
