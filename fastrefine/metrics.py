@@ -54,18 +54,26 @@ def frechet_standard_error(
 
     Raises InputError as ``frechet_distance`` does, and where ``paired`` has another shape than ``features``.
     """
+    draws = frechet_draws(features, reference, resamples, seed, tick=tick)
+    if paired is not None:
+        if np.shape(paired) != np.shape(features):
+            raise InputError(f"paired has shape {np.shape(paired)}, features {np.shape(features)}; wanted equal ones")
+        draws = draws - frechet_draws(paired, reference, resamples, seed, tick=tick)
+    return float(np.std(draws, ddof=1))
+
+
+def frechet_draws(
+    features: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, resamples: int = 50, seed: int = 0, *,
+    tick: Callable[[], None] = _silent,
+) -> np.ndarray:  # fmt: skip
+    """(resamples,) Frechet distances of bootstrap samples of ``features``: the same rows for sets of equal number."""
     x, fixed = _two_sets(2, features=features, reference=reference)
-    other = None if paired is None else _rows(paired, "paired")
-    if other is not None and other.shape != x.shape:
-        raise InputError(f"paired has shape {other.shape}, features {x.shape}; wanted a row of the one for each of the other")
     random, moments = np.random.RandomState(seed), _moments(fixed)
-    draws = (random.randint(len(x), size=len(x)) for _ in range(count("resamples", resamples, 2)))
     root, found = _root(moments[1]), []
-    for rows in draws:
-        value = _distance(moments, root, _moments(x[rows]))
-        found.append(value if other is None else value - _distance(moments, root, _moments(other[rows])))
+    for rows in [random.randint(len(x), size=len(x)) for _ in range(count("resamples", resamples, 2))]:
+        found.append(_distance(moments, root, _moments(x[rows])))
         tick()
-    return float(np.std(found, ddof=1))
+    return np.array(found)
 
 
 class KernelDistance(NamedTuple):

@@ -174,7 +174,7 @@ class Figure(NamedTuple):
 
 def measure(
     images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000, resamples: int = 50,
-    progress: bool | None = False, what: str = "the images",
+    progress: bool | None = False, what: str = "the images", draws: list[np.ndarray] | None = None,
 ) -> dict[str, Figure]:  # fmt: skip
     """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1]: name -> (value, low, high).
 
@@ -186,7 +186,8 @@ def measure(
 
     The intervals hold about 95 %: 1.96 standard errors of ``resamples`` bootstrap samples of the images (the real ones stay).
     Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance,
-    which depends on N. what: whose figures they are, for the bar.
+    which depends on N. what: whose figures they are, for the bar. draws: gets the Frechet distances (resamples,) of the
+    bootstrap samples, which hold the same rows of every set of N images.
 
     Raises InputError on sets of different shape, or of fewer than four images.
 
@@ -205,8 +206,13 @@ def measure(
 
         distance = metrics.frechet_distance(ours, theirs)
         kernel = metrics.kernel_distance(ours, theirs, kid_subset, SUBSETS, resamples, tick=tick)
-        error = metrics.frechet_standard_error(ours, theirs, resamples, tick=tick)
-        found = {"frechet_distance": _around(distance, error, least=0.0), "kernel_distance": _around(*kernel)}
+        drawn = metrics.frechet_draws(ours, theirs, resamples, tick=tick)
+        if draws is not None:
+            draws.append(drawn)
+        found = {
+            "frechet_distance": _around(distance, float(np.std(drawn, ddof=1)), least=0.0),
+            "kernel_distance": _around(*kernel),
+        }
         if probabilities is not None:
             found["classifier_score"] = _score(_mixed(probabilities), SCORED_IN if features.published else 1, resamples)
         found |= _precision_recall(ours, theirs, resamples, tick)

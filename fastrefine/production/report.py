@@ -35,6 +35,7 @@ class Report:
     def __init__(self, pairs: BeforeAfter, real: str | None = None, *, features: str | None = None, train: str | None = None):
         self.pairs, self.real, self.code, self.train = pairs, real, features, train or real
         self.num_training: int | None = None  # training images among the figures
+        self.sure: float | None = None  # 95 % interval, to each side, of the change of the Frechet distance, sample by sample
         if real is not None:
             _ = self.truth
         self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}  # what the run told of itself at its end
@@ -69,11 +70,17 @@ class Report:
         for side in sides:
             if side is not None:
                 evaluation.check(side, real)
-        raw, after = (
-            None if side is None else _figures(evaluation.measure(side, real, self.features, progress=None, what=what))
-            for side, what in zip(sides, ("images before", "images after"), strict=True)
-        )
+        draws: list[np.ndarray] = []
+
+        def measured(side: Tensor | None, what: str) -> Figures | None:
+            if side is None:
+                return None
+            return _figures(evaluation.measure(side, real, self.features, progress=None, what=what, draws=draws))
+
+        raw, after = measured(sides[0], "images before"), measured(sides[1], "images after")
         assert after is not None and self.real is not None
+        if len(draws) > 1 and not self.pairs.unpaired:
+            self.sure = evaluation.SURE * float(np.std(draws[1] - draws[0], ddof=1))
         training, self.num_training = evaluation.yardstick(self.real, real, len(self.pairs.ids), self.features, None)
         return raw, after, None if training is None else _figures(training)
 

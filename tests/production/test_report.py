@@ -203,9 +203,20 @@ def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, mon
     found = {"frechet_distance[x, n=20]": (2.0, 1.0, 3.0), "features": "x", "num_samples": 20}
     better = {"frechet_distance[x, n=20]": (0.5, 0.25, 0.75)}
     answers = iter([found, better, found, {"frechet_distance[x, n=20]": (2.5, 2.25, 2.75)}])
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: next(answers))
+    drawn = iter([[0.0, 1.0], [0.5, 1.5], [0.0, 0.0], [0.0, 2**0.5]])  # the changes' deviations are 0 and 1
+
+    def measure(*_, draws=None, **__):
+        if draws is not None:
+            draws.append(np.array(next(drawn)))
+        return next(answers)
+
+    monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
-    for words in ("became more like the real ones", "The intervals overlap, so this may be chance"):
+    told = (
+        "fell from 2.00 to 0.5, by 1.50 (1.50 to 1.50, over the same samples). As a set, the images became more like",
+        "rose from 2.00 to 2.50, by 0.5 (-1.46 to 2.46, over the same samples). This may be chance.",
+    )
+    for words in told:
         report_page.write(Report(BeforeAfter(runs / "run", runs / "raw", 20), "digits"), tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert words in page and "1.00 to 3.00" in page and "an interval of about 95 %" in page

@@ -23,3 +23,11 @@ def test_what_fell_is_told_beside_the_distance():
 
 def test_without_images_before_nothing_is_compared():
     assert _verdict([]) == _verdict([row("frechet_distance", None, 5.0), row("precision", None, 0.5)]) == ""
+
+
+def test_the_change_sample_by_sample_decides_where_it_is_known():
+    alike = row("frechet_distance", 9.0, 8.8, width=0.5)
+    assert "from 9.00 to 8.80. The intervals overlap, so this may be chance." in _verdict([alike])
+    said = _verdict([alike], sure=0.05)
+    assert "from 9.00 to 8.80, by 0.2 (0.15 to 0.25, over the same samples). As a set, the images became more" in said
+    assert "by 0.2 (-0.1 to 0.5, over the same samples). This may be chance." in _verdict([alike], sure=0.3)
