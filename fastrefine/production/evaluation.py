@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastrefine import metrics
 from fastrefine.datasets import from_pixels
@@ -51,17 +52,28 @@ class Features:
 
     network: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
     published: whether these are the features of FID, IS and KID. learned_on: the images that the network was trained on here,
-    as ``load_labelled`` reads them; "" for others.
+    as ``load_labelled`` reads them; "" for others. What was found of images is kept as long as these are: real ones are
+    compared with several sets.
     """
 
     network: Callable[[Tensor], Any]
     name: str
     published: bool = False
     learned_on: str = ""
+    _known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, progress: bool | None = False) -> tuple[Tensor, Tensor | None]:
         """(features (N, F), class probabilities (N, classes) or None), float32; progress: as for ``ProgressBar``."""
+        if images.is_inference():  # what is written into it later could not be seen
+            return self._found(images, progress)
+        version, found = self._known.get(images, (None, None))
+        if version != images._version:
+            found = self._found(images, progress)
+            self._known[images] = images._version, found
+        return found
+
+    @torch.no_grad()
+    def _found(self, images: Tensor, progress: bool | None) -> tuple[Tensor, Tensor | None]:
         blocks = over(images.split(BLOCK), len(images), "features", "images", progress, len)
         parts = [attempt("network of the features", partial(self.network, part), part) for part in blocks]
         if isinstance(parts[0], tuple):

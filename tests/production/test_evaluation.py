@@ -100,6 +100,22 @@ def test_precision_and_recall_of_many_images_see_every_class(monkeypatch):
     assert found["precision"] > 0.85 and found["recall"] > 0.85
 
 
+def test_features_of_images_are_found_once_unless_they_are_changed():
+    calls, images, other = [], torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2)
+    features = evaluation.Features(lambda x: calls.append(len(x)) or x.flatten(1), "pixels")
+    for _ in range(2):
+        assert features(images)[0].sum() == 0 and features(other)[0].sum() == 16
+    assert calls == [4, 4]
+    images += 2
+    assert features(images)[0].sum() == 32 and len(calls) == 3
+    with torch.inference_mode():
+        unseen = torch.zeros(4, 1, 2, 2)
+        for value in (0, 1):
+            assert features(unseen.fill_(value))[0].sum() == 16 * value
+    del images, other
+    assert not len(features._known)
+
+
 def test_features_without_logits_give_no_score():
     plain = evaluation.Features(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "plain")
     found = values(images(50, 0), images(50, 1), plain)
