@@ -132,7 +132,7 @@ def _budget(results: Path) -> Iterator[str]:
         for t in record["training"] if t["seed"] == 0
     ])  # fmt: skip
     yield (
-        f"The samplers of the latent are as given, or as `tune_sampler` set them for at most {record['recipe']['tuning'][0]} "
+        f"The samplers of the latent are as given, or as `tune_sampler` set them for at most {record['recipe']['tuning']} "
         "evaluations, by a second classifier on other seeds. What it found, and FDs of that classifier on the last seed of the "
         "search: raw, as given, found. The search of a law has more settings, and so more samples at its end:"
     )
@@ -216,7 +216,7 @@ def _of_cifar10(results: Path, name: str, title: str, what: str, methods: str) -
         (t["what"], str(t["round"]), f"{t['distance']:.2f}", f"{t['seconds']:.0f}") for t in record["shaping"]
     ])  # fmt: skip
     yield (
-        f"What `tune_sampler` found for at most {recipe['tuning'][0]} evaluations, and the FD of the classifier that chooses "
+        f"What `tune_sampler` found for at most {recipe['tuning']} evaluations, and the FD of the classifier that chooses "
         "on the last of its seeds: raw, with the setting that was given, with the one that was found. The search of a law has "
         "more settings, and so more samples at its end:"
     )

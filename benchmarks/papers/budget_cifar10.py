@@ -95,7 +95,7 @@ class Shaping:
 
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
 # samplers: by discriminator; longer: further budgets of theirs; peers:
-# those of ex2mcmc. tuning: (budget, samples) of ``fr.tune_sampler``.
+# those of ex2mcmc. tuning: budget of ``fr.tune_sampler``.
 # catch_up: further updates of D alone at the end.
 # fitted: width and iterations of that D. part.shaping: but for the rate. The 12,000 iterations of the GAN took 29 minutes of
 # one shared core.
@@ -105,7 +105,7 @@ FULL = Recipe(
     own=dict(
         methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
         budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
-        judged_twice=(0, 25), reference_twice=5000, tuning=(25, 50), longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
+        judged_twice=(0, 25), reference_twice=5000, tuning=25, longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
         chooser=(16, 32, 1000), catch_up=0, held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
@@ -120,7 +120,7 @@ QUICK = replace(
     training=SMALL.training, classifier_width=8, classifier_steps=40, reference=150, num_slots=50,
 ).but(
     methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("MALA",), SHAPED: ("DDLS",)}, budgets=(0, 1, 4, 10),
-    further=(0, 1), judged_twice=(0, 10), tuning=(10, 50), longer=(12,), peers=(10,), resamples=5, reference_twice=100,
+    further=(0, 1), judged_twice=(0, 10), tuning=10, longer=(12,), peers=(10,), resamples=5, reference_twice=100,
     chooser=(4, 8, 40), held_out=(60, (3, 9)), fitted=(8, 30),
     shapings=(
         Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True),
