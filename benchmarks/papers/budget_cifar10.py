@@ -105,12 +105,13 @@ FULL = Recipe(
     own=dict(
         methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
         budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
-        judged_twice=(0, 25), reference_twice=5000, tuning=25, longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
+        judged_twice=(0, 25, 50), reference_twice=5000, tuning=25, longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
         chooser=(16, 32, 1000), catch_up=0, held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
             Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("2", BACKTRACKING, 20, 2e-4, uniform=True),
             Shaping("8", CURVATURE, 9, 1e-4, rounds=2), Shaping("8", CURVATURE, 20, 1e-4, rounds=4, start=FITTED),
+            Shaping("5", CURVATURE, 20, 1e-4, start=FITTED), Shaping("output", CURVATURE, 20, 1e-4, rounds=4, start=FITTED),
         ),
         part=Part(1000, 0.3, (250, 64, 2e-4), (9, 9), dict(pairs=4000, rounds=1, iterations=600, batch_size=64)),
     ),

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from benchmarks.papers import budget_cifar10
 from benchmarks.papers.budget import BACKTRACKING, CURVATURE, GLOBAL, OWN, SHAPED
-from benchmarks.papers.budget_cifar10 import REDUCTIONS, Shaping, claims, comparison, draw, rows
+from benchmarks.papers.budget_cifar10 import FITTED, REDUCTIONS, Shaping, claims, comparison, draw, rows
 from fastrefine.demo.gan import Training
 
 __all__ = ["FULL", "QUICK", "REDUCTIONS", "claims", "comparison", "draw", "rows"]
@@ -24,7 +24,9 @@ FULL = replace(
     methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("DDLS", "MALA", GLOBAL, "DGflow"), SHAPED: ("DDLS",)},
     tuning=10, longer=(25, 50), peers=(10, 25, 50), judged_twice=(0, 10, 50), budgets=(0, 1, 2, 5, 10, 25, 50),
     catch_up=200, held_out=(250, (4, 9, 19)),
-    shapings=(Shaping("blocks.1", CURVATURE, 9, 1e-4, rounds=2),),
+    shapings=(
+        Shaping("blocks.1", CURVATURE, 9, 1e-4, rounds=2), Shaping("output", CURVATURE, 20, 1e-4, rounds=3, start=FITTED),
+    ),
     part=replace(
         budget_cifar10.FULL.part, samples=500, shaping=(100, 32, 1e-4), distil=dict(pairs=2000, rounds=1, iterations=600)
     ),
