@@ -110,8 +110,8 @@ def _budget(results: Path) -> Iterator[str]:
     )
     yield _told(record, "python -m benchmarks.papers run budget --outdir DIR --data MNIST_FOLDER")
     yield (
-        "The rows that are not of samplers of the latent were made at commit 4f5f4bb, those of samplers as given at d20fcd0, and "
-        "kept; other work ran on the machine."
+        "The rows that are not of samplers of the latent were made at commit 4f5f4bb, those of samplers as given at d20fcd0. "
+        "They were kept; other work ran on the machine."
     )
     for pair in dict.fromkeys(row["pair"] for row in rows):
         mine = [row for row in rows if row["pair"] == pair]
@@ -326,9 +326,9 @@ def _speed(results: Path) -> Iterator[str]:
         f"{machine['device']} ({', '.join(machine['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of "
         "64 and 256. Other work ran on this machine, so whole processes differ by a tenth and more: repeated runs gave "
         "1.42-1.81x (first, float32) and 1.63-1.73x (output, float32) over B0, 2.8-3.3x and 2.9-3.3x (bfloat16), and gains of "
-        "1.64-1.80x. The goals were 1.8x B0, 1x B2 with all steps, and 2x B2 with the median stop. The last cannot be had here: "
-        "half of the steps saved are 1.89x, and B2 also stops a batch when all of it has stopped. With 256 samples in 64 slots, "
-        "a fifth of the slot-steps are empty ones at the end."
+        "1.64-1.80x. The goals were 1.8x B0, 1x B2 with all steps, and 2x B2 with the median stop. The last cannot be had "
+        "here: half of the steps saved are 1.89x, and B2 too stops a batch when all of it has stopped. With 256 samples in 64 "
+        "slots a fifth of the slot-steps are empty ones at the end."
     )
 
 
@@ -467,8 +467,8 @@ norms; steps of recurrent networks that read lengths on the host are recorded; g
 and not added. What was against us: the loops had run the module whose output is refined, and they no longer do.
 
 Why there is no 1.2x in the mean: most of these steps are convolutions and products, which both sides leave to the same
-library. Of dcgan64 they run at nine tenths of the machine's peak on our side already (the table of speed), so at most a tenth is
-left. What the engine saves is around them. A step of the embedded digits pair at act2 with 16, 64, 256 and 1,024 slots:
+library. Those of dcgan64 run at nine tenths of the machine's peak on our side already (the table of speed), so at most a tenth
+is left. What the engine saves is around them. A step of the embedded digits pair at act2 with 16, 64, 256 and 1,024 slots:
 0.28, 0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also
 computes the gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is
 above comes from operations that are left out."""

@@ -53,8 +53,9 @@ def test_the_goal_is_for_our_methods_and_not_for_a_peer():
 @pytest.mark.parametrize(("tuned", "holds"), [(8.0, True), (9.9, False)])
 def test_tuned_is_compared_with_given_at_the_budget_of_tuning(tuned, holds):
     rows = [row("DDLS as given", "as it is", 25, 10.0), row("DDLS", "as it is", 25, tuned), row("DDLS", "as it is", 50, 1.0)]
-    (found,) = budget.tuning_claims(rows)
-    assert found["holds"] == holds and found["claim"].endswith("as given, within 25 evaluations")
+    one, pair = budget.tuning_claims(rows)
+    assert one["holds"] == pair["holds"] == holds and one["claim"].endswith("as given, within 25 evaluations")
+    assert pair["claim"].endswith("as given, geometric mean") and pair["ours"] == pytest.approx(tuned / 10)
 
 
 def test_the_quick_run_reports_what_it_chose_and_judges_twice(quick_run):
@@ -67,7 +68,7 @@ def test_the_quick_run_reports_what_it_chose_and_judges_twice(quick_run):
     for row in record["rows"]:
         assert (EFFICIENTNET in row) == (row["budget"] in recipe.judged_twice)
         assert row["evaluations"] <= row["budget"]
-        if row["method"] == "DDLS" and row["budget"] == recipe.tuning[0]:
+        if row["method"] == "DDLS" and row["budget"] == recipe.tuning:
             assert row["most_steps"] == tuned["DDLS", row["discriminator"]]
     shown = {row["method"] for row in record["rows"]}
     assert {"DDLS as given", "MALA as given"} <= shown
