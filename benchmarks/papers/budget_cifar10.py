@@ -111,7 +111,7 @@ FULL = Recipe(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
             Shaping("5", CURVATURE, 9, 5e-4, uniform=True), Shaping("2", BACKTRACKING, 20, 2e-4, uniform=True),
             Shaping("8", CURVATURE, 9, 1e-4, rounds=2), Shaping("8", CURVATURE, 20, 1e-4, rounds=4, start=FITTED),
-            Shaping("5", CURVATURE, 20, 1e-4, start=FITTED), Shaping("output", CURVATURE, 20, 1e-4, rounds=4, start=FITTED),
+            Shaping("5", CURVATURE, 20, 1e-4, start=FITTED),
         ),
         part=Part(1000, 0.3, (250, 64, 2e-4), (9, 9), dict(pairs=4000, rounds=1, iterations=600, batch_size=64)),
     ),
