@@ -414,6 +414,8 @@ def draw(run: Run, rows: Sequence[Row]) -> None:
         for method, colour in colours.items():
             for name, style in ((SHAPED, "-"), (OWN, ":")):
                 mine = [r for r in rows if (r["pair"], r["method"], r["discriminator"]) == (pair, method, name)]
+                if not mine:
+                    continue
                 xs, ys = (list(cases.curve(mine, "budget", key).values()) for key in ("evaluations", "value"))
                 axis.plot(xs, ys, style, color=colour, marker=".", linewidth=1.2, label=f"{method}, D {name}")
         axis.axhline(mean(rows, "value", pair=pair, method=GENERATOR), color="tab:orange", linewidth=0.8, label=GENERATOR)
