@@ -321,10 +321,11 @@ def _speed(results: Path) -> Iterator[str]:
         "efficiency (bound)", "commit",
     )  # fmt: skip
     yield _table(header, [_speed_row(row, record) for record in records for row in record["rows"]])
-    machine = records[0]["machine"]
+    machine, *_, last = (record["machine"] for record in records)
     yield (
-        f"{machine['device']} ({', '.join(machine['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of "
-        "64 and 256. Other work ran on this machine, so whole processes differ by a tenth and more: repeated runs gave "
+        f"{machine['device']} ({', '.join(machine['matrix_units'])}; commit {_short(last['commit'])}: "
+        f"{', '.join(last['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of 64 and 256. "
+        "Other work ran on this machine, so whole processes differ by a tenth and more: repeated runs gave "
         "1.42-1.81x (first, float32) and 1.63-1.73x (output, float32) over B0, 2.8-3.3x and 2.9-3.3x (bfloat16), and gains of "
         "1.64-1.80x. The goals were 1.8x B0, 1x B2 with all steps, and 2x B2 with the median stop. The last cannot be had "
         "here: half of the steps saved are 1.89x, and B2 too stops a batch when all of it has stopped. With 256 samples in 64 "
@@ -338,8 +339,8 @@ def _speed_row(row: Record, record: Record) -> tuple[str, ...]:
     peak = f"{row['floor_fraction']:.2f}" if row.get("floor_fraction") else "–"
     return (
         f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["num_slots"]),
-        f"{row['images_per_second']:.3g}", *ratios, peak, gain, f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})",
-        _short(record["machine"]["commit"]),
+        f"{rate:,.0f}" if (rate := row["images_per_second"]) > 100 else f"{rate:.1f}", *ratios, peak, gain,
+        f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})", _short(record["machine"]["commit"]),
     )  # fmt: skip
 
 
