@@ -29,13 +29,9 @@ _KINK = 0.03  # largest tolerated difference of one sample's gradient, where a R
 _FEW = 32  # slots for which the first recording is made as they are
 
 
-def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest difference of logits and gradients, relative to the largest value."""
-    return max(float(_errors(f, w).max()) for f, w in zip(found, wanted, strict=True))
-
-
-def _error_but_for_kinks(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> float:
-    """The same, but half of the gradients, the last, must agree, and none be off by more than 30 tolerances.
+def _error(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> float:
+    """Largest difference relative to the largest value. Of the gradients, the last, half must agree, and none be off by more
+    than 30 tolerances.
 
     Where an activation lies at the kink of a ReLU, rounding decides, and the same formula gives a sample another gradient.
     """
@@ -145,7 +141,7 @@ class Target:
         def error(form: Form) -> float:
             self.form = form
             found = self._autograd(a, *context)
-            return _error((found.logit, found.grad), (reference.logit, reference.grad))
+            return _error((found.logit, found.grad), (reference.logit, reference.grad), tolerance)
 
         try:
             return self.ladder.climb(rung, change, error, tolerance)
@@ -244,7 +240,7 @@ class Target:
 
         def error(graph: fx.GraphModule) -> float:
             logit, _, grad = graph(*given)
-            return _error_but_for_kinks((logit, grad), (plain.logit[order], plain.grad[order]), tolerance)
+            return _error((logit, grad), (plain.logit[order], plain.grad[order]), tolerance)
 
         tolerance = _TOLERANCE[self.form.compute]
         small = self.ladder.climb("step recorded", record, error, tolerance)
@@ -401,11 +397,11 @@ class Target:
         graph = None if on_view or self._fresh is None or not _alike(given, self._fresh[1]) else self._fresh[0]
         graph = graph or recording.record(step, given, self._modules)
         wanted, order = graph(*given), torch.arange(len(given[0]), device=a.device)
-        off = _error_but_for_kinks(wanted, own, tolerance)
+        off = _error(wanted, own, tolerance)
         if not self.coupled:  # samples of a group keep their places, others may be in any slot
             order = order.flip(0)
             turned = [t[order] for t in given]  # a value that was read while it was recorded would be another one here
-            off = max(off, _error_but_for_kinks(graph(*turned), step(*turned), tolerance)) if off <= tolerance else off
+            off = max(off, _error(graph(*turned), step(*turned), tolerance)) if off <= tolerance else off
         if not off <= tolerance:
             raise ValueError(f"differs by {off:.1e} of the largest value, more than {tolerance:g}")
 
@@ -421,7 +417,7 @@ class Target:
         def error(made: Recording) -> float:
             carry = carried(made)
             made.step(*given[:count], *carry)  # which must leave what it was given as it was
-            return _error_but_for_kinks(run(made, order, carry), wanted, tolerance)
+            return _error(run(made, order, carry), wanted, tolerance)
 
         effects = functools.cache(lambda: recording.effects_of(graph))
 
