@@ -317,14 +317,14 @@ def _speed(results: Path) -> Iterator[str]:
     )
     yield "    make bench"
     header = (
-        "workload, cut, precision", "stop", "slots", "images/s", "B0", "B1", "B2", "of peak", "gain (ideal)",
+        "workload, cut, precision", "stop", "K", "slots", "images/s", "B0", "B1", "B2", "of peak", "gain (ideal)",
         "efficiency (bound)", "commit",
     )  # fmt: skip
     yield _table(header, [_speed_row(row, record) for record in records for row in record["rows"]])
-    machine, *_, last = (record["machine"] for record in records)
+    machine, *others = (record["machine"] for record in records)
     yield (
-        f"{machine['device']} ({', '.join(machine['matrix_units'])}; commit {_short(last['commit'])}: "
-        f"{', '.join(last['matrix_units'])}; no AMX), torch {machine['torch']}, K = 20, batches of 64 and 256. "
+        f"{machine['device']} ({', '.join(machine['matrix_units'])}; since commit 07f3411: "
+        f"{', '.join(others[-1]['matrix_units'])}; no AMX), torch {machine['torch']}, batches of 64 and 256, of sngan32 of 16. "
         "Other work ran on this machine, so whole processes differ by a tenth and more: repeated runs gave "
         "1.42-1.81x (first, float32) and 1.63-1.73x (output, float32) over B0, 2.8-3.3x and 2.9-3.3x (bfloat16), and gains of "
         "1.64-1.80x. The goals were 1.8x B0, 1x B2 with all steps, and 2x B2 with the median stop. The last cannot be had "
@@ -338,7 +338,7 @@ def _speed_row(row: Record, record: Record) -> tuple[str, ...]:
     gain = f"{row['gain']:.2f}x ({row['ideal_gain']:.2f}x)" if row.get("gain") else "–"
     peak = f"{row['floor_fraction']:.2f}" if row.get("floor_fraction") else "–"
     return (
-        f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["num_slots"]),
+        f"{row['workload']}, {row['cut']}, {row['precision']}", row["stop"], str(row["K"]), str(row["num_slots"]),
         f"{rate:,.0f}" if (rate := row["images_per_second"]) > 100 else f"{rate:.1f}", *ratios, peak, gain,
         f"{row['slot_efficiency']:.3f} ({row['greedy_bound']:.3f})", _short(record["machine"]["commit"]),
     )  # fmt: skip
@@ -468,9 +468,9 @@ norms; steps of recurrent networks that read lengths on the host are recorded; g
 and not added. What was against us: the loops had run the module whose output is refined, and they no longer do.
 
 Why there is no 1.2x in the mean: most of these steps are convolutions and products, which both sides leave to the same
-library. Those of dcgan64 run at nine tenths of the machine's peak on our side already (the table of speed), so at most a tenth
-is left. What the engine saves is around them. A step of the embedded digits pair at act2 with 16, 64, 256 and 1,024 slots:
-0.28, 0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also
+library. Those of dcgan64 and sngan32 run at nine tenths of the machine's peak on our side already (the table of speed), so at
+most a tenth is left. What the engine saves is around them. A step of the embedded digits pair at act2 with 16, 64, 256 and
+1,024 slots: 0.28, 0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also
 computes the gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is
 above comes from operations that are left out."""
 
