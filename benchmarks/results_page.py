@@ -470,8 +470,8 @@ and not added. What was against us: the loops had run the module whose output is
 Why there is no 1.2x in the mean: most of these steps are convolutions and products, which both sides leave to the same
 library. Those of dcgan64 and sngan32 run at nine tenths of the machine's peak on our side already (the table of speed), so at
 most a tenth is left. What the engine saves is around them. A step of the embedded digits pair at act2 with 16, 64, 256 and
-1,024 slots: 0.28, 0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0 also
-computes the gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is
+1,024 slots: 0.28, 0.51, 1.45, 5.28 ms; B1 0.43, 0.66, 1.62, 5.60 ms; B0 0.67, 1.01, 2.43, 8.23 ms (CPU time, least of 80). B0
+also computes the gradients of the weights: half as many products again, which bounds the ratio of an MLP at 1.5, and what is
 above comes from operations that are left out."""
 
 
