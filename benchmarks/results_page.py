@@ -454,9 +454,7 @@ def _threads(results: Path) -> Iterator[str]:
 ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
 
 - Proposals, and images after the last evaluation, are made by the networks as they were given, not folded and not in the
-  layout of the steps. Of a run of 10 steps that is up to a twentieth, and it is lost among 50. "sngan32, a quarter as wide" at
-  the output, 32 samples, 11 steps: a twelfth of the time is upsampling of the proposals; its convolutions take 2.45 ms each in
-  the mean, B1's 2.53 ms.
+  layout of the steps. Of a run of 10 steps that is up to a twentieth, and it is lost among 50.
 - mlp2d at 3, 1,024 samples: .96 and .97 in further runs (73 ms by B1, 76 by ours, each in batches of 1,024).
 - stylegan2 16x16 at the output, 8 samples: .98 to 1.19 in further runs, a step takes 2.1 to 2.3 ms.
 - Beside its steps a call of `refine` costs 3 ms for a small MLP (modes of torch, sums over the weights by which updates are
@@ -465,7 +463,8 @@ ZOO_REASONS = """Why rows are below B1, as profiles of single steps show it:
 What helped since the table before (min .75x, mean 1.06x of B1): what depends on weights alone is computed once, such as
 StyleGAN2's weights times their gains (rosinality's, with 512 channels, 2.7x at the input) and BigGAN's division by spectral
 norms; steps of recurrent networks that read lengths on the host are recorded; gradients of the slices of a sequence are joined
-and not added. What was against us: the loops had run the module whose output is refined, and they no longer do.
+and not added; folding and channels_last are no longer refused where a ReLU's kink turns one gradient (sngan32, a quarter as
+wide, at blocks.0: 1.00x before, 1.10x now). What was against us: the loops had run the module whose output is refined, and they no longer do.
 
 Why there is no 1.2x in the mean: most of these steps are convolutions and products, which both sides leave to the same
 library. Those of dcgan64 and sngan32 run at nine tenths of the machine's peak on our side already (the table of speed), so at
