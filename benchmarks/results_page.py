@@ -464,7 +464,8 @@ What helped since the table before (min .75x, mean 1.06x of B1): what depends on
 StyleGAN2's weights times their gains (rosinality's, with 512 channels, 2.7x at the input) and BigGAN's division by spectral
 norms; steps of recurrent networks that read lengths on the host are recorded; gradients of the slices of a sequence are joined
 and not added; folding and channels_last are no longer refused where a ReLU's kink turns one gradient (sngan32, a quarter as
-wide, at blocks.0: 1.00x before, 1.10x now). What was against us: the loops had run the module whose output is refined, and they no longer do.
+wide, at blocks.0: 1.00x before, 1.10x now). What was against us: the loops had run the module whose output is refined, and
+they no longer do.
 
 Why there is no 1.2x in the mean: most of these steps are convolutions and products, which both sides leave to the same
 library. Those of dcgan64 and sngan32 run at nine tenths of the machine's peak on our side already (the table of speed), so at
