@@ -70,8 +70,8 @@ def frechet_draws(
     x, fixed = _two_sets(2, features=features, reference=reference)
     random, moments = np.random.RandomState(seed), _moments(fixed)
     root, found = _root(moments[1]), []
-    for rows in [random.randint(len(x), size=len(x)) for _ in range(count("resamples", resamples, 2))]:
-        found.append(_distance(moments, root, _moments(x[rows])))
+    for _ in range(count("resamples", resamples, 2)):
+        found.append(_distance(moments, root, _moments(x[random.randint(len(x), size=len(x))])))
         tick()
     return np.array(found)
 

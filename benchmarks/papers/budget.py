@@ -390,11 +390,8 @@ def tuning_claims(rows: Sequence[Row]) -> list[Row]:
         ratios.setdefault(pair, []).extend(a / b for a, b in zip(ours, theirs, strict=True))
     for pair, mine in ratios.items():
         text = f"{pair}: tuned samplers are better than as given, geometric mean"
-        found.append(
-            claim(
-                text, geometric_mean(mine) < 1 - NOISE, ours=geometric_mean(mine), theirs=1.0, best=min(mine), worst=max(mine)
-            )
-        )
+        ratio = geometric_mean(mine)
+        found.append(claim(text, ratio < 1 - NOISE, ours=ratio, theirs=1.0, best=min(mine), worst=max(mine)))
     return found
 
 

@@ -94,11 +94,9 @@ class Shaping:
 
 
 # chooser: (width, features, training steps) of the classifier that chooses. held_out: (samples, numbers of steps) of a choice.
-# samplers: by discriminator; longer: further budgets of theirs; peers:
-# those of ex2mcmc. tuning: budget of ``fr.tune_sampler``.
-# catch_up: further updates of D alone at the end.
-# fitted: width and iterations of that D. part.shaping: but for the rate. The 12,000 iterations of the GAN took 29 minutes of
-# one shared core.
+# samplers: by discriminator; longer: further budgets of theirs; peers: those of ex2mcmc. tuning: budget of
+# ``fr.tune_sampler``. catch_up: further updates of D alone at the end. fitted: width and iterations of that D. part.shaping:
+# but for the rate. The 12,000 iterations of the GAN took 29 minutes of one shared core.
 FULL = Recipe(
     network=DCGAN.network, size=DCGAN.size, latent=DCGAN.latent, features=DCGAN.features, checkpoints=DCGAN.checkpoints,
     training=replace(DCGAN.training, bfloat16=False), classifier_width=32, classifier_steps=1500, reference=500, num_slots=100,
