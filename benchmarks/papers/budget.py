@@ -86,12 +86,13 @@ _DIGITS = dict(pairs=20_000, rounds=2, iterations=4000)
 _MNIST = dict(pairs=6000, rounds=1, iterations=1500, batch_size=64)
 # budgets: evaluations of D for each image, at most; further: those after a distilled generator. adam: its step size, not
 # tuned. ring_steps: as in `steps`. judged_after: training steps of the classifiers. parts: the pairs by name. samplers: by
-# discriminator; tuning: budget of ``fr.tune_sampler``; longer: further budgets of the tuned.
+# discriminator; tuning: budget of ``fr.tune_sampler``; longer: further budgets of the tuned, by discriminator.
 FULL = Recipe(
     plane=RING,
     own=dict(
         methods=METHODS, budgets=(0, 1, 2, 3, 4, 5, 10, 25, 50), further=(0, 1, 2, 3, 4, 5), adam=0.1, resamples=40,
-        samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", GLOBAL, "DGflow")}, tuning=25, longer=(50,),
+        samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", GLOBAL, "DGflow")}, tuning=25,
+        longer={OWN: (50,), SHAPED: (50,)},
         ring_steps=3000, judged_after={"digits": DIGITS.classifier_steps, "mnist": MNIST.classifier_steps},
         parts={
             "digits": _of_images(DIGITS, 4000, 4, _DIGITS, tuned_by=200),
@@ -104,7 +105,7 @@ FULL = Recipe(
 )  # fmt: skip
 QUICK = FULL.but(
     methods=(BACKTRACKING, CURVATURE), budgets=(0, 1, 4, 31), further=(0, 1), resamples=5, judged_after={"digits": 100},
-    samplers={OWN: ("DDLS",), SHAPED: ("DDLS",)}, tuning=10, longer=(12,),
+    samplers={OWN: ("DDLS",), SHAPED: ("DDLS",)}, tuning=10, longer={OWN: (12,), SHAPED: (12,)},
     parts={"digits": Part(150, DIGITS.step_size, (12, 128, 1e-4), (3, 30), dict(pairs=300, rounds=1, iterations=40))},
 )  # fmt: skip
 REDUCTIONS = ()
@@ -199,7 +200,7 @@ class Curves:
             one = self.refiner(method, budget - 1).with_discriminator(discriminator)
             yield from self.curve(method + GIVEN, name, one, (budget,))
             sampler, steps = self.tuned(one, method, name)
-            further = {number: number - 1 for number in recipe.longer}
+            further = {number: number - 1 for number in recipe.longer[name]}
             yield from self.curve(method, name, one.replaced(sampler=sampler), {budget: steps, **further})
 
     def tuned(self, refiner: fr.Refiner, method: str, discriminator: str) -> tuple[Sampler, int]:

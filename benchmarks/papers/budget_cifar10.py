@@ -103,7 +103,8 @@ FULL = Recipe(
     own=dict(
         methods=METHODS, samplers={OWN: tuple(SAMPLERS), SHAPED: ("DDLS", "DGflow", "DOT")},
         budgets=(0, 1, 2, 5, 10, 25, 50), further=(0, 1, 2, 5, 10),
-        judged_twice=(0, 25, 50), reference_twice=5000, tuning=25, longer=(50,), peers=(25, 50), adam=0.1, resamples=20,
+        judged_twice=(0, 25, 50, 200), reference_twice=5000, tuning=25, longer={OWN: (50, 200), SHAPED: (50,)},
+        peers=(25, 50, 200), adam=0.1, resamples=20,
         chooser=(16, 32, 1000), catch_up=0, held_out=(500, (4, 9, 19, 49)), fitted=(32, 3000),
         shapings=(
             Shaping("5", ADAM, 9, 5e-4, uniform=True), Shaping("8", ADAM, 9, 5e-4, uniform=True),
@@ -119,8 +120,8 @@ QUICK = replace(
     training=SMALL.training, classifier_width=8, classifier_steps=40, reference=150, num_slots=50,
 ).but(
     methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("MALA",), SHAPED: ("DDLS",)}, budgets=(0, 1, 4, 10),
-    further=(0, 1), judged_twice=(0, 10), tuning=10, longer=(12,), peers=(10,), resamples=5, reference_twice=100,
-    chooser=(4, 8, 40), held_out=(60, (3, 9)), fitted=(8, 30),
+    further=(0, 1), judged_twice=(0, 10), tuning=10, longer={OWN: (12,), SHAPED: (12,)}, peers=(10,), resamples=5,
+    reference_twice=100, chooser=(4, 8, 40), held_out=(60, (3, 9)), fitted=(8, 30),
     shapings=(
         Shaping("0", CURVATURE, 4, 1e-3, rounds=2), Shaping("3", BACKTRACKING, 8, 1e-3, uniform=True),
         Shaping("3", CURVATURE, 4, 1e-3, start=FITTED),
