@@ -219,8 +219,8 @@ class ExpertLoop:
             parts = [self._refine(*given) for given in zip(*(t.split(self.batch) for t in (latents, *inputs)), strict=True)]
         else:
             last = torch.full((len(latents),), self.max_steps) if last_step is None else last_step.long().cpu()
-            pieces = zip(latents.split(self.batch), last.split(self.batch), strict=True)
-            parts = [self._refine_until(z, threshold, own) for z, own in pieces]
+            pieces = zip(*(t.split(self.batch) for t in (last, latents, *inputs)), strict=True)
+            parts = [self._refine_until(threshold, *piece) for piece in pieces]
         return Refined(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _start(self, z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -237,8 +237,8 @@ class ExpertLoop:
         images, logits = self._look(a, *context)
         return Refined(images, logits, torch.full((len(z),), self.max_steps, device=z.device))
 
-    def _refine_until(self, z: Tensor, threshold: float, last: Tensor) -> Refined:
-        a, *context = self._start(z)
+    def _refine_until(self, threshold: float, last: Tensor, *given: Tensor) -> Refined:
+        a, *context = self._start(*given)
         longest, last = int(last.max()), last.to(a.device)
         steps, moving = torch.zeros_like(last), torch.ones_like(last, dtype=torch.bool)
         limit = torch.full((), threshold, dtype=self.state, device=a.device)

@@ -378,18 +378,24 @@ def _zoo(results: Path) -> Iterator[str]:
     yield (
         "With a threshold samples leave their slots early. At the inner place, with a threshold that half of the samples reach "
         "in half of the steps: how many times as fast the run is as with fixed steps, and what the steps saved would give, "
-        "(K + 1) / (mean steps + 1). At the end of a run slots stand empty, more of them where there are fewer samples."
+        "(K + 1) / (mean steps + 1). At the end of a run slots stand empty, more of them where there are fewer samples. B1: how "
+        "many times as fast ours is as B1 with the same threshold, each at its best batch. B1 ends a batch when all its samples "
+        "have stopped; with random weights they stop at nearly the same step, which suits it."
     )
     stopped = [(row["pair"], row["stopped"]) for row in (*rows, *record["held"]) if "stopped" in row]
     yield _table(
-        ("pair", "n", "slots", "K", "mean steps", "times as fast", "steps saved", "share"),
+        ("pair", "n", "slots", "K", "mean steps", "times as fast", "steps saved", "share", "B1"),
         [
             (pair, str(one["n"]), str(one["num_slots"]), str(one["K"]), f"{one['mean_steps']:.1f}", f"{one['factor']:.2f}x",
-             f"{one['bound']:.2f}x", f"{one['factor'] / one['bound']:.2f}")
+             f"{one['bound']:.2f}x", f"{one['factor'] / one['bound']:.2f}", _times(one, "ratio_b1"))
             for pair, one in stopped
         ],
     )  # fmt: skip
     yield from _zoo_compiled(results)
+
+
+def _times(row: Record, key: str) -> str:
+    return f"{row[key]:.2f}x" if key in row else "–"
 
 
 def _zoo_compiled(results: Path) -> Iterator[str]:
@@ -403,9 +409,10 @@ def _zoo_compiled(results: Path) -> Iterator[str]:
     )
     yield f"    {record['command']}    # pair by pair; commit {', '.join(dict.fromkeys(_short(row['commit']) for row in rows))}"
     yield _table(
-        ("pair", "at", "n", "K", "B1", "B2", "compiled, B2", "what B2 compiles"),
+        ("pair", "at", "n", "K", "B1", "B2", "compiled, B2", "what B2 compiles", "B2, both with a threshold"),
         [(row["pair"], row["at"], str(row["n"]), str(row["K"]), f"{row['ratio_b1']:.2f}x", f"{row['ratio_b2']:.2f}x",
-          f"{row['ratio_compiled_b2']:.2f}x", "forward" if "CompiledLoop" in row["missing"] else "step") for row in rows],
+          f"{row['ratio_compiled_b2']:.2f}x", "forward" if "CompiledLoop" in row["missing"] else "step",
+          _times(row.get("stopped", {}), "ratio_b2")) for row in rows],
     )  # fmt: skip
     means = [geometric_mean([row[key] for row in rows]) for key in ("ratio_b2", "ratio_compiled_b2")]
     yield f"Geometric means: {means[0]:.2f}x B2, compiled {means[1]:.2f}x B2."

@@ -150,7 +150,8 @@ class Place:
         """The row of n samples and so many steps as it is written."""
         sizes = [size for size in BATCHES if size <= n] if n > BATCHES[0] else [n]
         given, labels = self.given(n), self.pair.labels(n).get("labels")
-        runs, batches, missing = {}, {}, {}
+        runs: dict[str, Any] = {}
+        batches, missing = {}, {}
         own = {"channels_last": self.layout}
         kinds: dict[str, Any] = {"b0": (PeersLoop, {}), "b1": (ExpertLoop, own)}
         for name, (kind, more) in kinds.items():
@@ -159,15 +160,8 @@ class Place:
             runs[name] = functools.partial(loops[batches[name]], *given)
         compiled = self.limits.compile and wanted == min(self.limits.numbers)
         if compiled:
-            for kind in (CompiledLoop, CompiledForward):
-                try:
-                    loop = self.loop(kind, batches["b1"], steps, **own)
-                    loop(*given)
-                except Exception as error:  # torch.compile may fail in any way: the row says how
-                    missing[kind.__name__] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                else:
-                    runs["b2"] = functools.partial(loop, *given)
-                    break
+            loop, missing = self._compiled(batches["b1"], steps, *given)
+            runs |= {"b2": functools.partial(loop, *given)} if loop else {}
         forget_peak()
         before = memory("VmRSS")
         slots = sizes if n > BATCHES[0] else [None]
@@ -210,17 +204,49 @@ class Place:
         fits = 10 * limits.seconds / self.seconds  # evaluations of a sample
         n = max(least, min(most, int(fits / (limits.fewest + 1)) // slots * slots))
         steps = max(limits.fewest, min(limits.steps, int(fits / n) - 1))
-        fixed, labels = self.ours(slots, steps), self.pair.labels(n).get("labels")
-        z = self.given(n)[0]
-        threshold = float(fixed.refine(z, labels=labels, snapshots=[steps // 2]).snapshots[steps // 2].logits.median())
+        fixed, given, labels = self.ours(slots, steps), self.given(n), self.pair.labels(n).get("labels")
+        threshold = float(fixed.refine(given[0], labels=labels, snapshots=[steps // 2]).snapshots[steps // 2].logits.median())
         stopping = fixed.replaced(stop=threshold)
-        mean = float(stopping.refine(z, labels=labels).steps.double().mean())
-        runs = {name: functools.partial(r.refine, z, labels=labels) for name, r in (("fixed", fixed), ("ours", stopping))}
-        seconds = self._race(runs)
-        return {
+        runs = {
+            name: functools.partial(r.refine, given[0], labels=labels) for name, r in (("fixed", fixed), ("ours", stopping))
+        }
+        mean, seconds = float(runs["ours"]().steps.double().mean()), self._race(runs)
+        found = {
             "K": steps, "n": n, "num_slots": slots, "mean_steps": mean, "factor": ratio(seconds["fixed"], seconds["ours"]),
             "bound": (steps + 1) / (mean + 1),
         }  # fmt: skip
+        return found if self.pair.coupling != "refuse" else found | self._stopped_loops(stopping, threshold, n, steps)
+
+    def _stopped_loops(self, stopping: fr.Refiner, threshold: float, n: int, steps: int) -> dict[str, Any]:
+        """Loops that end a batch when all its samples have reached the threshold, and ours, each at its best batch."""
+        given, labels, missing = self.given(n), self.pair.labels(n).get("labels"), {}
+        sizes = sorted({min(size, n) for size in (STOPPED[0], 32, 128, n)})
+        refiners = {size: stopping.replaced(num_slots=size) for size in sizes}
+        loops = {size: self.loop(ExpertLoop, size, steps, channels_last=self.layout) for size in sizes}
+        slots = best(refiners, lambda r: r.refine(given[0], labels=labels))
+        batch = best(loops, lambda loop: loop(*given, threshold=threshold))
+        runs: dict[str, Any] = {
+            "ours": functools.partial(refiners[slots].refine, given[0], labels=labels),
+            "b1": functools.partial(loops[batch], *given, threshold=threshold),
+        }
+        if self.limits.compile:
+            loop, missing = self._compiled(batch, steps, *given, threshold=threshold)
+            runs |= {"b2": functools.partial(loop, *given, threshold=threshold)} if loop else {}
+        mean, seconds = float(runs["b1"]().steps.double().mean()), self._race(runs)
+        ratios = {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in runs if name != "ours"}
+        return {"best_slots": slots, "b1_batch": batch, "b1_mean_steps": mean, "missing": missing, **ratios}
+
+    def _compiled(self, batch: int, steps: int, *given: Tensor, **own: Any) -> tuple[Any, dict[str, str]]:
+        """(B2, or None; why each kind that does not compile does not), after a run."""
+        missing = {}
+        for kind in (CompiledLoop, CompiledForward):
+            try:
+                loop = self.loop(kind, batch, steps, channels_last=self.layout)
+                loop(*given, **own)
+                return loop, missing
+            except Exception as error:  # torch.compile may fail in any way: the row says how
+                missing[kind.__name__] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, missing
 
     def _race(self, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """CPU seconds of every run, in turn."""
@@ -306,18 +332,23 @@ def summary(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{name} {row['error']}"
     if "n" not in row:
-        return f"{name} with a threshold {row['stopped']['factor']:.2f}x of {row['stopped']['bound']:.2f}x"
+        return f"{name} {_stopped(row['stopped'])}"
     ratios = "  ".join(
         f"{key.removeprefix('ratio_').upper()} {value:5.2f}x" for key, value in row.items() if key.startswith("ratio_")
     )
     dropped = [entry["rung"] for entry in row["ladder"] if not entry["kept"]]
     without = "; without " + ", ".join(dropped) if dropped else ""
     if stopped := row.get("stopped"):
-        without += f"; with a threshold {stopped['factor']:.2f}x of {stopped['bound']:.2f}x"
+        without += f"; {_stopped(stopped)}"
     return (
         f"{name} n {row['n']:>4} K {row['K']:>2}  {ratios}  {row['images_per_second']:>8.0f} images/s  "
         f"slots {row['num_slots']:>3}  prepared in {row['preparation_seconds']:4.1f} s  off {row['off']:.0e}{without}"
     )
+
+
+def _stopped(row: dict[str, Any]) -> str:
+    over = ", ".join(f"{key.removeprefix('ratio_').upper()} {row[key]:.2f}x" for key in ("ratio_b1", "ratio_b2") if key in row)
+    return f"with a threshold {row['factor']:.2f}x of {row['bound']:.2f}x" + f" ({over})" * bool(over)
 
 
 def _same(row: dict[str, Any]) -> tuple[Any, ...]:

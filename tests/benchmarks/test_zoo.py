@@ -167,6 +167,8 @@ def test_the_command_writes_rows_and_what_failed(checkouts, monkeypatch, tmp_pat
         assert row["wanted_n"] in (5, 70) and 5 <= row["n"] <= 70 and row["num_slots"] >= 8
         assert row["preparation_seconds"] >= 0 and any(entry["rung"] == "step recorded" for entry in row["ladder"])
         assert all(len(row["seconds"][name]) >= 3 for name in ("b0", "b1", "ours"))
+    (stopped,) = (row["stopped"] for row in record["rows"] if "stopped" in row)  # at the inner place, once
+    assert stopped["ratio_b1"] > 0 and stopped["b1_mean_steps"] == stopped["mean_steps"] < stopped["K"]
     assert done.output.count(" images/s ") == len(record["rows"]) and "no checkout someone+gone" in done.output
 
 
@@ -186,6 +188,7 @@ def test_rows_that_are_measured_again_take_the_place_of_those_before(checkouts, 
     assert {key for key in before if before[key] != after[key]} == {("first", 5)}
     for record in records:  # of a held pair only what a threshold saves
         assert [row["pair"] for row in record["held"]] == ["held"] and record["held"][0]["stopped"]["factor"] > 0
+        assert "ratio_b1" not in record["held"][0]["stopped"]  # the loops do not hold what is coupled
 
 
 def test_results_that_differ_are_an_error_and_not_a_ratio(networks):
