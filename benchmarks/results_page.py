@@ -378,9 +378,9 @@ def _zoo(results: Path) -> Iterator[str]:
     yield (
         "With a threshold samples leave their slots early. At the inner place, with a threshold that half of the samples reach "
         "in half of the steps: how many times as fast the run is as with fixed steps, and what the steps saved would give, "
-        "(K + 1) / (mean steps + 1). At the end of a run slots stand empty, more of them where there are fewer samples. B1: how "
-        "many times as fast ours is as B1 with the same threshold, each at its best batch. B1 ends a batch when all its samples "
-        "have stopped; with random weights they stop at nearly the same step, which suits it."
+        "(K + 1) / (mean steps + 1). At the end of a run slots stand empty, more of them where there are fewer samples. "
+        "B1: how many times as fast ours is as B1 with the same threshold, each at its best batch. B1 ends a batch when all "
+        "its samples have stopped; with random weights they stop at nearly the same step, which suits it."
     )
     stopped = [(row["pair"], row["stopped"]) for row in (*rows, *record["held"]) if "stopped" in row]
     yield _table(
