@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastrefine import metrics
 from fastrefine.datasets import from_pixels
@@ -52,28 +51,17 @@ class Features:
 
     network: images (N, C, H, W) in [-1, 1] -> features (N, F), or (features, logits (N, classes)), which the score needs.
     published: whether these are the features of FID, IS and KID. learned_on: the images that the network was trained on here,
-    as ``load_labelled`` reads them; "" for others. What was found of images is kept as long as these are: real ones are
-    compared with several sets.
+    as ``load_labelled`` reads them; "" for others.
     """
 
     network: Callable[[Tensor], Any]
     name: str
     published: bool = False
     learned_on: str = ""
-    _known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False)
-
-    def __call__(self, images: Tensor, progress: bool | None = False) -> tuple[Tensor, Tensor | None]:
-        """(features (N, F), class probabilities (N, classes) or None), float32; progress: as for ``ProgressBar``."""
-        if images.is_inference():  # what is written into it later could not be seen
-            return self._found(images, progress)
-        version, found = self._known.get(images, (None, None))
-        if version != images._version:
-            found = self._found(images, progress)
-            self._known[images] = images._version, found
-        return found
 
     @torch.no_grad()
-    def _found(self, images: Tensor, progress: bool | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, images: Tensor, progress: bool | None = False) -> tuple[Tensor, Tensor | None]:
+        """(features (N, F), class probabilities (N, classes) or None), float32; progress: as for ``ProgressBar``."""
         blocks = over(images.split(BLOCK), len(images), "features", "images", progress, len)
         parts = [attempt("network of the features", partial(self.network, part), part) for part in blocks]
         if isinstance(parts[0], tuple):
@@ -186,7 +174,8 @@ class Figure(NamedTuple):
 
 def measure(
     images: Tensor, real: Tensor, features: Features, *, kid_subset: int = 1000, resamples: int = 50,
-    progress: bool | None = False, what: str = "the images", draws: list[np.ndarray] | None = None,
+    progress: bool | None = False, what: str = "the images", real_features: Tensor | None = None,
+    draws: list[np.ndarray] | None = None,
 ) -> dict[str, Figure]:  # fmt: skip
     """All figures of images (N, C, H, W) against real ones (M, C, H, W), both in [-1, 1]: name -> (value, low, high).
 
@@ -198,8 +187,9 @@ def measure(
 
     The intervals hold about 95 %: 1.96 standard errors of ``resamples`` bootstrap samples of the images (the real ones stay).
     Precision, recall: of the share in the images whose share it is. They do not tell of the bias of the Frechet distance,
-    which depends on N. what: whose figures they are, for the bar. draws: gets the Frechet distances (resamples,) of the
-    bootstrap samples, which hold the same rows of every set of N images.
+    which depends on N. what: whose figures they are, for the bar. real_features: of the real images (M, F), where they are
+    known. draws: gets the Frechet distances (resamples,) of the bootstrap samples, which hold the same rows of every set of N
+    images.
 
     Raises InputError on sets of different shape, or of fewer than four images.
 
@@ -207,7 +197,7 @@ def measure(
     """
     check(images, real)
     ours, probabilities = features(images, progress)
-    theirs, _ = features(real, progress)
+    theirs = features(real, progress)[0] if real_features is None else real_features
     # images are often sorted by class, and some estimators read parts of a set: mixed by torch-fidelity's permutation
     ours, theirs = _mixed(ours), _mixed(theirs)
     blocks = sum(-(-min(len(x), COVERED) // metrics.BLOCK) for x in (ours, theirs))
@@ -229,6 +219,18 @@ def measure(
             found["classifier_score"] = _score(_mixed(probabilities), SCORED_IN if features.published else 1, resamples)
         found |= _precision_recall(ours, theirs, resamples, tick)
     return {_named(metric, features, len(images)): figure for metric, figure in found.items()}
+
+
+def change_of(before: Figure, after: Figure, draws: Sequence[np.ndarray]) -> Figure:
+    """How far the Frechet distance changed over the same samples, with its 95 % interval.
+
+    draws: of ``measure``, before and after. The distance is too large by O(1/N), by another amount before than after, which the
+    bootstrap shows: it is taken off. That is an estimate too, so the interval is wider by as much, to either side.
+    """
+    change, drawn = after.value - before.value, draws[1] - draws[0]
+    bias = float(drawn.mean()) - change
+    half = SURE * float(np.std(drawn, ddof=1)) + abs(bias)
+    return Figure(change - bias, change - bias - half, change - bias + half)
 
 
 def real_compared(name: str, num_real: int) -> int:
@@ -337,9 +339,10 @@ def evaluate(
         if given is not None:
             check(given, truth)
     network = features_for(ours, features, train or training_part(real), progress)
-    found = measure(ours, truth, network, progress=progress)
-    unrefined = None if raw is None else measure(raw, truth, network, progress=progress, what="the baseline")
-    training, num_training = yardstick(real, truth, len(ours), network, progress)
+    compared = partial(measure, real=truth, features=network, progress=progress, real_features=network(truth, progress)[0])
+    found = compared(ours)
+    unrefined = None if raw is None else compared(raw, what="the baseline")
+    training, num_training = yardstick(real, len(ours), compared)
     told = [
         *learned_on_them(network, real),
         *_seen_in_shaping(images, real, truth),
@@ -350,19 +353,18 @@ def evaluate(
     )
 
 
-def yardstick(
-    real: str, truth: Tensor, n: int, features: Features, progress: bool | None = False
-) -> tuple[dict[str, Figure] | None, int | None]:
+def yardstick(real: str, n: int, compared: Callable[..., dict[str, Figure]]) -> tuple[dict[str, Figure] | None, int | None]:
     """The figures of n training images, which no generator is expected to surpass, and how many there were.
 
-    (None, None) unless ``real``, whose images are ``truth``, names the held-out part of images that have a training part.
+    compared: ``measure`` with the images of ``real``. (None, None) unless ``real`` names the held-out part of images that have
+    a training part.
     """
     part = training_part(real)
     if part == real:
         return None, None
     try:
         images, _ = load_labelled(part, n, signed=True)
-        return measure(images, truth, features, progress=progress, what="training images"), len(images)
+        return compared(images, what="training images"), len(images)
     except InputError:  # no such part, or one of other images
         return None, None
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,15 @@ NEAREST, NEIGHBOURS = 8, 3  # images with neighbours; neighbours of each
 Figures = dict[str, tuple[float, float | None, float | None]]  # name -> value, and its interval where one is known
 
 
+class Metrics(NamedTuple):
+    """Figures of images before and after, and of training images. change: of the Frechet distance, over the same samples."""
+
+    before: Figures | None
+    after: Figures
+    training: Figures | None
+    change: evaluation.Figure | None
+
+
 class Report:
     """What the page shows of a run; each part is computed when it is asked for, and raises InputError where it cannot be.
 
@@ -35,7 +44,6 @@ class Report:
     def __init__(self, pairs: BeforeAfter, real: str | None = None, *, features: str | None = None, train: str | None = None):
         self.pairs, self.real, self.code, self.train = pairs, real, features, train or real
         self.num_training: int | None = None  # training images among the figures
-        self.sure: float | None = None  # 95 % interval, to each side, of the change of the Frechet distance, sample by sample
         if real is not None:
             _ = self.truth
         self.summary: dict[str, Any] = pairs.manifest.get("summary") or {}  # what the run told of itself at its end
@@ -60,29 +68,37 @@ class Report:
         return self.real is not None and evaluation.training_part(self.real) != self.real
 
     @cached_property
-    def metrics(self) -> tuple[Figures | None, Figures, Figures | None]:
+    def real_features(self) -> Tensor:
+        """(M, F) features of the real images."""
+        return self.features(self.truth[0], None)[0]
+
+    @cached_property
+    def metrics(self) -> Metrics:
         """Figures of merit before and after, and of training images; None where there are no such images."""
         real, _ = self.truth
-        before = None
+        first = None
         with contextlib.suppress(InputError):
-            before = self.pairs.before
-        sides = [None if side is None else from_pixels(side.pixels) for side in (before, self.pairs.after)]
+            first = self.pairs.before
+        sides = [None if side is None else from_pixels(side.pixels) for side in (first, self.pairs.after)]
         for side in sides:
             if side is not None:
                 evaluation.check(side, real)
+        compared = partial(
+            evaluation.measure, real=real, features=self.features, progress=None, real_features=self.real_features
+        )
         draws: list[np.ndarray] = []
-
-        def measured(side: Tensor | None, what: str) -> Figures | None:
-            if side is None:
-                return None
-            return _figures(evaluation.measure(side, real, self.features, progress=None, what=what, draws=draws))
-
-        raw, after = measured(sides[0], "images before"), measured(sides[1], "images after")
+        before, after = (
+            None if side is None else compared(side, what=what, draws=draws)
+            for side, what in zip(sides, ("images before", "images after"), strict=True)
+        )
         assert after is not None and self.real is not None
-        if len(draws) > 1 and not self.pairs.unpaired:
-            self.sure = evaluation.SURE * float(np.std(draws[1] - draws[0], ddof=1))
-        training, self.num_training = evaluation.yardstick(self.real, real, len(self.pairs.ids), self.features, None)
-        return raw, after, None if training is None else _figures(training)
+        change = None
+        if before is not None and not self.pairs.unpaired:
+            was, now = (next(f for name, f in side.items() if name.startswith("frechet")) for side in (before, after))
+            change = evaluation.change_of(was, now, draws)
+        training, self.num_training = evaluation.yardstick(self.real, len(self.pairs.ids), compared)
+        raw, best = (None if side is None else _figures(side) for side in (before, training))
+        return Metrics(raw, _figures(after), best, change)
 
     @cached_property
     def real_logits(self) -> Tensor:
@@ -120,7 +136,7 @@ class Report:
         real, _ = self.truth
         few = from_pixels(self.pairs.after.pixels[:NEAREST])
         evaluation.check(few, real) if len(few) > 1 else None
-        distances = torch.cdist(self.features(few)[0].double(), self.features(real)[0].double())
+        distances = torch.cdist(self.features(few)[0].double(), self.real_features.double())
         found = distances.topk(min(NEIGHBOURS, len(real)), largest=False)
         return found.indices.numpy(), found.values.numpy()
 

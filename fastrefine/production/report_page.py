@@ -115,7 +115,8 @@ class _Page:
             "scores": _histogram(shown, "score (logit)"), "steps": _bars(steps, self.pairs.folder.configuration.max_steps or 0),
             "status": [(name, count, count / numbers["images"], STATUS[name]) for name, count in numbers["status"].items()],
             "unrefined": pairs.folder.configuration.max_steps == 0,
-            "metrics": metrics, "distance": distance, "verdict": _verdict(metrics or [], report.sure),
+            "metrics": metrics, "distance": distance,
+            "verdict": metrics and _verdict(metrics, report.metrics.change),
             "notes": metrics and evaluation.learned_on_them(report.features, report.real or ""),
             "num_real": metrics and len(report.truth[0]), "held_out": report.held_out, "num_training": report.num_training,
             "reliability": self.part("reliability", lambda: report.reliability), "figures": FIGURES,
@@ -176,7 +177,7 @@ class _Page:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of the table of quality."""
-        before, after, training = self.report.metrics
+        before, after, training, _ = self.report.metrics
         others, ideal = (list(side.values()) if side is not None else [None] * len(after) for side in (before, training))
         return [
             {"name": name, "words": next((text for start, text in METRICS.items() if name.startswith(start)), ""),
@@ -193,24 +194,31 @@ class _Page:
         return [(name, _plain(x), SETTINGS.get(name, "")) for name, x in kept]
 
 
-def _verdict(metrics: Sequence[Mapping[str, Any]], sure: float | None = None) -> str:
+def _verdict(metrics: Sequence[Mapping[str, Any]], change: evaluation.Figure | None = None) -> str:
     """What the Frechet distance before and after says, and which of precision and recall fell.
 
-    sure: half of the 95 % interval of its change, where the images before and after are of the same samples.
+    change: of the distance, where the images before and after are of the same samples.
     """
     rows = {row["name"].partition("[")[0]: row for row in metrics if row["before"] is not None}
     distance = next((row for name, row in rows.items() if name.startswith("frechet")), None)
     if distance is None:
         return ""
-    change = distance["after"][0] - distance["before"][0]
-    better, chance = change < 0, _overlap(distance) if sure is None else abs(change) <= sure
-    by = ""
-    if sure is not None:
-        low, high = (_number(abs(change) + end) for end in (-sure, sure))
-        by = f", by {_number(abs(change))} ({low} to {high}, over the same samples)"
-    words = [f"The Fréchet distance {'fell' if better else 'rose'} {_from_to(distance)}{by}."]
+    was, now = distance["before"][0], distance["after"][0]
+    words = [f"The Fréchet distance {'fell' if now < was else 'rose'} {_from_to(distance)}."]
+    if now == was:
+        words = [f"The Fréchet distance is {_number(now)} before and after."]
+    if change is None:
+        better, chance = now < was, _overlap(distance)
+        why = "The intervals overlap, so this may be chance."
+    else:
+        better, chance = change.value < 0, change.low <= 0 <= change.high
+        why = "So this may be chance."
+        words.append(
+            "Over the same samples, and without what comes of their small number, the change is "
+            f"{_number(change.value)} ({_number(change.low)} to {_number(change.high)})."
+        )
     if chance:
-        words.append("This may be chance." if sure is not None else "The intervals overlap, so this may be chance.")
+        words.append(why)
     elif better:
         words.append("As a set, the images became more like the real ones.")
     else:

@@ -100,20 +100,39 @@ def test_precision_and_recall_of_many_images_see_every_class(monkeypatch):
     assert found["precision"] > 0.85 and found["recall"] > 0.85
 
 
-def test_features_of_images_are_found_once_unless_they_are_changed():
-    calls, images, other = [], torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2)
-    features = evaluation.Features(lambda x: calls.append(len(x)) or x.flatten(1), "pixels")
-    for _ in range(2):
-        assert features(images)[0].sum() == 0 and features(other)[0].sum() == 16
-    assert calls == [4, 4]
-    images += 2
-    assert features(images)[0].sum() == 32 and len(calls) == 3
-    with torch.inference_mode():
-        unseen = torch.zeros(4, 1, 2, 2)
-        for value in (0, 1):
-            assert features(unseen.fill_(value))[0].sum() == 16 * value
-    del images, other
-    assert not len(features._known)
+def test_known_features_of_real_images_are_not_found_again():
+    x, y = images(50, 0), images(60, 1)
+    calls = []
+    features = evaluation.Features(lambda x: calls.append(len(x)) or FEATURES(x), "f")
+    found = evaluation.measure(x, y, features, resamples=2, real_features=FEATURES(y)[0])
+    assert calls == [50] and found == evaluation.measure(x, y, features, resamples=2)
+
+
+def test_a_narrower_set_is_not_taken_for_a_better_one_for_its_smaller_bias():
+    """The true distance to N(0, 1) rises by F (1 - .9)^2 = .64; that of so few samples falls by as much, for all seeds."""
+    features = evaluation.Features(lambda x: x.flatten(1), "pixels")
+    wrong = 0
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        x, real = (torch.randn(n, 1, 8, 8, generator=random) for n in (100, 4000))
+        draws: list = []
+        was, now = (
+            next(iter(evaluation.measure(side, real, features, draws=draws, kid_subset=10).values())) for side in (x, 0.9 * x)
+        )
+        change = evaluation.change_of(was, now, draws)
+        assert now.value < was.value
+        wrong += change.high < 0
+    assert wrong == 0
+
+
+def test_the_change_of_the_distance_is_found_where_it_is_large():
+    features = evaluation.Features(lambda x: x.flatten(1), "pixels")
+    random = torch.Generator().manual_seed(0)
+    x, real = (torch.randn(n, 1, 4, 4, generator=random) for n in (400, 2000))
+    draws: list = []
+    was, now = (next(iter(evaluation.measure(side, real, features, draws=draws).values())) for side in (x + 0.5, x))
+    change = evaluation.change_of(was, now, draws)
+    assert change.low < -16 * 0.5**2 < change.high < -3  # |mean|^2 falls from F / 4 to 0
 
 
 def test_features_without_logits_give_no_score():

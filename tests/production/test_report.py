@@ -200,10 +200,10 @@ def test_a_run_with_selection_has_no_single_image_before(tmp_path):
 
 
 def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, monkeypatch):
-    found = {"frechet_distance[x, n=20]": (2.0, 1.0, 3.0), "features": "x", "num_samples": 20}
-    better = {"frechet_distance[x, n=20]": (0.5, 0.25, 0.75)}
-    answers = iter([found, better, found, {"frechet_distance[x, n=20]": (2.5, 2.25, 2.75)}])
-    drawn = iter([[0.0, 1.0], [0.5, 1.5], [0.0, 0.0], [0.0, 2**0.5]])  # the changes' deviations are 0 and 1
+    name = "frechet_distance[x, n=20]"
+    found = {name: evaluation.Figure(2.0, 1.0, 3.0), "features": "x", "num_samples": 20}
+    answers = iter([found, {name: evaluation.Figure(0.5, 0.25, 0.75)}, found, {name: evaluation.Figure(2.5, 2.25, 2.75)}])
+    drawn = iter([[0.0, 1.0], [-1.5, -0.5], [0.0, 0.0], [0.5 - 0.5**0.5, 0.5 + 0.5**0.5]])  # the changes deviate by 0 and 1
 
     def measure(*_, draws=None, **__):
         if draws is not None:
@@ -213,8 +213,9 @@ def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, mon
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
     told = (
-        "fell from 2.00 to 0.5, by 1.50 (1.50 to 1.50, over the same samples). As a set, the images became more like",
-        "rose from 2.00 to 2.50, by 0.5 (-1.46 to 2.46, over the same samples). This may be chance.",
+        "fell from 2.00 to 0.5. Over the same samples, and without what comes of their small number, the change is -1.50 "
+        "(-1.50 to -1.50). As a set, the images became more like",
+        "the change is 0.5 (-1.46 to 2.46). So this may be chance.",
     )
     for words in told:
         report_page.write(Report(BeforeAfter(runs / "run", runs / "raw", 20), "digits"), tmp_path / "report.html")

@@ -1,5 +1,6 @@
 """What the report says in short: the distance, and precision or recall where they fell."""
 
+from fastrefine.production.evaluation import Figure
 from fastrefine.production.report_page import _verdict
 
 
@@ -28,6 +29,9 @@ def test_without_images_before_nothing_is_compared():
 def test_the_change_sample_by_sample_decides_where_it_is_known():
     alike = row("frechet_distance", 9.0, 8.8, width=0.5)
     assert "from 9.00 to 8.80. The intervals overlap, so this may be chance." in _verdict([alike])
-    said = _verdict([alike], sure=0.05)
-    assert "from 9.00 to 8.80, by 0.2 (0.15 to 0.25, over the same samples). As a set, the images became more" in said
-    assert "by 0.2 (-0.1 to 0.5, over the same samples). This may be chance." in _verdict([alike], sure=0.3)
+    said = _verdict([alike], Figure(-0.2, -0.25, -0.15))
+    assert "from 9.00 to 8.80. Over the same samples" in said and "the change is -0.2 (-0.25 to -0.15). As a set" in said
+    assert "the change is -0.2 (-0.5 to 0.1). So this may be chance." in _verdict([alike], Figure(-0.2, -0.5, 0.1))
+    worse = _verdict([alike], Figure(0.3, 0.1, 0.5))
+    assert "fell from 9.00 to 8.80" in worse and "became less like the real ones" in worse
+    assert _verdict([row("frechet_distance", 5.0, 5.0)]).startswith("The Fréchet distance is 5.00 before and after. ")
