@@ -54,10 +54,12 @@ def frechet_standard_error(
 
     Raises InputError as ``frechet_distance`` does, and where ``paired`` has another shape than ``features``.
     """
+    if paired is not None:
+        features, paired = _rows(features, "features"), _rows(paired, "paired")
+        if paired.shape != features.shape:
+            raise InputError(f"paired has shape {paired.shape}, features {features.shape}; wanted equal ones")
     draws = frechet_draws(features, reference, resamples, seed, tick=tick)
     if paired is not None:
-        if np.shape(paired) != np.shape(features):
-            raise InputError(f"paired has shape {np.shape(paired)}, features {np.shape(features)}; wanted equal ones")
         draws = draws - frechet_draws(paired, reference, resamples, seed, tick=tick)
     return float(np.std(draws, ddof=1))
 
@@ -206,7 +208,10 @@ def _two_sets(least: int, **sets: Any) -> tuple[np.ndarray, np.ndarray]:
 def _rows(values: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().double().cpu().numpy()
-    array = np.asarray(values, np.float64)
+    try:
+        array = np.asarray(values, np.float64)
+    except (ValueError, TypeError) as error:  # rows of different lengths, words
+        raise InputError(f"{name}: no array of numbers ({error}); wanted (N, features)") from error
     if array.ndim != 2 or not array.shape[1]:
         raise InputError(f"{name}: got shape {array.shape}; wanted (N, features)")
     if not np.isfinite(array).all():

@@ -209,6 +209,9 @@ class Refiner:
     def replaced(self, **changes: Any) -> Refiner:
         """Another refiner of the same networks with other options; what was prepared is shared as far as it fits.
 
+        New values of weights and buffers are noticed at every call. Where other attributes of the networks, or values inside of
+        generator_kwargs and discriminator_kwargs, were changed, make a new Refiner.
+
         Raises InputError for a name that is no option, and for values out of range.
         """
         _check_names(changes)

@@ -58,6 +58,10 @@ class Form:
         return copies.has_spatial_weights(self.tail) or copies.has_spatial_weights(self.d)
 
 
+def too_far(size: float, tolerance: float) -> str:
+    return f"differs by {size / tolerance:.3g} times what is tolerated ({tolerance:g} of the largest value)"
+
+
 @dataclass
 class Ladder:
     """What was tried and what came of it, for ``report["ladder"]``: {"rung", "kept", "why"} in the order of trial."""
@@ -69,7 +73,7 @@ class Ladder:
         try:
             found = change()
             size = error(found)
-            why = "" if size <= tolerance else f"differs by {size:.1e} of the largest value, more than {tolerance:g}"
+            why = "" if size <= tolerance else too_far(size, tolerance)
         except Exception as reason:  # a rung runs the caller's code in forms that it was not written for
             if is_out_of_memory(reason):
                 raise

@@ -44,6 +44,8 @@ class Networks:
     ``prepare`` does the work at the first use for each kind of input, and again when the caller's weights were updated.
     """
 
+    _first: tuple[Tensor, tuple[Tensor, ...]]  # the probe batch's activations, and contexts as a step has them
+
     def __init__(self, generator: nn.Module | Split | None, discriminator: nn.Module, options: Options):
         self.generator, self.discriminator, self.options = generator, discriminator, options
         self._seen = Weights(None), Weights(None)
@@ -57,9 +59,10 @@ class Networks:
         if all(new is old or (isinstance(new, torch.device | str) and new == old) for new, old in pairs):
             twin.prepared_generator, twin._generator_kind = self.prepared_generator, self._generator_kind
             twin._seen, twin._probe_batch = (self._seen[0], twin._seen[1]), self._probe_batch
-            if discriminator is self.discriminator and self.target is not None and self._suits(options):
-                twin.prepared_discriminator, twin._lent, twin._seen = self.prepared_discriminator, self.target, self._seen
-                self.target.is_shared = True
+            lent = self.target or self._lent
+            if discriminator is self.discriminator and lent is not None and self._suits(options):
+                twin.prepared_discriminator, twin._lent, twin._seen = self.prepared_discriminator, lent, self._seen
+                lent.is_shared = True
         return twin
 
     def _suits(self, options: Options) -> bool:
@@ -78,7 +81,6 @@ class Networks:
         self.prepared_discriminator: PreparedDiscriminator | None = None
         self._scorer: PreparedDiscriminator | None = None
         self._lent: Target | None = None  # of other options, on the same networks
-        self._first: tuple[Tensor, tuple[Tensor, ...]]  # the probe batch's activations, and contexts as a step has them
         self.target: Target | None = None
         self.real: RealLogits | None = None  # logits of the options' real images
         self.bound: tuple[Sampler, StopRule] | None = None
@@ -396,9 +398,8 @@ def _same(new: Any, old: Any) -> bool:
         return new is old or (new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new))
     if isinstance(new, Tensor) and isinstance(old, Tensor):
         return new.is_set_to(old)
-    if isinstance(new, Tensor | dict) or isinstance(old, Tensor | dict):
-        return False
-    return new is old or new == old
+    plain = str | int | float | bool | torch.device  # others may answer == with anything
+    return new is old or (isinstance(new, plain) and isinstance(old, plain) and new == old)
 
 
 def refines_latents(generator: nn.Module | Split | None, at: str) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrefine as fr
-from fastrefine.networks import recording
+from fastrefine.networks import prefix, recording
 
 torch.set_num_threads(1)
 
@@ -225,12 +225,38 @@ class Looking(nn.Module):
         return self.last(x) * torch.tensor([float(value) for value in largest])[:, None]
 
 
-def test_values_of_an_input_that_torch_does_not_see_are_not_baked_in():
+@pytest.mark.parametrize("case", [{}, {"num_slots": 1}, {"coupling": "lockstep"}, {"alike": True}])
+def test_values_of_an_input_that_torch_does_not_see_are_not_baked_in(case):
     torch.manual_seed(0)
     generator, d = nn.Linear(4, 6), Looking()
-    refiner = fr.Refiner(generator, d, fr.Collaborative(0.1, control="fixed"), at="output", max_steps=3, num_slots=4)
+    options = {"num_slots": 4} | {name: value for name, value in case.items() if name != "alike"}
+    refiner = fr.Refiner(generator, d, fr.Collaborative(0.1, control="fixed"), at="output", max_steps=3, **options)
+    if "alike" in case:
+        refiner.refine(torch.randn(1, 4).expand(8, 4))
     out = refiner.refine(torch.randn(8, 4))
     assert out.report["route"] == "autograd"
+    torch.testing.assert_close(d(out.images)[:, 0].detach(), out.logits)
+
+
+def test_a_last_step_that_gives_other_logits_is_dropped(monkeypatch):
+    honest = prefix.first_outputs
+
+    def wrong(graph, count, effects):
+        found = honest(graph, count, effects)
+        output = next(iter(reversed(found.graph.nodes)))
+        logit, *rest = output.args[0]
+        with found.graph.inserting_before(output):
+            output.args = ((found.graph.call_function(torch.ops.aten.mul.Tensor, (logit, 1.01)), *rest),)
+        found.recompile()
+        return found
+
+    monkeypatch.setattr(prefix, "first_outputs", wrong)
+    torch.manual_seed(0)
+    generator, d = nn.Linear(4, 6), nn.Linear(6, 1)
+    out = fr.Refiner(generator, d, fr.Collaborative(0.1, control="fixed"), at="output", max_steps=3, num_slots=4).refine(
+        torch.randn(8, 4)
+    )
+    assert not {entry["rung"]: entry["kept"] for entry in out.report["ladder"]}["last step without gradient"]
     torch.testing.assert_close(d(out.images)[:, 0].detach(), out.logits)
 
 

@@ -1,5 +1,6 @@
 """What is prepared, kept and shared: runs beside each other, other options, modules of closures, scores with conditions."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,15 @@ def networks():
     torch.manual_seed(0)
     g = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
     return g, nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+
+def doubled():
+    """Another discriminator than that of ``networks``."""
+    d = networks()[1]
+    with torch.no_grad():
+        for parameter in d.parameters():
+            parameter.mul_(2)
+    return d
 
 
 def refiner(g=None, d=None, **options):
@@ -119,13 +129,45 @@ def test_another_step_size_shares_the_recorded_step_and_another_loss_does_not():
         assert torch.equal(found.images, wanted.images) and torch.equal(found.steps, wanted.steps)
 
 
+def test_another_temperature_does_not_share_the_recorded_step():
+    one = fr.Refiner(*networks(), fr.MALA(0.1), at="input", max_steps=4, prior=fr.Normal(4))
+    one.sample(6)
+    for sampler, shares in ((fr.MALA(0.2), True), (fr.MALA(0.2, logit_scale=3.0), False)):
+        other = one.replaced(sampler=sampler)
+        wanted = fr.Refiner(*networks(), sampler, at="input", max_steps=4, prior=fr.Normal(4)).sample(6)
+        assert torch.equal(other.sample(6).images, wanted.images)
+        assert (other._networks.target is one._networks.target) == shares
+
+
+def test_what_was_lent_is_lent_on():
+    one = refiner(at="1")
+    one.sample(6)
+    other = one.replaced(sampler=fr.Collaborative(0.3)).replaced(sampler=fr.Collaborative(0.2))
+    other.sample(6)
+    assert other._networks.target is one._networks.target
+
+
+@pytest.mark.parametrize("value", [np.array([1.0, 3.0]), [torch.tensor([2.0])]])
+def test_arguments_of_any_kind_may_be_replaced(value):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = networks()[1]
+
+        def forward(self, x, w):
+            return self.last(x) * float(w[0])
+
+    one = refiner(d=Weighted(), at="1", discriminator_kwargs={"w": np.array([1.0, 2.0])})
+    found = one.sample(6), one.replaced(discriminator_kwargs={"w": value}).sample(6)
+    torch.testing.assert_close(found[1].initial_logits, float(value[0]) * found[0].initial_logits)
+
+
 def test_new_weights_reach_one_of_two_refiners_that_share_a_step():
     one = refiner(at="1")
     before = one.sample(6)
     other = one.replaced(sampler=fr.Collaborative(0.3))
     assert not torch.equal(other.sample(6).images, before.images)
-    torch.manual_seed(9)
-    new = networks()[1]
+    new = doubled()
     other._networks.refresh(new)
     assert torch.equal(one.sample(6).images, before.images)
     wanted = one.with_discriminator(new).replaced(sampler=fr.Collaborative(0.3)).sample(6)
@@ -136,11 +178,11 @@ def test_a_refiner_that_shares_a_step_and_never_ran_takes_new_weights():
     one = refiner(at="1")
     before = one.sample(6)
     other = one.replaced(sampler=fr.Collaborative(0.3))
-    torch.manual_seed(9)
-    new = networks()[1]
+    new = doubled()
     other._networks.refresh(new)
     wanted = one.with_discriminator(new).replaced(sampler=fr.Collaborative(0.3)).sample(6)
     torch.testing.assert_close(other.sample(6).images, wanted.images)
+    assert not torch.allclose(wanted.images, one.replaced(sampler=fr.Collaborative(0.3)).sample(6).images, atol=1e-4)
     assert torch.equal(one.sample(6).images, before.images)
 
 

@@ -223,6 +223,15 @@ def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, mon
         assert words in page and "1.00 to 3.00" in page and "an interval of about 95 %" in page
 
 
+def test_sets_of_other_samples_are_not_compared_one_by_one(runs, monkeypatch):
+    monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
+    for unpaired in ("", "the baseline is of other samples"):
+        pairs = BeforeAfter(runs / "run", runs / "raw", 20)
+        monkeypatch.setattr(type(pairs), "unpaired", property(lambda _, text=unpaired: text))
+        found = Report(pairs, "digits").metrics
+        assert found.before is not None and (found.change is None) == bool(unpaired)
+
+
 def test_nearest_real_images_are_nearest_in_the_features(runs, monkeypatch):
     monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
     report = Report(BeforeAfter(runs / "run", runs / "raw", N), "digits")

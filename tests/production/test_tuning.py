@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fastrefine as fr
+from fastrefine.production import tuning
 from fastrefine.production.tuning import FACTORS, FIRST_SEED, allowed, settings
 from tests.support.closed_forms import M, S, optimal
 
@@ -45,6 +46,18 @@ def test_the_best_third_goes_on_with_three_times_the_samples_and_another_seed(mo
     fr.tune_sampler(refiner(fr.DGflow(0.01)), real(), 5, samples=50, seed=7)
     first = FIRST_SEED + 7
     assert seen == [(50, first)] * 7 + [(150, first + 1)] * 3 + [(150, first + 2)] * 2
+
+
+def test_a_difference_that_is_small_beside_its_error_over_the_same_latents_is_no_gain(monkeypatch):
+    own, seen = refiner(fr.DGflow(0.0005, gamma=0)), []
+
+    def error(features, reference, *, paired):
+        seen.append(tuple(len(x) for x in (features, paired)))
+        return 100.0
+
+    monkeypatch.setattr(tuning, "frechet_standard_error", error)
+    tuned = fr.tune_sampler(own, real(), BUDGET, samples=60)
+    assert tuned.sampler == own.sampler and seen == [(180, 180)]
 
 
 def test_where_nothing_is_better_all_stays_as_it_was():
