@@ -22,7 +22,7 @@ FULL = replace(
     training=Training(64, "adam", (2e-4, 4e-4), (0.0, 0.9)),
 ).but(
     methods=(BACKTRACKING, CURVATURE), samplers={OWN: ("DDLS", "MALA", GLOBAL, "DGflow"), SHAPED: ("DDLS",)},
-    longer={OWN: (10, 50), SHAPED: (10, 50)}, peers=(10, 25, 50), judged_twice=(0, 10, 25, 50),
+    tuning=10, longer={OWN: (25, 50), SHAPED: (25, 50)}, peers=(10, 25, 50), judged_twice=(0, 10, 50),
     budgets=(0, 1, 2, 5, 10, 25, 50), catch_up=200, held_out=(250, (4, 9, 19)),
     shapings=(
         Shaping("blocks.1", CURVATURE, 9, 1e-4, rounds=2), Shaping("output", CURVATURE, 20, 1e-4, rounds=3, start=FITTED),

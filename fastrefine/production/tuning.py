@@ -59,7 +59,8 @@ def tune_sampler(
     and HMC) make ``samples`` images each; the best third makes three times as many, with another seed, until one is left.
     Every number of steps up to the budget is read off the same run. The last one is compared with the settings given, on a
     seed of its own and from the same latents, and wins only where its distance is lower by more than two standard errors of
-    the difference. Otherwise, and in all else, the refiner stays as it is. This is for better images: another logit_scale or
+    the difference. Distances of so few samples are biased, more so for images that differ more: give more ``samples`` where it
+    matters. Otherwise, and in all else, the refiner stays as it is. This is for better images: another logit_scale or
     noise_scale is another law.
 
     refiner: with a prior. Of a sampler that finds its step size itself (``fr.Collaborative()``) the number of steps is tuned.
