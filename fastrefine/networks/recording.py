@@ -93,9 +93,12 @@ def _join_slices(graph: fx.GraphModule) -> None:
 
     A recurrent layer has a slice for each time, so that the sum takes the square of their number.
     """
+    known: set[fx.Node] = set()  # sums that are part of a larger one
     for node in reversed(graph.graph.nodes):
-        if node.target is not aten.add.Tensor or (parts := _summed_slices(node)) is None:
+        if node.target is not aten.add.Tensor or node in known or (found := _summed_slices(node)) is None:
             continue
+        parts, sums = found
+        known.update(sums)
         parts.sort(key=lambda part: part.args[3])
         sizes, dim = parts[0].args[1:3]
         bounds = [(part.args[3], min(part.args[4], sizes[dim])) for part in parts]
@@ -115,12 +118,11 @@ def _join_slices(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
 
 
-def _summed_slices(node: fx.Node) -> list[Any] | None:
-    """The gradients of slices whose sum this is, each used for this alone, or None."""
+def _summed_slices(node: fx.Node) -> tuple[list[Any], list[fx.Node]] | None:
+    """(the gradients of slices whose sum this is, each used for this alone, the sums that make it up), or None."""
     found: list[Any] = []
     sums = [node]
-    while sums:
-        one = sums.pop()
+    for one in sums:
         for part in one.args:
             if not isinstance(part, fx.Node) or len(part.users) > 1 or one.kwargs:
                 return None
@@ -130,7 +132,7 @@ def _summed_slices(node: fx.Node) -> list[Any] | None:
                 sums.append(part)
             else:
                 return None
-    return found
+    return found, sums
 
 
 def callable_of(graph: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
