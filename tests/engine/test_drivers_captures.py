@@ -106,6 +106,20 @@ def test_a_driver_that_is_refused_leaves_the_others(runtime, monkeypatch):
     assert one.sample(10).report["driver"] == "graph"
 
 
+def test_a_sampler_whose_step_is_refused_leaves_those_that_share_the_networks():
+    class Driver(drivers.GraphReplay):
+        def prepare(self, machine, forward):
+            if machine.rule.sampler == "reads":
+                raise BackendError("reads values")
+
+    driver, target = Driver(None), SimpleNamespace(refused={})
+    found = [
+        drivers.prepare(driver, SimpleNamespace(target=target, captured={}, rule=SimpleNamespace(sampler=sampler)), False, True)
+        for sampler in ("reads", 1, "reads")
+    ]
+    assert [one.name for one in found] == ["host", "graph", "host"]
+
+
 @pytest.mark.parametrize("wrap", [lambda d: d, Marks], ids=["plain", "with coordinates"])
 def test_an_updated_discriminator_needs_no_new_capture(runtime, wrap):
     g, d = pair()
