@@ -220,7 +220,7 @@ class Place:
     def _stopped_loops(self, stopping: fr.Refiner, threshold: float, n: int, steps: int) -> dict[str, Any]:
         """Loops that end a batch when all its samples have reached the threshold, and ours, each at its best batch."""
         given, labels, missing = self.given(n), self.pair.labels(n).get("labels"), {}
-        sizes = sorted({min(size, n) for size in (STOPPED[0], 32, 128, n)})
+        sizes = sorted({STOPPED[0], min(BATCHES[0], n)})
         refiners = {size: stopping.replaced(num_slots=size) for size in sizes}
         loops = {size: self.loop(ExpertLoop, size, steps, channels_last=self.layout) for size in sizes}
         slots = best(refiners, lambda r: r.refine(given[0], labels=labels))
