@@ -240,7 +240,11 @@ def shape(
     click.echo(f"wrote {outdir}: {_course(curve)}")
     needed = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
     trusted = " --trust-code" * (trusts or bool(c.generate or c.discriminate))
-    use = f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted} --ids 0-999 --outdir {_unused('run')}"
+    number = c.num_classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
+    labelled = f" --class random --num-classes {number}" * (worker.labelled and number > 0)
+    use = (
+        f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted}{labelled} --ids 0-999 --outdir {_unused('run')}"
+    )
     further = f"fastrefine shape --pair {shlex.quote(str(outdir))} {shlex.join(typed)} --outdir {_unused(str(outdir))}"
     if c.discriminator:
         use = f"the same flags, with --discriminator-weights {outdir / 'discriminator.safetensors'}"
@@ -425,12 +429,15 @@ def evaluate(
     else:
         click.echo(f"{found.num_samples} images against {found.num_real} real ones, 95 % intervals")
         width = max(map(len, found.figures))
-        columns = found.columns()
-        click.echo(f"{'':<{width}}  {'real':<8}{''.join(f'{of:<28}' for of in columns)}".rstrip())
-        for name, *row in zip(found.figures, *columns.values(), strict=True):
-            cells = [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in row]
+        shown = {
+            of: [f"{value:.4g} ({low:.4g} to {high:.4g})" for value, low, high in figures]
+            for of, figures in found.columns().items()
+        }
+        wide = max(26, *(len(cell) for cells in shown.values() for cell in cells)) + 2
+        click.echo(f"{'':<{width}}  {'real':<8}{''.join(f'{of:<{wide}}' for of in shown)}".rstrip())
+        for name, *cells in zip(found.figures, *shown.values(), strict=True):
             real_ones = str(evaluation.real_compared(name, found.num_real) or "-")
-            click.echo(f"{name:<{width}}  {real_ones:<8}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+            click.echo(f"{name:<{width}}  {real_ones:<8}" + "".join(f"{cell:<{wide}}" for cell in cells).rstrip())
     for line in found.warnings:
         click.echo(f"warning: {line}", err=True)
 

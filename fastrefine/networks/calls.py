@@ -106,8 +106,8 @@ def call_of(
         if what == "discriminator":
             first, second = ("discriminate=lambda D, x", "D(x, cond)")
         raise InputError(
-            f"the {what} needs labels: pass labels=(N,) to sample, refine or stream; if its second argument is something else, "
-            f'pass {first}, cond: {second} and conditions={{"cond": ...}}'
+            f"the {what} needs labels: pass labels=(N,) to sample, refine, stream or score; if its second argument is "
+            f'something else, pass {first}, cond: {second} and conditions={{"cond": ...}}'
         )
     return NetworkCall((), None, kwargs)
 
@@ -269,9 +269,11 @@ class LogitReader:
                 + (" (a batch mean?)" if out.dim() == 0 else "")
             )
         if out.dim() > 1 and out.shape[1] != 1:
+            picked = "" if self.key is None else f" at output_key={self.key!r}"
             raise InputError(
-                f"the discriminator returned shape {_shape(out)}; wanted (N,), (N, 1) or a map (N, 1, h, w). Say "
-                "what the logit is, e.g. discriminate=lambda D, x: D(x).mean(1), or output_key=callable"
+                f"the discriminator returned shape {_shape(out)}{picked}; wanted (N,), (N, 1) or a map (N, 1, h, w). Say which "
+                "result is the logit by output_key or discriminate=; of several logits (N, P) it is the mean, e.g. "
+                "discriminate=lambda D, x: D(x).mean(1)"
             )
         logits = out.to(dtype).flatten(1) if out.dim() > 1 else out.to(dtype)[:, None]
         return torch.logit(logits, eps=1e-7) if self.invert_sigmoid else logits
@@ -287,7 +289,9 @@ class LogitReader:
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(f"output_key={self.key!r} is not in the discriminator's output: {_keys(raw)}") from error
         if not isinstance(raw, Tensor):
-            raise InputError(f"the discriminator returned {_keys(raw)}; choose one with output_key=key, index or callable")
+            raise InputError(
+                f"the discriminator returned {_keys(raw)}; choose one with output_key=key, index or callable{_logit_in(raw)}"
+            )
         return raw
 
 
@@ -295,11 +299,26 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
+def _entries(raw: Any) -> dict[Any, Any]:
+    """What stands in an output that is no tensor, by index, key or name."""
+    if isinstance(raw, tuple | list):
+        return dict(enumerate(raw))
+    return raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
+
+
+def _logit_in(raw: Any) -> str:
+    """A hint where exactly one entry has the shape of a logit."""
+    alone = [key for key, x in _entries(raw).items() if isinstance(x, Tensor) and (x.dim() == 1 or x.shape[1:] == (1,))]
+    return f"; output_key={alone[0]!r} has the shape of a logit" if len(alone) == 1 else ""
+
+
 def _keys(raw: Any) -> str:
+    found = _entries(raw)
+    shapes = ", ".join(f"{key}: {_shape(x)}" for key, x in found.items() if isinstance(x, Tensor))
+    shapes = f"; shapes {shapes}" if shapes else ""
     if isinstance(raw, dict):
-        return f"a dict with keys {list(raw)}"
+        return f"a dict with keys {list(raw)}{shapes}"
     if isinstance(raw, tuple | list):
         fields = f", names {list(raw._fields)}" if hasattr(raw, "_fields") else ""
-        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1}{fields})"
-    names = list(vars(raw)) if hasattr(raw, "__dict__") else []
-    return f"an object of type {type(raw).__name__}" + (f" with attributes {names}" if names else "")
+        return f"a {type(raw).__name__} of {len(raw)} (indices 0 to {len(raw) - 1}{fields}{shapes})"
+    return f"an object of type {type(raw).__name__}" + (f" with attributes {list(found)}{shapes}" if found else "")

@@ -67,7 +67,8 @@ def tune_sampler(
     real: (R, ...) real images in the generator's range, 100 or more, best such as you do not report on. budget: 2 or more.
     features: images (n, ...) -> (n, F), by whose Frechet distance settings are compared. None: 32 principal components of
     ``real`` averaged to 8 x 8 pixels, which no usual report is made of. seed: another one gives another search; it uses
-    seeds from 1,000,000 on. labels: one class for all samples.
+    seeds from 1,000,000 on. labels: one class, of which ``real`` should be then, or (L,) labels that the samples
+    take in turn, for example those of ``real``.
 
     Warns where the best setting's images are no better than the generator's. Raises InputError for what does not fit, and for a
     sampler whose step size is a schedule.
@@ -93,7 +94,7 @@ def tune_sampler(
         prepared[sampler.logit_scale] = own
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastrefineWarning)  # of step sizes that are too large: they lose by themselves
-            out = own.sample(n, seed=at, snapshots=numbers, labels=labels)
+            out = own.sample(n, seed=at, snapshots=numbers, labels=_repeated(labels, n))
         spent += out.report["evaluations"]
         return {k: out.snapshots[k].images for k in numbers}
 
@@ -162,6 +163,15 @@ def allowed(sampler: Sampler, budget: int) -> list[int]:
     if not most:
         raise InputError(f"budget is {budget}; one transition of {type(sampler).__name__} takes {unit + 1} evaluations")
     return sorted({k // unit * unit for k in (*STEPS, most) if unit <= k <= most})
+
+
+def _repeated(labels: Any, n: int) -> Any:
+    """Labels of n samples: those given, in turn. One class stays one, and what are no labels is refused by the samples."""
+    if labels is None or isinstance(labels, int | str) or getattr(labels, "ndim", 1) == 0 or not len(labels):
+        return labels
+    given = checks.labels(labels, len(labels))
+    assert given is not None
+    return given[torch.arange(n) % len(given)]
 
 
 class _Components:

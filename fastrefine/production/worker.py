@@ -83,9 +83,10 @@ class Worker:
         taken = [pair.takes_labels(caller) for caller in saved_pair.FUNCTIONS]
         required = any(needs for _, needs in taken)
         if required and c.classes is None and not labels:
-            raise InputError("the networks need labels: pass --class 3, or --class balanced (or random) with --num-classes 10")
+            number = "" if c.num_classes else ", and --num-classes, how many there are"
+            raise InputError(f"the networks need labels: pass --class 3, or --class balanced (or random){number}")
         if c.classes in CLASSES and c.num_classes < 1:
-            raise InputError(f"{c.classes} classes need num_classes, how many there are")
+            raise InputError(f"{c.classes} classes need --num-classes (num_classes), how many there are")
         self.labelled = c.classes is not None or required or (labels and c.num_classes > 0 and any(takes for takes, _ in taken))
         real, classes = self.real_images(c.real) if c.real else (None, None)
         if real is not None and classes is None and self.labelled and (taken[1][0] or (labels and required)):

@@ -115,13 +115,18 @@ def test_what_is_missing_is_said_before_a_folder_is_claimed(folder, tmp_path, fl
 
 
 def test_random_classes_of_a_pair_that_does_not_tell_how_many_need_the_number(tmp_path):
-    with pytest.raises(fr.InputError, match="random classes need num_classes"):
+    with pytest.raises(fr.InputError, match="random classes need --num-classes"):
         Worker(Configuration(pair="digits", classes="random"))
 
 
 def test_shape_trains_on_the_labels_of_the_real_images(folder, tmp_path):
     given = ("--iterations", 2, "--batch-size", 8, "--max-steps", 2)
     told(fastrefine("shape", "--pair", folder / "pair", "--real", folder / "real.npz", *given, "--outdir", tmp_path / "shaped"))
+    said = told(
+        fastrefine("shape", "--pair", folder / "pair", "--real", folder / "real.npz", *given, "--outdir", tmp_path / "again")
+    )
+    command = said.partition("to refine with it: fastrefine ")[2].splitlines()[0].replace("0-999", "0-9")
+    told(fastrefine(*shlex.split(command)[:-1], tmp_path / "run", "--max-steps", 1))
     before, after = (fr.load_pair(path).discriminator.embedding.weight for path in (folder / "pair", tmp_path / "shaped"))
     assert (before != after).all()  # every class was seen
     done = fastrefine("shape", "--pair", folder / "pair", "--real", folder / "plain.npz", *given, "--outdir", tmp_path / "no")

@@ -99,7 +99,7 @@ class Pair(NamedTuple):
 
 
 STRUCTURED = {
-    "tuple": (lambda out: (out * 0, out), 1, r"a tuple of 2 \(indices 0 to 1\)"),
+    "tuple": (lambda out: (out * 0, out), 1, r"a tuple of 2 \(indices 0 to 1; shapes 0: "),
     "dict": (lambda out: {"features": out * 0, "logit": out}, "logit", r"a dict with keys \['features', 'logit'\]"),
     "object": (lambda out: Output(out, out * 0), "logit", r"object of type Output with .* \['logit', 'features'\]"),
     "named": (lambda out: Pair(out * 0, out), "logit", r"a Pair of 2 .*names \['features', 'logit'\]"),
@@ -123,6 +123,13 @@ def test_structured_output_is_refused_with_its_keys_and_read_with_one(kind):
     assert same_result(refiner(d=Returning(change), output_key=key).sample(N), plain_result())
     pick = (lambda raw: raw[key]) if kind != "object" and kind != "named" else (lambda raw: raw.logit)
     assert same_result(refiner(d=Returning(change), output_key=pick).sample(N), plain_result())
+
+
+@pytest.mark.parametrize(("other", "hint"), [(lambda out: out.expand(-1, 3), True), (lambda out: out * 0, False)])
+def test_the_one_entry_of_a_logits_shape_is_named(other, hint):
+    with pytest.raises(fr.InputError) as error:
+        refiner(d=Returning(lambda out: (other(out), out))).sample(N)
+    assert ("output_key=1 has the shape of a logit" in str(error.value)) == hint
 
 
 def test_a_callable_reduces_what_has_no_single_logit():

@@ -68,6 +68,23 @@ def test_where_nothing_is_better_all_stays_as_it_was():
     assert tuned.quality == {"raw": 0, "before": 0, "after": 0}
 
 
+def test_labels_are_one_class_or_those_that_the_samples_take_in_turn():
+    class Classes(nn.Module):
+        def forward(self, z, labels):
+            return z + labels[:, None]
+
+    one = fr.Refiner(Classes(), optimal(), fr.Collaborative(0.1), at="output", prior=fr.Normal(2), max_steps=3, num_slots=64)
+    seen, plain = [], fr.Refiner.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fr.Refiner, "sample", lambda own, n, **k: seen.append(k["labels"]) or plain(own, n, **k))
+        fr.tune_sampler(one, real(), 3, samples=50, labels=torch.tensor([0, 1, 1]))
+    assert {len(labels) for labels in seen} == {50, 150} and all(labels[:4].tolist() == [0, 1, 1, 0] for labels in seen)
+    assert fr.tune_sampler(one, real(), 3, samples=50, labels=1).evaluations > 0
+    for labels, text in (("balanced", "labels must be whole numbers"), ([0.5, 1.0], "labels must be whole numbers")):
+        with pytest.raises(fr.InputError, match=text):
+            fr.tune_sampler(one, real(), 3, samples=50, labels=labels)
+
+
 def test_what_is_compared():
     sizes = {round(one.step_size / 0.1, 6) for one in settings(fr.MALA(0.1))}
     assert sizes == {round(factor, 6) for factor in FACTORS} and len(settings(fr.MALA(0.1))) == 21
