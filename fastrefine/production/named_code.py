@@ -18,7 +18,7 @@ from fastrefine import checks
 from fastrefine.errors import InputError
 
 OWN = "fastrefine.models."  # whose functions make networks or call them, and do nothing else
-HOW = "If you trust it, pass trust_code=True"  # which a command tells as its flag
+HOW = "If you trust it, pass --trust-code, in Python the argument trust_code"
 
 
 @dataclass(frozen=True)
