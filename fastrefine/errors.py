@@ -1,6 +1,8 @@
 """Exceptions and warnings of fastrefine; every message says what was given, what was wanted and what to do."""
 
 import re
+import sys
+import warnings
 
 # Options that Python and the command line share under other names: coupling='freeze' is --coupling freeze.
 _FLAGS = {"num_slots": "--slots", **{
@@ -82,3 +84,11 @@ class FastrefineWarning(_Told, UserWarning):
 
     Example: ``warnings.filterwarnings("ignore", category=fr.FastrefineWarning)  # silent``
     """
+
+
+def warn(warning: str | FastrefineWarning) -> None:
+    """Warn at the place in the caller's own code that called us, however deep in the package, or in a loop over it, this is."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastrefine", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(FastrefineWarning(warning) if isinstance(warning, str) else warning, stacklevel=level)

@@ -19,7 +19,7 @@ from fastrefine.engine.idle import IdleMachines
 from fastrefine.engine.proposals import Source
 from fastrefine.engine.stream import SampleStream
 from fastrefine.engine.watch import findings_of
-from fastrefine.errors import FastrefineError, FastrefineWarning, InputError
+from fastrefine.errors import FastrefineError, FastrefineWarning, InputError, warn
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import device_of, has_batch_norm, is_shaped
 from fastrefine.networks.prepared import Networks, refines_latents
@@ -457,7 +457,7 @@ def _check_fit(refiner: Refiner) -> None:
     options = refiner.options
     sampler, name = options.sampler, type(options.sampler).__name__
     if options.scale == "critic" and sampler.loss in ("nonsaturating", "minimax"):
-        _warn(f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'")
+        warn(f"the {sampler.loss} loss reads D as a logit, but discriminator_output='critic' was declared; use 'wasserstein'")
     steps = sampler.traits.transition_steps
     if options.max_steps % steps:
         fits = options.max_steps // steps * steps
@@ -476,13 +476,9 @@ def _check_fit(refiner: Refiner) -> None:
     if options.prior is None:
         raise InputError(f"{name} samples p0(z) exp(d(G(z))): pass prior=, e.g. fastrefine.Normal(64)")
     if not isinstance(options.stop, FixedSteps) or options.keep == "best":
-        _warn(f"{name} keeps its law only with stop=None and keep='last': what this run returns is not exact")
+        warn(f"{name} keeps its law only with stop=None and keep='last': what this run returns is not exact")
     if options.max_grad_norm is not None and not sampler.traits.needs_last_gradient:  # a Metropolis test makes up for it
-        _warn(f"{name} with max_grad_norm samples another law, for the gradient it clips is the law's: this run is not exact")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, FastrefineWarning, stacklevel=4)
+        warn(f"{name} with max_grad_norm samples another law, for the gradient it clips is the law's: this run is not exact")
 
 
 class RefinedDataset(IterableDataset):

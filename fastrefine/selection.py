@@ -12,7 +12,6 @@ look at ``Diagnosis.trusted`` first. Untrusted logits: untrusted="warn" (Fastref
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fastrefine import checks
 from fastrefine.diagnosis.calibration import check_trust, classes_of, logits_of
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import InputError, warn
 from fastrefine.noise import Stream, philox
 from fastrefine.result import Result
 from fastrefine.stopping import RealLogits
@@ -84,7 +83,7 @@ def metropolis_hastings(
     tests, moved = len(table) * (chain_length - first), accepted > 0
     rate = int(accepted.sum()) / tests if tests else 0.0
     if tests and int(moved.sum()) < MOVED * len(moved):
-        _warn(
+        warn(
             f"{what}: {int(moved.sum())} of {len(moved)} chains moved in {chain_length} proposals (acceptance {rate:.2g}): "
             "the others hold their first proposal"
         )
@@ -255,7 +254,7 @@ class _Groups:
             raise InputError(f"{what}: {len(self.order)} logits do not make one {name} of {length}{one}")
         if small:
             count = f"{len(small)} of {len(self.sizes)} classes"
-            _warn(f"{what}: {count} make no {name} of {length} and are left out, first {small[:5]}", 4)
+            warn(f"{what}: {count} make no {name} of {length} and are left out, first {small[:5]}")
         whole = torch.tensor([size // length * length for size in self.sizes], device=self.order.device)
         sizes = torch.tensor(self.sizes, device=self.order.device)
         kept = self.rank < whole.repeat_interleave(sizes)
@@ -271,9 +270,9 @@ class _Groups:
         hit = torch.stack([of.any() for of in chosen.split(self.sizes)]).tolist()
         none = [label for label, any_of_it in zip(self.classes.tolist(), hit, strict=True) if not any_of_it]
         if none and len(none) == len(self.sizes):
-            _warn(f"{what}: accepted none of {len(chosen)} proposals", 4)
+            warn(f"{what}: accepted none of {len(chosen)} proposals")
         elif none:
-            _warn(f"{what}: accepted no proposal of {len(none)} of {len(self.sizes)} classes, first {none[:5]}", 4)
+            warn(f"{what}: accepted no proposal of {len(none)} of {len(self.sizes)} classes, first {none[:5]}")
         return torch.sort(self.order[chosen]).values
 
 
@@ -297,7 +296,3 @@ def draw(seed: int, label: Tensor | None, step: int, place: Tensor, stream: int)
     zero = torch.zeros_like(place)
     words = philox(seed, zero if label is None else label & 0xFFFFFFFF, zero + step, place, zero + stream)
     return (words[0].double() + 0.5) * 2.0**-32
-
-
-def _warn(text: str, level: int = 3) -> None:
-    warnings.warn(text, FastrefineWarning, stacklevel=level)

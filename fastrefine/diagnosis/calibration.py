@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrefine import checks
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import FastrefineWarning, InputError, warn
 from fastrefine.result import Result
 
 TOLERANCE = 0.05  # largest trusted calibration error: near s(d) = 0.5 the density ratio is then wrong by a fifth
@@ -168,7 +167,7 @@ def check_trust(logits: Tensor | Result, what: str, untrusted: str) -> None:
     command = f"{text}give --calibrate isotonic, and as --held-out real images that D was not trained on"
     if untrusted == "refuse":
         raise InputError(python, command)
-    warnings.warn(FastrefineWarning(python, command), stacklevel=3)
+    warn(FastrefineWarning(python, command))
 
 
 def diagnosis_of(result: Result) -> Diagnosis | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from fastrefine.engine.initial import InitialImages
 from fastrefine.engine.proposals import Proposals, Source
 from fastrefine.engine.run import Run, drivers
 from fastrefine.engine.watch import Watch, told_when_slow
-from fastrefine.errors import FastrefineError
+from fastrefine.errors import FastrefineError, warn
 from fastrefine.networks import torch_state
 from fastrefine.networks.calls import is_out_of_memory
 from fastrefine.networks.copies import is_shaped
@@ -101,7 +100,7 @@ class SampleStream:
                     self.idle.machine = None
                     size = self._fewer_slots(size, error)
         for one in found:
-            warnings.warn(one.warning(), stacklevel=2)
+            warn(one.warning())
 
     def _fewer_slots(self, size: int, error: BaseException) -> int:
         """Half the slots after memory ran out; FastrefineError where their number may not change."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrefine.errors import CouplingError, FastrefineWarning, InputError
+from fastrefine.errors import CouplingError, InputError, warn
 from fastrefine.networks import probe, statistics
 from fastrefine.networks.calls import LogitReader, NetworkCall, WithoutSigmoid, attempt, call_of, label_classes
 from fastrefine.networks.copies import own_copy
@@ -140,11 +139,7 @@ def _output_form(
             )
         values = reader(raw, n, torch.float64)
     if values.shape[1] > 1:
-        warnings.warn(
-            f"the discriminator returns a map of {values.shape[1]} patches; their mean is the sample's logit",
-            FastrefineWarning,
-            stacklevel=2,
-        )
+        warn(f"the discriminator returns a map of {values.shape[1]} patches; their mean is the sample's logit")
     known = values[values.isfinite()]  # a sample that is not finite decides nothing
     inside, found = bool(((known >= 0) & (known <= 1)).all()), False
     if inside and sigmoids.count:
@@ -166,9 +161,5 @@ def _output_form(
         )
     if found:
         return without, reader
-    warnings.warn(
-        "the discriminator's sigmoid could not be found and cut: logits beyond +-16 are lost. Return logits instead",
-        FastrefineWarning,
-        stacklevel=2,
-    )
+    warn("the discriminator's sigmoid could not be found and cut: logits beyond +-16 are lost. Return logits instead")
     return call, replace(reader, invert_sigmoid=True)

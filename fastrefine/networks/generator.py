@@ -6,14 +6,13 @@ import contextlib
 import copy
 import inspect
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrefine.errors import FastrefineWarning, InputError, SplitError
+from fastrefine.errors import InputError, SplitError, warn
 from fastrefine.networks import probe, statistics
 from fastrefine.networks.calls import NetworkCall, attempt, call_of, describe, label_classes, takes_labels
 from fastrefine.networks.copies import own_copy
@@ -69,11 +68,7 @@ class PreparedGenerator:
             raise InputError(f"the generator must return images (N, ...), got {describe(images)} for {len(latents)} latents")
         statistics.check("generator", self._caller, own, lambda module: call(module, latents.clone(), *call.values(inputs)))
         if images is not raw:
-            warnings.warn(
-                f"the generator returns {describe(raw)}; its first tensor, of shape {tuple(images.shape)}, is the image",
-                FastrefineWarning,
-                stacklevel=2,
-            )
+            warn(f"the generator returns {describe(raw)}; its first tensor, of shape {tuple(images.shape)}, is the image")
 
         def image(z: Tensor, given: Mapping[str, Tensor]) -> Tensor:
             return image_of(call(own, z, *call.values(given)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import FastrefineWarning, InputError, warn
 from fastrefine.networks.copies import twin, unwrap
 
 _UNLIKE = 4.0  # factor between a carried variance and that of a probe batch from which it is doubted
@@ -24,7 +23,7 @@ class StatisticsWarning(FastrefineWarning):
 def check(what: str, given: nn.Module, own: nn.Module, run: Callable[[nn.Module], Any]) -> None:
     """Warn where a network's statistics are doubtful. given: the caller's; own: our copy, which ``run`` evaluates."""
     for doubt in (*_doubts_of_spectral_norm(unwrap(given)), *_doubts_of_batch_norm(own, run)):
-        warnings.warn(f"{what}: {doubt}", StatisticsWarning, stacklevel=3)
+        warn(StatisticsWarning(f"{what}: {doubt}"))
 
 
 def _doubts_of_batch_norm(network: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:

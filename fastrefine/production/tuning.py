@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrefine import checks
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import FastrefineWarning, InputError, warn
 from fastrefine.metrics import frechet_distance, frechet_standard_error
 from fastrefine.refiner import Refiner
 from fastrefine.samplers import DDLS, Sampler
@@ -126,11 +126,9 @@ def tune_sampler(
     if not quality["after"] < quality["before"] - doubt:
         sampler, steps, quality["after"] = refiner.sampler, given, quality["before"]
     if not quality["after"] < quality["raw"]:
-        warnings.warn(
+        warn(
             f"no setting made images better than the generator's: distance {quality['after']:.4g} with the best of them, "
-            f"{quality['raw']:.4g} raw. Shape D first (fastrefine.shape_discriminator), or do not refine with this pair",
-            FastrefineWarning,
-            stacklevel=2,
+            f"{quality['raw']:.4g} raw. Shape D first (fastrefine.shape_discriminator), or do not refine with this pair"
         )
     chosen = refiner.replaced(sampler=sampler, max_steps=steps)
     return TunedSampler(chosen, sampler, steps, quality, spent, time.perf_counter() - began, tuple(trials))

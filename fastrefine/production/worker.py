@@ -22,7 +22,7 @@ from fastrefine.diagnosis.calibration import check_trust
 from fastrefine.diagnosis.findings import Finding
 from fastrefine.diagnosis.tally import Tally, summary
 from fastrefine.engine.watch import findings_of
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import FastrefineWarning, InputError, warn
 from fastrefine.networks.copies import is_shaped
 from fastrefine.noise import Stream, uniform
 from fastrefine.production import formats, per_image_selection, saved_pair
@@ -351,7 +351,7 @@ class Worker:
                 f"after {c.calibrate} calibration D's logits are no density ratio yet: z = {after.z:.1f}, ece = {after.ece:.3f}"
             )
             more = "more --held-out images, or another --calibrate, may do better"
-            warnings.warn(Finding("uncalibrated", text, more, more).warning(), stacklevel=3)
+            warn(Finding("uncalibrated", text, more, more).warning())
         return chooser
 
     def real_images(self, path: str) -> tuple[Tensor, Tensor | None]:

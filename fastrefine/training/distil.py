@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrefine import checks
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import InputError, warn
 from fastrefine.networks.calls import takes_labels
 from fastrefine.networks.copies import own_copy
 from fastrefine.networks.cut import image_of
@@ -181,7 +180,7 @@ def _check(refiner: Any, real: Any) -> None:
             f"{name} samples a law of the latent, and a map would learn its mean: use Collaborative, DGflow or DOT"
         )
     if traits.stochastic:
-        warnings.warn(f"{name} adds noise, and a map learns the mean of what it does", FastrefineWarning, stacklevel=3)
+        warn(f"{name} adds noise, and a map learns the mean of what it does")
 
 
 def _inputs_of_pairs(refiner: Refiner, pairs: int, seed: int, labels: Any, conditions: Any) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def _untrained(refiner: Refiner, pairs: Pairs, limit: float) -> DistilledGenerat
     labels = pairs.inputs["labels"] if "labels" in names and "labels" not in reads else None
     ignored = [name for name in names if name not in reads and name != "labels"]
     if ignored:
-        _warn(f"the map does not read {', '.join(ignored)}: it reads labels, and conditions of floats (N, k)")
+        warn(f"the map does not read {', '.join(ignored)}: it reads labels, and conditions of floats (N, k)")
     shape = tuple(pairs.activations.shape[1:])
     is_conv = any(isinstance(module, nn.Conv1d | nn.ConvTranspose1d) for module in refiner.generator.modules())
     arguments: dict[str, Any] = {
@@ -273,7 +272,7 @@ def _untrained(refiner: Refiner, pairs: Pairs, limit: float) -> DistilledGenerat
             break
         width, share = candidate, cost
     if share > limit:
-        _warn(
+        warn(
             f"the smallest map costs {share:.0%} of this generator's FLOPs, more than {limit:.0%}: the generator is small, and "
             "refinement itself may be cheap enough"
         )
@@ -371,7 +370,3 @@ def _run(g: DistilledGenerator, these: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     finally:
         handle.remove()
     return images, *seen[0]
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, FastrefineWarning, stacklevel=4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastrefine import checks, stopping
 from fastrefine.diagnosis.findings import SHAPE_FIRST
-from fastrefine.errors import FastrefineWarning, InputError
+from fastrefine.errors import FastrefineWarning, InputError, warn
 from fastrefine.networks.copies import mark_shaped
 from fastrefine.networks.torch_state import quiet_torch
 from fastrefine.options import MOST_SLOTS
@@ -140,7 +140,7 @@ def shape_discriminator(
         if examination is not None:
             examination.best.restore(student)
             if not examination.best.improved and iterations:
-                warnings.warn(NOT_BETTER, FastrefineWarning, stacklevel=2)
+                warn(NOT_BETTER)
         return mark_shaped(student.eval()) if iterations and twin.max_steps else student.eval()
 
 

@@ -104,3 +104,10 @@ def test_a_shaped_discriminator_is_known_by_python_and_from_files(tmp_path):
                           for word in given)  # fmt: skip
         said = told(fastrefine("refine", *again, *few, "--ids", "0-39", "--outdir", folder / "run"))
         assert "none of 40 samples reached" in said and "shape D first" not in said and "for fewer iterations" in said
+
+
+@pytest.mark.parametrize("call", [lambda one: one.sample(4), lambda one: list(one.stream(4))])
+def test_a_warning_points_at_the_callers_own_line(call):
+    with pytest.warns(fr.FastrefineWarning, match="moved") as told:
+        call(flat_pairs.refiner(sampler=SLOW))
+    assert {one.filename for one in told} == {__file__}
