@@ -108,7 +108,7 @@ def check(ctx: click.Context, samples: int, refined: int, seed: int, as_json: bo
     c, refiner = worker.configuration, worker.refiner
     labels, classes = None, c.num_classes
     if worker.labelled:
-        classes = classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
+        classes = worker.num_classes
         if not classes:
             raise InputError("the networks take labels: give --real images that have some")
         labels = torch.arange(samples) % classes if refiner.real_labels is None else None
@@ -240,8 +240,7 @@ def shape(
     click.echo(f"wrote {outdir}: {_course(curve)}")
     needed = f" --real {shlex.quote(c.real)}" * refiner.stop.needs_real
     trusted = " --trust-code" * (trusts or bool(c.generate or c.discriminate))
-    number = c.num_classes or (0 if worker.real_classes is None else int(worker.real_classes.max()) + 1)
-    labelled = f" --class random --num-classes {number}" * (worker.labelled and number > 0)
+    labelled = f" --class random --num-classes {worker.num_classes}" * (worker.labelled and worker.num_classes > 0)
     use = (
         f"fastrefine refine --pair {shlex.quote(str(outdir))}{needed}{trusted}{labelled} --ids 0-999 --outdir {_unused('run')}"
     )

@@ -214,7 +214,7 @@ def _verdict(metrics: Sequence[Mapping[str, Any]], change: evaluation.Figure | N
         better, chance = change.value < 0, change.low <= 0 <= change.high
         why = "So this may be chance."
         words.append(
-            "Over the same samples, and without what comes of their small number, the change is "
+            "Over the same samples, corrected for their small number, the change is "
             f"{_number(change.value)} ({_number(change.low)} to {_number(change.high)})."
         )
     if chance:

@@ -354,6 +354,12 @@ class Worker:
             warn(Finding("uncalibrated", text, more, more).warning())
         return chooser
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are: as configured, else by the labels of the real images; 0 where neither says it."""
+        seen = self.real_classes
+        return self.configuration.num_classes or (0 if seen is None else int(seen.max()) + 1)
+
     def real_images(self, path: str) -> tuple[Tensor, Tensor | None]:
         """Real samples of ``path``, and their labels; images and sound in the generator's range."""
         usual = self.configuration.value_range == USUAL_RANGE

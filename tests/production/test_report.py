@@ -213,7 +213,7 @@ def test_intervals_are_shown_where_the_evaluation_gives_them(runs, tmp_path, mon
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "trained_features", lambda *_, **__: evaluation.Features(lambda x: x.flatten(1), "pixels"))
     told = (
-        "fell from 2.00 to 0.5. Over the same samples, and without what comes of their small number, the change is -1.50 "
+        "fell from 2.00 to 0.5. Over the same samples, corrected for their small number, the change is -1.50 "
         "(-1.50 to -1.50). As a set, the images became more like",
         "the change is 0.5 (-1.46 to 2.46). So this may be chance.",
     )
